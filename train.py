@@ -1,0 +1,765 @@
+"""Data, processes, the one training loop, checkpoints.
+
+torchrun --nproc_per_node 1 train.py --objective mapet                        embedded data, two CPU cores, minutes
+torchrun --nproc_per_node 8 train.py --objective mapet --data /path/imagenet  the paper's recipe (MaPeT Table 7)
+
+One command goes the whole way: images -> K-means tokens -> pre-training -> k-NN and linear probe. Everything it makes is
+in --out: tokenizer.pt, tokens.npy, last.pt, encoder.pt, metrics.jsonl. The same command again goes on where it stopped.
+
+Nothing depends on when or where it runs: the order of the images, their augmentation, the permutations z and the
+stochastic depth of step s are functions of (seed, s) for the *global* batch, of which each process takes its rows. So a
+resumed run equals an unbroken one bit for bit (on the CPU), and 1, 2 or 8 processes run the same experiment.
+"""
+import argparse
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torchvision.datasets as tv
+from PIL import Image, ImageOps
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.transforms import InterpolationMode, v2
+from tqdm import tqdm
+
+import kmeans
+import objectives
+import tcas
+from vit import MODELS, read_checkpoint
+
+# --- recipes: an explicit flag beats the recipe ---------------------------------------------------------------------
+
+# MaPeT Table 7 (METHODS 1.8), for ImageNet and every other folder of images. The paper lists a cutting point for each of
+# ViT-T, S and B, but its digits are lost: B gets Table 6's best, 60 of 197 (70 %), T and S the released code's 50 (75 %).
+PAPER = dict(model="vit_base", image_size=224, patch_size=16, features="clip", vocab_size=8192, epochs=300.,
+             batch_size=2048, lr=1.5e-3, min_lr=1e-5, warmup_lr=1e-6, warmup_epochs=10., weight_decay=.05, beta2=.999,
+             clip_norm=3., drop_path=.1, layer_scale=.1, jitter=.4, save_every=1000)
+# Ours: the small pictures of torchvision, with raw-pixel tokens; no paper has a recipe for them.
+SMALL = dict(PAPER, model="vit_tiny", features="pixel", vocab_size=64, batch_size=512)
+SMALL_SIZES = {"cifar10": (32, 4), "cifar100": (32, 4), "stl10": (96, 12)}
+# Ours: the embedded data set on two CPU cores, found by experiment on its third stream.
+TEXTURES = dict(PAPER, model="vit_micro", image_size=48, patch_size=8, features="pixel", vocab_size=64, epochs=6.,
+                batch_size=32, warmup_epochs=.3, beta2=.95, clip_norm=1., drop_path=0., layer_scale=0., jitter=0.,
+                save_every=200)
+
+
+def recipe(objective, data, model=None):
+    """The settings of one objective on one data set, as a dict of flags; `model` as given on the command line or None."""
+    if data == "textures":
+        return dict(TEXTURES, mask_ratio=.5)
+    chosen = dict(PAPER)
+    if data in SMALL_SIZES:
+        chosen = dict(SMALL, image_size=SMALL_SIZES[data][0], patch_size=SMALL_SIZES[data][1])
+    ratio = .7 if (model or chosen["model"]) == "vit_base" else .75
+    return dict(chosen, mask_ratio=75 / 196 if objective == "mim" else ratio)       # MIM: METHODS 2.2
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+def render_textures(seed, indices, size=48):
+    """Images `indices` of stream `seed` of the embedded data set: float32 (m, 3, size, size), unit variance; labels (m,).
+
+    label = 5 * period + orientation of the stripes that fill the object. Everything else is nuisance: the object's
+    shape and pose, stripe phase, contrast and bending, colours, a fainter striped background of random orientation and
+    period (so that the class is what the *object* is made of) and pixel noise (so that raw pixels and random features
+    are weak). The phase of bent stripes cannot be told from their neighbours, orientation and period can: a mean-squared
+    prediction of a hidden patch is nearly flat, a distribution over tokens still says which texture it is.
+    """
+    rngs = [np.random.default_rng([seed, int(index)]) for index in indices]      # an image depends on nothing else
+    draws = iter(np.array([rng.random(40) for rng in rngs], np.float32).T[:, :, None, None])
+    noise = np.array([rng.standard_normal((3, size, size), np.float32) for rng in rngs])
+    u = lambda lo, hi: lo + (hi - lo) * next(draws)                              # (m, 1, 1): one number an image
+    pick = lambda n: np.floor(n * next(draws))
+    label = pick(10)
+    period, texture = np.divmod(label, 5)
+    y, x = np.mgrid[-1:1:size * 1j, -1:1:size * 1j].astype(np.float32)
+
+    def stripes(angle, period):                                  # 6 or 9 cycles per image, random phase, bent
+        bend = .8 * (np.sin(u(5, 9) * x + u(0, 6.3)) + np.sin(u(5, 9) * y + u(0, 6.3)))
+        return np.sin((6 + 3 * period) * math.pi * (x * np.cos(angle) + y * np.sin(angle)) + bend + u(0, 6.3))
+
+    def painted(pattern):                                        # (m, 3, size, size), in a random colour
+        grey = u(-.25, .25)
+        return np.stack([grey + u(-.15, .15) + pattern for _ in range(3)], 1)
+
+    square = pick(2)
+    scale, turn, cx, cy = u(.75, .9), u(-.15, .15), u(-.2, .2), u(-.2, .2)
+    a, b = (x - cx) / scale, (y - cy) / scale                    # object coordinates
+    a, b = a * np.cos(turn) + b * np.sin(turn), b * np.cos(turn) - a * np.sin(turn)
+    radius = np.hypot(a, b)
+    inside = np.where(square, np.maximum(abs(a), abs(b)) < .85, (radius < 1.05) & (radius > .5))
+    obj = painted(.45 * u(.6, 1.4) * stripes(texture * math.pi / 5 + u(-.12, .12), period))
+    back = painted(.25 * stripes(u(0, math.pi), pick(2)))
+    return (np.where(inside[:, None], obj, back) + .3 * noise) / .45, label.ravel().astype(np.int64)
+
+
+class Textures(Dataset):
+    """The embedded data set, rendered into memory: .images (n, 3, 48, 48) uint8, whose 256 levels span +-3.5 deviations."""
+    mean, std, image_size = (.5, .5, .5), (1 / 7, 1 / 7, 1 / 7), 48
+    classes = [f"{cycles} cycles at {angle} degrees" for cycles in (6, 9) for angle in range(0, 180, 36)]
+    streams = {"train": (1, 12000), "test": (2, 2000), "val": (3, 2000)}         # "val" is for choosing anything
+
+    def __init__(self, split):
+        seed, n = self.streams[split]
+        parts = [render_textures(seed, range(i, min(i + 250, n))) for i in range(0, n, 250)]
+        levels = [np.clip(np.rint((values / 7 + .5) * 255), 0, 255).astype(np.uint8) for values, _ in parts]
+        self.images = torch.from_numpy(np.concatenate(levels))
+        self.labels = np.concatenate([labels for _, labels in parts])
+        self.name = f"textures/{split}"
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.images[i], int(self.labels[i]), i
+
+    def note_unreadable(self, wanted, read):
+        """Nothing here can be damaged; see Pictures."""
+
+
+class Pictures(Dataset):
+    """Pictures of any size and mode -> uint8 (3, S, S): the largest centre square, resized (bicubic).
+
+    read(i) -> PIL RGB image; names[i] tells the user which one it is; labels (n,) int64 or None; classes: names or None.
+    """
+    mean, std = (.485, .456, .406), (.229, .224, .225)           # of ImageNet, on the scale 0..1
+
+    def __init__(self, name, read, names, labels, classes, image_size):
+        self.name, self.read, self.names, self.classes, self.image_size = name, read, names, classes, image_size
+        self.unreadable = set()
+        self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
+        # Short side resized, then cropped: the region that MaPeT's images and their stored tokens share (METHODS 1.6).
+        self.crop = v2.Compose([v2.Resize(image_size, InterpolationMode.BICUBIC), v2.CenterCrop(image_size),
+                                v2.PILToTensor()])
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, i):
+        """-> image, label (-1 = none), j: the index really read, which is a neighbour's where picture i is damaged."""
+        tries = min(100, len(self))
+        for j in [(i + k) % len(self) for k in range(tries)]:
+            try:
+                image = self.crop(self.read(j))
+            except Exception:                       # whatever it is: PIL's decoders raise half a dozen kinds of error
+                continue
+            return image, -1 if self.labels is None else int(self.labels[j]), j
+        raise ValueError(f"{self.names[i]} and the {tries - 1} pictures after it cannot be read")
+
+    def note_unreadable(self, wanted, read):
+        """Name the pictures whose neighbour stood in (wanted, read: (b,) indices); more than 1 % of them is an error."""
+        for i in wanted[wanted != read].tolist():
+            if i not in self.unreadable:
+                self.unreadable.add(i)
+                tqdm.write(f"cannot read {self.names[i]}: its neighbour stands in ({len(self.unreadable)} of {len(self)} "
+                           "so far)", file=sys.stderr)
+            if len(self.unreadable) > .01 * len(self):
+                raise ValueError(f"{len(self.unreadable)} of {len(self)} pictures cannot be read, more than 1 %: the first "
+                                 f"is {self.names[min(self.unreadable)]}; replace or remove them")
+
+
+def read_rgb(path):
+    """Any picture file -> PIL RGB, as a viewer shows it: EXIF rotation applied, 16-bit greys scaled, on white."""
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):                           # 16 bits a pixel, which PIL would clip at 255
+            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+
+# Data sets of torchvision: name -> (class, arguments of the training split, of the test split).
+NAMED = {
+    "cifar10": (tv.CIFAR10, dict(train=True), dict(train=False)),
+    "cifar100": (tv.CIFAR100, dict(train=True), dict(train=False)),
+    "stl10": (tv.STL10, dict(split="train"), dict(split="test")),
+    "food101": (tv.Food101, dict(split="train"), dict(split="test")),
+    "flowers102": (tv.Flowers102, dict(split="train"), dict(split="test")),
+    "oxford_pets": (tv.OxfordIIITPet, dict(split="trainval"), dict(split="test")),
+    "stanford_cars": (tv.StanfordCars, dict(split="train"), dict(split="test")),
+    "fgvc_aircraft": (tv.FGVCAircraft, dict(split="trainval"), dict(split="test")),
+}
+
+
+def open_dataset(spec, split="train", image_size=None, classes=None):
+    """The data set `spec`, split "train" or "test": items (uint8 (3, S, S), label or -1, index really read).
+
+    spec     "textures" (embedded), a name in NAMED (downloaded into data/), a folder in ImageNet's layout
+             (train/CLASS/*.jpg, val/CLASS/*.jpg) or any folder of pictures without labels
+    classes  a file with one class folder a line: keep these only (ImageNet-100)
+    Returns None for the test split of a folder that has none. ValueError, one line, for anything else that is missing.
+    """
+    if classes and (spec == "textures" or spec in NAMED):
+        raise ValueError("--classes picks class folders: it goes with --data FOLDER only")
+    if spec == "textures":
+        if image_size not in (None, 48):
+            raise ValueError(f"textures is rendered at 48 pixels, not {image_size}")
+        return Textures(split)
+    size = image_size or SMALL_SIZES.get(spec, (224,))[0]
+    if spec in NAMED:
+        return open_named(spec, split, size)
+    if not os.path.isdir(spec):
+        raise ValueError(f"--data {spec}: no such folder, nor a data set of that name (textures, {', '.join(NAMED)})")
+    return open_folder(spec, split, size, classes)
+
+
+def open_named(name, split, image_size):
+    kind, train, test = NAMED[name]
+    try:
+        pictures = kind("data", download=True, **(train if split == "train" else test))
+    except (OSError, RuntimeError) as error:                     # torchvision says why: no network, a broken archive
+        raise ValueError(f"--data {name}: not in data/ and cannot be fetched ({str(error).splitlines()[0]})") from None
+    labels = next((getattr(pictures, key) for key in ("targets", "labels", "_labels") if hasattr(pictures, key)), None)
+    labels = [label for _, label in pictures._samples] if labels is None else labels
+    names = [f"{name} picture {i}" for i in range(len(pictures))]
+    return Pictures(f"{name}/{split}", lambda i: pictures[i][0].convert("RGB"), names, labels,
+                    getattr(pictures, "classes", None), image_size)
+
+
+def open_folder(folder, split, image_size, classes_file=None):
+    root = os.path.join(folder, "train") if os.path.isdir(os.path.join(folder, "train")) else None
+    if split != "train":
+        root = next((r for r in (os.path.join(folder, "val"), os.path.join(folder, "test")) if os.path.isdir(r)), None)
+        if root is None:
+            return None
+    labelled = root is not None and any(entry.is_dir() for entry in os.scandir(root))
+    if labelled:
+        names = find_classes(root)[0]
+        if classes_file:
+            wanted = open(classes_file).read().split()
+            if missing := [name for name in wanted if name not in names]:
+                raise ValueError(f"--classes {classes_file}: no folder {missing[0]} in {root}")
+            names = sorted(wanted)
+        try:
+            samples = make_dataset(root, {name: i for i, name in enumerate(names)}, IMG_EXTENSIONS)
+        except FileNotFoundError as error:                       # torchvision names the empty class
+            raise ValueError(f"--data {root}: {str(error).splitlines()[0]}") from None
+        paths, labels = [path for path, _ in samples], [label for _, label in samples]
+    else:
+        if classes_file:
+            raise ValueError(f"--classes {classes_file}: {root or folder} has no class folders")
+        found = (os.path.join(at, name) for at, _, files in os.walk(root or folder) for name in files)
+        paths, labels, names = sorted(path for path in found if path.lower().endswith(IMG_EXTENSIONS)), None, None
+    if not paths:
+        raise ValueError(f"--data {root or folder}: no pictures in it ({', '.join(IMG_EXTENSIONS)})")
+    return Pictures(f"{folder}/{split}", lambda i: read_rgb(paths[i]), paths, labels, names, image_size)
+
+
+def normalise(images, ds):
+    """uint8 (b, 3, S, S) on any device -> float32, by the data set's mean and standard deviation."""
+    mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (ds.mean, ds.std))
+    return (images.float() / 255 - mean) / std
+
+
+class Indexed(Dataset):
+    """Items of `ds` with the index that was asked for, so that the main process can tell who was damaged."""
+
+    def __init__(self, ds):
+        self.ds = ds
+
+    def __getitem__(self, i):
+        return *self.ds[i], i
+
+
+def batches(ds, indices, batch_size, workers=0, device="cpu"):
+    """(images uint8 (b, 3, S, S) on device, labels (b,), index really read (b,)) over `indices`, in that order."""
+    pin = torch.device(device).type == "cuda"
+    sampler = [int(i) for i in indices]
+    for images, labels, read, wanted in DataLoader(Indexed(ds), batch_size, sampler=sampler, num_workers=workers,
+                                                   pin_memory=pin):
+        ds.note_unreadable(wanted, read)
+        yield images.to(device, non_blocking=True), labels, read
+
+
+def mixed(*numbers):
+    """One seed from several, as different from its neighbours' as a random number."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def augmented(image, augment, *seed):
+    """augment(image), with the random numbers that `seed` determines and nothing else."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(mixed(*seed))
+        return augment(image)
+
+
+class TrainingSet(Dataset):
+    """Item (epoch, i): the augmented image, its tokens, i, and the index really read."""
+
+    def __init__(self, ds, tokens, jitter, seed):
+        self.ds, self.tokens, self.seed = ds, tokens, seed
+        # Colour only: a crop or a flip would move the patches away from the stored tokens (MaPeT Sec. 5.1).
+        self.augment = v2.ColorJitter(jitter, jitter, jitter) if jitter else None
+
+    def __getitem__(self, key):
+        epoch, i = key
+        image, _, j = self.ds[i]
+        if self.augment:
+            image = augmented(image, self.augment, self.seed, epoch, i)
+        return image, torch.from_numpy(self.tokens[j].astype(np.int64)), i, j
+
+
+def schedule(n, batch, seed, start, stop, rows, accumulate):
+    """Yields, for each micro-batch of this process, its items (epoch, i); steps start..stop-1.
+
+    Each epoch is one permutation of the n images by (seed, epoch), cut into global batches; the rest is dropped. `rows`
+    is this process's slice of the global batch, handed out in `accumulate` equal micro-batches.
+    """
+    per_epoch, order = n // batch, None
+    for step in range(start, stop):
+        epoch, k = divmod(step, per_epoch)
+        if order is None or k == 0:
+            order = torch.randperm(n, generator=torch.Generator().manual_seed(mixed(seed, epoch))).tolist()
+        mine = order[k * batch:(k + 1) * batch][rows]
+        micro = len(mine) // accumulate
+        yield from ([(epoch, i) for i in mine[m * micro:(m + 1) * micro]] for m in range(accumulate))
+
+
+# --- processes ------------------------------------------------------------------------------------------------------
+
+def setup(device=None):
+    """(rank, world, torch.device): joins torchrun's processes (NCCL on CUDA, gloo on the CPU); alone under plain python."""
+    rank, world, local = (int(os.environ.get(key, value))
+                          for key, value in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("--device cuda: this machine, or this build of torch, has no CUDA")
+        device = torch.device("cuda", local if device.index is None else device.index)
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+def wait_for_all():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+# --- the run's files ------------------------------------------------------------------------------------------------
+
+def save(state, path):
+    """torch.save, atomically: a kill while writing leaves the old file."""
+    with open(path + ".tmp", "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".tmp", path)
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object a line. Opening it drops the lines after `step`, which a killed run had written."""
+
+    def __init__(self, path, step):
+        self.path = path
+        lines = [json.loads(line) for line in open(path) if line.endswith("}\n")] if os.path.exists(path) else []
+        with open(path + ".tmp", "w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines if line.get("step", math.inf) <= step)
+        os.replace(path + ".tmp", path)
+
+    def write(self, **line):
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+# Flags that may change between a run and its continuation, because they do not change what is computed.
+FREE = {"out", "device", "workers", "steps", "fresh", "compile", "probe", "save_every", "log_every", "micro_batch"}
+
+
+def resume(path, args):
+    """The checkpoint to go on from; ValueError if it is damaged, foreign, or of a run with other settings."""
+    state = read_checkpoint(path)
+    if not isinstance(state, dict) or not {"model", "optimiser", "step", "args"} <= state.keys():
+        raise ValueError(f"{path}: not a checkpoint of train.py; --fresh starts over")
+    differ = [f"--{key.replace('_', '-')} {state['args'].get(key)} there, {value} here" for key, value in vars(args).items()
+              if key not in FREE and state["args"].get(key) != value]
+    if differ:
+        raise ValueError(f"{path} is of a run with other settings ({'; '.join(differ)}): "
+                         "take these, another --out, or --fresh to start over")
+    return state
+
+
+# --- tokens ---------------------------------------------------------------------------------------------------------
+
+def get_tokenizer(args, ds, rank, device, say):
+    """The K-means tokenizer: --tokenizer, or OUT/tokenizer.pt, which the first run fits on the training images."""
+    path = args.tokenizer or os.path.join(args.out, "tokenizer.pt")
+    if os.path.exists(path) or args.tokenizer:
+        tokenizer = kmeans.load_tokenizer(path)
+    else:
+        say(f"fitting a K-means tokenizer: {args.features} features, K = {args.vocab_size}")
+        tokenizer = kmeans.fit_tokenizer(ds, args.features, args.vocab_size, patch_size=args.patch_size, fraction=.05, seed=args.seed,
+                                         device=device, workers=args.workers)
+        if rank == 0:
+            tokenizer.save(path)
+        wait_for_all()
+    wanted = dict(patch_size=args.patch_size, image_size=args.image_size, vocab_size=args.vocab_size)
+    if not args.tokenizer:
+        wanted["features"] = args.features
+    for key, value in wanted.items():
+        if value and getattr(tokenizer, key) != value:
+            raise ValueError(f"{path}: its {key.replace('_', ' ')} is {getattr(tokenizer, key)}, this run's is {value}")
+    return tokenizer.to(device)
+
+
+def get_tokens(args, ds, rank, device, say):
+    """Tokens (images, n) uint16, memory-mapped, in the data set's order, and K: --tokens, or OUT/tokens.npy made now."""
+    if args.tokens:
+        path, tokens, vocab_size = args.tokens, kmeans.load_tokens(args.tokens), args.vocab_size
+    else:
+        tokenizer = get_tokenizer(args, ds, rank, device, say)
+        path, vocab_size = os.path.join(args.out, "tokens.npy"), tokenizer.vocab_size
+        if not os.path.exists(path):
+            kmeans.tokenize(tokenizer, ds, path, device=device, workers=args.workers)
+        tokens = kmeans.load_tokens(path)
+    n = (args.image_size // args.patch_size) ** 2
+    if tokens.shape != (len(ds), n):
+        raise ValueError(f"{path}: tokens of {tokens.shape[0]} images x {tokens.shape[1]} patches, "
+                         f"but {ds.name} has {len(ds)} images and the model {n} patches")
+    largest = max(int(tokens[i:i + 4096].max()) for i in range(0, len(tokens), 4096))
+    if vocab_size and largest >= vocab_size:
+        raise ValueError(f"{path}: holds token {largest}, beyond the codebook of {vocab_size}")
+    return tokens, vocab_size or largest + 1
+
+
+def describe_codebook(tokens, ds, vocab_size, seed, say):
+    """What the codebook is worth before any training: used codes, perplexity, and TCAS beside that of random tokens."""
+    labels = ds.labels if ds.labels is not None else np.zeros(len(ds), np.int64)
+    classes = 1 + int(labels.max())
+    counts = tcas.cooccurrence(tokens, labels, vocab_size, classes)
+    share = counts.sum(1).double() / counts.sum()
+    entropy = -torch.special.xlogy(share, share).sum().item()
+    say(f"codebook: {int((share > 0).sum())} of {vocab_size} codes used, perplexity {math.exp(entropy):.1f}")
+    if classes > 1:
+        shuffled = np.random.default_rng(seed).permutation(labels)           # the same codes, knowing nothing of the class
+        random = tcas.cooccurrence(tokens, shuffled, vocab_size, classes)
+        say(f"TCAS {tcas.tcas(counts):.3f}, of random tokens {tcas.tcas(random):.3f} (lower is better, labels have 0)")
+    say(f"loss to beat: ln {vocab_size} = {math.log(vocab_size):.3f} guessing uniformly, {entropy:.3f} by code frequency")
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+def learning_rate(step, steps, warmup, peak, start, end):
+    """Linear warm-up from `start` to `peak`, then half a cosine down to `end`, step by step."""
+    if step < warmup:
+        return start + (peak - start) * step / warmup
+    return end + (peak - end) * .5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def make_optimiser(model, args):
+    """AdamW; weight decay on matrices only: not on biases, norms, LayerScale, positions, class token (METHODS 1.4).
+
+    The mask token, of shape (1, 1, d), is decayed, as in the released code.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    free = {name for name, p in trained.items() if p.ndim < 2 or name.endswith(("pos_embed", "cls_token"))}
+    groups = [dict(params=[p for name, p in trained.items() if name not in free], weight_decay=args.weight_decay),
+              dict(params=[p for name, p in trained.items() if name in free], weight_decay=0.)]
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(.9, args.beta2), fused=True)
+
+
+def build(args, vocab_size):
+    """The objective around a new ViT, initialised by the seed."""
+    torch.manual_seed(args.seed)
+    vit = MODELS[args.model](image_size=args.image_size, patch_size=args.patch_size, drop_path=args.drop_path,
+                             layer_scale=args.layer_scale or None)
+    return objectives.make(args.objective, vit, vocab_size, args.cut, None if args.cut else args.mask_ratio)
+
+
+class StopSignal:
+    """Turns SIGTERM and SIGINT into a question that every process answers alike, in the same step."""
+
+    def __init__(self):
+        # A side group on the CPU: to ask through NCCL would wait for the GPU in every step.
+        self.group, self.came = dist.new_group(backend="gloo") if dist.is_initialized() else None, False
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, *_):
+        self.came = True
+
+    def came_anywhere(self):
+        if self.group is None:
+            return self.came
+        flag = torch.tensor([float(self.came)])
+        dist.all_reduce(flag, group=self.group)
+        return flag.item() > 0
+
+
+def train(args, ds, tokens, vocab_size, state, rank, world, device, say):
+    """Pre-train from the checkpoint `state` (or None); returns (encoder, step), or None when a signal came.
+
+    Writes last.pt and metrics.jsonl as it goes, encoder.pt at the end.
+    """
+    per_epoch = len(ds) // args.batch_size
+    steps, warmup = max(1, round(args.epochs * per_epoch)), round(args.warmup_epochs * per_epoch)
+    stop_at = min(steps, args.steps or steps)
+    path = lambda name: os.path.join(args.out, name)
+
+    # --- model, optimiser, where we are
+    model = build(args, vocab_size).to(device)
+    optimiser = make_optimiser(model, args)
+    step, seconds, sums = 0, 0., torch.zeros(3)                     # sums since the last log: loss, accuracy, how many
+    if state:
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        torch.set_rng_state(state["rng"])
+        step, seconds, sums = state["step"], state["seconds"], state["sums"]
+        say(f"going on from {path('last.pt')} at step {step}")
+    sums, saved = sums.to(device), step
+    metrics = Metrics(path("metrics.jsonl"), step) if rank == 0 else None
+
+    # --- this process's rows of every global batch, in micro-batches
+    share = args.batch_size // world
+    micro = args.micro_batch or share
+    accumulate, first = share // micro, rank * share
+    keys = schedule(len(ds), args.batch_size, args.seed, step, stop_at, slice(first, first + share), accumulate)
+    loader = iter(DataLoader(TrainingSet(ds, tokens, args.jitter, args.seed), batch_sampler=keys,
+                             num_workers=args.workers, pin_memory=device.type == "cuda"))
+    n, vit = model.encoder.n_patches, model.encoder
+    if args.compile:
+        model.compile()                                             # in place, so that parameter names stay
+    net = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None) if world > 1 else model
+    say(f"{args.objective}: {args.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, cut "
+        f"{model.cut}: {model.targets} of {n} patches are targets. {steps} steps of {args.batch_size} images ({world} "
+        f"processes x {accumulate} x {micro}), lr {args.lr:g}, {'bfloat16' if device.type == 'cuda' else 'float32'} on {device}")
+
+    def checkpoint():
+        if rank == 0:
+            save(dict(model=model.state_dict(), optimiser=optimiser.state_dict(), step=step, epoch=step // per_epoch,
+                      rng=torch.get_rng_state(), sums=sums, seconds=seconds + time.time() - started, args=vars(args)),
+                 path("last.pt"))
+
+    started, logged, generator = time.time(), (step, time.time()), torch.Generator(device)
+    bar = tqdm(total=stop_at, initial=step, unit="step", disable=rank != 0 or not sys.stderr.isatty())
+    with StopSignal() as stop, bar:
+        while step < stop_at:
+            # --- one step: a function of (seed, step) and the parameters
+            lr = learning_rate(step, steps, warmup, args.lr, args.warmup_lr, args.min_lr)
+            for group in optimiser.param_groups:
+                group["lr"] = lr
+            generator.manual_seed(mixed(args.seed, step))
+            order = objectives.random_order(args.batch_size, n, generator, device)
+            noise = torch.rand(2 * vit.depth, args.batch_size, generator=generator, device=device)
+            for m in range(accumulate):
+                images, targets, wanted, read = next(loader)
+                ds.note_unreadable(wanted, read)
+                rows = slice(first + m * micro, first + (m + 1) * micro)
+                images, targets = (x.to(device, non_blocking=True) for x in (images, targets))
+                sync = contextlib.nullcontext() if world == 1 or m == accumulate - 1 else net.no_sync()
+                with sync:
+                    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                        loss, logs = net(normalise(images, ds), targets, order=order[rows], noise=noise[:, rows])
+                    (loss / accumulate).backward()
+                sums += torch.stack([loss.detach(), logs["accuracy"], torch.ones_like(loss)])
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm)
+            # The norm is the same on every process, and not finite as soon as any loss anywhere is not.
+            log, keep = (step + 1) % args.log_every == 0 or step + 1 in (1, stop_at), (step + 1) % args.save_every == 0
+            if (device.type == "cpu" or log or keep) and not torch.isfinite(norm + sums[0]):
+                raise ValueError(f"step {step + 1}: the loss or its gradient is not finite. " + (
+                    f"{path('last.pt')} keeps step {saved}" if saved else "No checkpoint was written yet") +
+                    f"; try a lower --lr (now {args.lr:g})")
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            step += 1
+            bar.update()
+
+            # --- log, save, stop
+            if log:
+                if world > 1:
+                    dist.all_reduce(sums)
+                loss, accuracy = (sums[:2] / sums[2]).tolist()
+                sums.zero_()
+                speed = (step - logged[0]) * args.batch_size / (time.time() - logged[1])
+                logged = step, time.time()
+                if rank == 0:
+                    metrics.write(step=step, epoch=step / per_epoch, loss=loss, lr=lr, accuracy=accuracy,
+                                  images_per_second=round(speed, 1))
+                    words = f"loss {loss:.3f} (ln K {math.log(vocab_size):.3f}) accuracy {accuracy:.3f}"
+                    bar.set_postfix_str(words)
+                    if bar.disable:
+                        say(f"step {step}/{steps}  {words}  lr {lr:.2e}  {speed:.0f} images/s")
+            if stopping := stop.came_anywhere():
+                say(f"stopped at step {step} by a signal; the same command goes on from there")
+            if stopping or keep or step == stop_at:
+                checkpoint()
+                saved = step
+            if stopping:
+                return None
+    if rank == 0:
+        save(vit.state_dict(), path("encoder.pt"))
+    wait_for_all()
+    return vit, step
+
+
+# --- evaluation and the command line ---------------------------------------------------------------------------------
+
+def evaluate(args, vit, step, ds, rank, device, started, say):
+    """k-NN and linear probe of the trained and of the random encoder: the closing table, and metrics.jsonl's last line."""
+    import probe                                                    # here: probe.py imports this file
+    path = os.path.join(args.out, "metrics.jsonl")
+    test = open_dataset(args.data, "test", args.image_size, args.classes)
+    if test is None or test.labels is None or ds.labels is None:
+        return say("no labels, so no k-NN and no linear probe")
+    known = [line for line in map(json.loads, open(path)) if line.get("summary") and line["step"] == step]
+    if known:
+        summary = known[-1]
+    else:
+        say("k-NN and linear probe of the trained and of the random encoder")
+        trained = probe.evaluate(vit, ds, test, device, args.workers, args.seed)
+        random = probe.evaluate(build(args, 2).encoder.to(device), ds, test, device, args.workers, args.seed)
+        summary = dict(summary=True, step=step, linear=trained["linear"], linear_random=random["linear"],
+                       knn=trained["knn"], knn_random=random["knn"], seconds=round(time.time() - started, 1))
+        if rank == 0:
+            Metrics(path, step).write(**summary)
+    say(f"\n{'':<18}{'k-NN':>8}{'linear probe':>15}   top-1 % on {test.name}, {len(test)} images")
+    for name, suffix in (("random encoder", "_random"), ("trained encoder", "")):
+        say(f"{name:<18}{100 * summary['knn' + suffix]:>8.1f}{100 * summary['linear' + suffix]:>15.1f}")
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        description="Pre-train a ViT by MIM, PIM or MaPeT on visual tokens. What is not given comes from the recipe: the "
+                    "embedded default for --data textures, the paper's for a folder.")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default="textures", help="textures (embedded), a folder (ImageNet layout, or pictures without labels), or "
+        f"one of {', '.join(NAMED)}")
+    add("--classes", metavar="FILE", help="class folders to keep, one a line (ImageNet-100)")
+    add("--image-size", type=int, help="pixels a side (paper 224)")
+    add("--workers", type=int, help="loading processes per GPU (default: up to 8; 0 for textures)")
+    add("--jitter", type=float, help="colour jitter: brightness, contrast, saturation (paper 0.4)")
+    add = parser.add_argument_group("tokens").add_argument
+    add("--tokenizer", metavar="FILE", help="tokenizer.pt of kmeans.py fit (default: fitted first, kept in --out)")
+    add("--tokens", metavar="FILE", help="tokens.npy of kmeans.py tokenize, (images, patches), in the data set's order")
+    add("--features", help="what the tokenizer clusters: pixel, pixel-norm, hog, dino, deit, mae, clip (paper: clip)")
+    add("--vocab-size", type=int, metavar="K", help="codebook size (MaPeT 8192, ClusterMIM 50 to 100)")
+    add = parser.add_argument_group("model and objective").add_argument
+    add("--objective", default="mapet", choices=list(objectives.OBJECTIVES))
+    add("--model", choices=list(MODELS), help="(paper: vit_tiny, vit_small, vit_base)")
+    add("--patch-size", type=int, help="pixels a side (paper 16)")
+    add("--cut", type=int, help="cutting point, class token included (paper 50, ViT-B 60 of 197)")
+    add("--mask-ratio", type=float, help="the same as a share of the patches that are targets (paper 0.75, ViT-B 0.7)")
+    add("--drop-path", type=float, help="stochastic depth of the last block (paper 0.1)")
+    add("--layer-scale", type=float, help="initial LayerScale, 0 = none (paper 0.1)")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=float, help="passes over the data; sets the length of the schedule (paper 300)")
+    add("--steps", type=int, metavar="N", help="stop after N optimiser steps of that schedule")
+    add("--batch-size", type=int, help="images a step, over all processes and accumulation (paper 2048)")
+    add("--micro-batch", type=int, metavar="N", help="images at once on one process; the rest of its share is accumulated")
+    add("--lr", type=float, help="peak learning rate, as used (paper 1.5e-3 at batch 2048)")
+    add("--min-lr", type=float, help="at the end of the cosine (paper 1e-5)")
+    add("--warmup-lr", type=float, help="at the first step (paper 1e-6)")
+    add("--warmup-epochs", type=float, help="linear warm-up (paper 10)")
+    add("--weight-decay", type=float, help="AdamW, on matrices only (paper 0.05)")
+    add("--beta2", type=float, help="AdamW (paper 0.999)")
+    add("--clip-norm", type=float, help="gradient norm (paper 3.0)")
+    add = parser.add_argument_group("run").add_argument
+    add("--out", metavar="FOLDER", help="of the run (default: runs/OBJECTIVE-DATA)")
+    add("--seed", type=int, default=0)
+    add("--device", help="cuda, cpu (default: cuda if there is one)")
+    add("--resume", dest="fresh", action="store_false", default=False, help="go on from OUT/last.pt (the default)")
+    add("--fresh", action="store_true", help="start over: removes what an earlier run left in --out")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
+    add("--probe", action=argparse.BooleanOptionalAction, default=True, help="k-NN and linear probe at the end")
+    add("--save-every", type=int, metavar="STEPS", help="between checkpoints (default 1000; textures 200)")
+    add("--log-every", type=int, default=50, metavar="STEPS", help="between lines of metrics.jsonl")
+    args = parser.parse_args(argv)
+    for key, value in vars(args).items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and not 0 <= value < math.inf:
+            parser.error(f"--{key.replace('_', '-')} {value}: a number from 0 up is wanted")
+    if args.cut is not None and args.mask_ratio is not None:
+        parser.error("--cut and --mask-ratio say the same thing: give one of them")
+    return args
+
+
+def complete(args, world, device):
+    """Fill in what the recipe decides and check what can be checked before anything is read or written."""
+    handed_in = args.tokenizer or args.tokens                      # then the file says what the codebook is
+    for key, value in recipe(args.objective, args.data, args.model).items():
+        if getattr(args, key) is None and not (handed_in and key in ("features", "vocab_size")):
+            setattr(args, key, value)
+    args.out = args.out or os.path.join("runs", f"{args.objective}-{os.path.basename(os.path.normpath(args.data))}")
+    args.compile = device.type == "cuda" if args.compile is None else args.compile
+    if args.workers is None:
+        args.workers = 0 if args.data == "textures" else min(8, (os.cpu_count() or 1) // max(1, torch.cuda.device_count()))
+    for key in ("batch_size", "epochs", "lr", "log_every", "save_every"):
+        if not getattr(args, key):
+            raise ValueError(f"--{key.replace('_', '-')} must be more than 0")
+    micro = args.micro_batch or args.batch_size // world or 1
+    if args.batch_size % (micro * world):
+        raise ValueError(f"--batch-size {args.batch_size} is not a multiple of {world} processes" +
+                         (f" x --micro-batch {micro}" if args.micro_batch else ""))
+    with torch.device("meta"):
+        build(args, args.vocab_size or 2)                          # sizes, --cut and --mask-ratio out of range
+
+
+def run(args):
+    started = time.time()
+    rank, world, device = setup(args.device)
+    say = lambda *words: print(*words, flush=True) if rank == 0 else None
+    complete(args, world, device)
+    ds = open_dataset(args.data, "train", args.image_size, args.classes)
+    if args.batch_size > len(ds):
+        raise ValueError(f"--batch-size {args.batch_size} is more than the {len(ds)} images of {ds.name}")
+    last = os.path.join(args.out, "last.pt")
+    if args.fresh and rank == 0:
+        for name in ("last.pt", "encoder.pt", "metrics.jsonl", "tokens.npy", "tokenizer.pt"):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(args.out, name))
+    wait_for_all()
+    state = resume(last, args) if os.path.exists(last) else None
+    os.makedirs(args.out, exist_ok=True)
+    say(f"{ds.name}: {len(ds)} images" + (f", {len(ds.classes)} classes" if ds.classes else "") + f"; run in {args.out}")
+    tokens, vocab_size = get_tokens(args, ds, rank, device, say)
+    if rank == 0:
+        describe_codebook(tokens, ds, vocab_size, args.seed, say)
+    done = train(args, ds, tokens, vocab_size, state, rank, world, device, say)
+    if done and args.probe:
+        evaluate(args, *done, ds, rank, device, started, say)
+    if done:
+        say(f"\n{time.time() - started:.0f} s. In {args.out}: encoder.pt (the ViT, timm's names), last.pt, tokenizer.pt, "
+            "tokens.npy, metrics.jsonl")
+        say("next: " + "\n      ".join(next_commands(args)))
+
+
+def next_commands(args):
+    others = [name for name in objectives.OBJECTIVES if name != args.objective]
+    data = "" if args.data == "textures" else f" --data {args.data}"
+    return [f"python probe.py linear {args.out}{data}",
+            f"python objectives.py {args.objective} --patches 6 --cut 3",
+            f"torchrun --nproc_per_node 1 train.py --objective {others[0]}{data}"]
+
+
+def main(argv=None):
+    args = parse(argv)
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        run(args)
+    except (ValueError, OSError) as error:                          # bad input: one line, and nothing else
+        if rank == 0 or not isinstance(error, ValueError):
+            print(f"train.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
