@@ -8,7 +8,8 @@ The encoder is only read: every image goes through it once per view, in eval mod
 and buffers are hashed before and after. The feature of an image is the class token beside the mean of the patch tokens,
 after the final norm, as in BEiT's linear probe, which MaPeT follows (METHODS 1.8); the image is its centre square.
     k-NN      cosine similarity, k = 20 votes weighted by exp(similarity / 0.07)               (Wu et al. 2018, DINO)
-    linear    one linear layer on standardised features, AdamW, 50 epochs                     (settings below)
+    linear    one linear layer, AdamW, 50 epochs                                              (settings: `linear`)
+Both get features standardised by the training set's mean and deviation, because the two halves differ in scale.
 Every image is counted once, however many processes share the work.
 """
 import argparse
@@ -84,6 +85,12 @@ def extract(vit, ds, device, workers=0, batch_size=256):
     return features, torch.as_tensor(ds.labels, device=device)
 
 
+def standardise(train_x, *others):
+    """Features (n, d) minus the training set's mean, over its standard deviation, dimension by dimension."""
+    mean, std = train_x.mean(0), train_x.std(0).clamp_min(1e-6)
+    return [(x - mean) / std for x in (train_x, *others)]
+
+
 # --- k-NN ---------------------------------------------------------------------------------------------------------
 
 @torch.inference_mode()
@@ -102,27 +109,27 @@ def knn(train_x, train_y, test_x, test_y, k=20, temperature=.07, chunk=1024):
 # --- linear probe -------------------------------------------------------------------------------------------------
 
 def linear(train_x, train_y, test_x, test_y, epochs=50, batch_size=1024, lr=1e-2, weight_decay=1e-4, seed=0):
-    """Top-1 accuracy of one linear layer on features standardised by the training set's mean and deviation.
+    """Top-1 accuracy of one linear layer; features (n, d), standardised, labels (n,).
 
-    AdamW, cosine to 0, the weights start at zero; the test labels are used for nothing but the returned accuracy.
+    AdamW, cosine to 0, weights from zero; the test labels are used for nothing but the returned accuracy.
     """
-    device, n, classes = train_x.device, len(train_x), int(train_y.max()) + 1
-    mean, std = train_x.mean(0), train_x.std(0).clamp_min(1e-6)
-    x, head = (train_x - mean) / std, torch.nn.Linear(train_x.shape[1], classes, device=device)
-    torch.nn.init.zeros_(head.weight), torch.nn.init.zeros_(head.bias)
+    n, classes = len(train_x), int(train_y.max()) + 1
+    head = torch.nn.Linear(train_x.shape[1], classes, device=train_x.device)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
     batch_size = min(batch_size, n)
     optimiser = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=weight_decay)
     plan = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs * (n // batch_size))
     generator = torch.Generator().manual_seed(seed)
     for epoch in range(epochs):
-        order = torch.randperm(n, generator=generator).to(device)
+        order = torch.randperm(n, generator=generator).to(train_x.device)
         for rows in order[:n - n % batch_size].split(batch_size):
-            F.cross_entropy(head(x[rows]), train_y[rows]).backward()
+            F.cross_entropy(head(train_x[rows]), train_y[rows]).backward()
             optimiser.step()
             optimiser.zero_grad()
             plan.step()
     with torch.no_grad():
-        return (head((test_x - mean) / std).argmax(1) == test_y).float().mean().item()
+        return (head(test_x).argmax(1) == test_y).float().mean().item()
 
 
 def evaluate(vit, train_ds, test_ds, device, workers=0, seed=0, views=1, what=("knn", "linear")):
@@ -132,12 +139,16 @@ def evaluate(vit, train_ds, test_ds, device, workers=0, seed=0, views=1, what=("
     """
     train_x, train_y = extract(vit, train_ds, device, workers)
     test_x, test_y = extract(vit, test_ds, device, workers)
-    result = {"knn": knn(train_x, train_y, test_x, test_y)} if "knn" in what else {}
+    result = {}
+    if "knn" in what:
+        bank, asked = standardise(train_x, test_x)
+        result["knn"] = knn(bank, train_y, asked, test_y)
     if "linear" in what:
-        # No flips: the orientation of a texture, and of a digit or a sign elsewhere, is its class.
+        # No flips: the orientation of a texture, as of a digit or a sign elsewhere, is its class.
         crop = v2.RandomResizedCrop(train_ds.image_size, scale=(.3, 1), antialias=True)
         more = [extract(vit, View(train_ds, crop, seed, view), device, workers)[0] for view in range(1, views)]
-        result["linear"] = linear(torch.cat([train_x, *more]), train_y.repeat(views), test_x, test_y, seed=seed)
+        x, asked = standardise(torch.cat([train_x, *more]), test_x)
+        result["linear"] = linear(x, train_y.repeat(views), asked, test_y, seed=seed)
     return result
 
 

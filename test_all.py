@@ -503,3 +503,454 @@ def test_masks_printed_and_drawn(tmp_path, capsys):
         white = (picture[2 * cell + y * cell + 6, 3 * cell + x * cell + 6] == 255).all()
         assert white != mask[y, x].item()
     refused(objectives.main, ["mapet", "--patches", 6, "--cut", 7], capsys, "--cut 7", "1 to 6")
+
+
+# --- train.py -----------------------------------------------------------------------------------------------------
+
+def make_folder(root, per_class=20, size=40, classes=("ant", "bee"), splits=("train", "val")):
+    """A small data set in ImageNet's layout; ants are dark and bees are light."""
+    rng = np.random.default_rng(0)
+    for split, (c, name) in itertools.product(splits, enumerate(classes)):
+        os.makedirs(os.path.join(root, split, name))
+        for i in range(per_class):
+            pixels = (rng.integers(0, 128, (size, size + 8, 3)) + 100 * c).astype(np.uint8)
+            Image.fromarray(pixels).save(os.path.join(root, split, name, f"{i:03d}.png"))
+    return str(root)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("data") / "images")
+
+
+SMALL_RUN = ["--model", "vit_micro", "--image-size", 24, "--patch-size", 8, "--features", "pixel", "--vocab-size", 6,
+             "--batch-size", 8, "--epochs", 4, "--warmup-epochs", 1, "--log-every", 1, "--lr", 1e-3, "--workers", 0,
+             "--device", "cpu"]                                            # 40 images: 20 steps
+
+
+def run_small(data, out, *more):
+    """train.main in this process on a small folder; returns the lines of metrics.jsonl."""
+    train.main([str(a) for a in ("--data", data, "--out", out, *SMALL_RUN, *more)])
+    return [json.loads(line) for line in open(os.path.join(out, "metrics.jsonl"))]
+
+
+def same_encoder(a, b):
+    a, b = (torch.load(os.path.join(out, "encoder.pt"), weights_only=True) for out in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_textures_are_a_function_of_seed_and_index():
+    images, labels = train.render_textures(1, range(40))
+    assert images.shape == (40, 3, 48, 48) and images.dtype == np.float32
+    again, label = train.render_textures(1, [7])
+    assert np.array_equal(images[7], again[0]) and labels[7] == label[0]
+    other, _ = train.render_textures(2, [7])
+    assert not np.array_equal(other, again)
+    many, labels = train.render_textures(3, range(600))
+    assert abs(many.mean()) < .1 and abs(many.std() - 1) < .1
+    assert np.bincount(labels, minlength=10).min() > 30                    # 60 each on average
+
+
+def test_textures_class_is_orientation_and_period():
+    """The strongest frequency inside the object, without noise to hide it, turns with the label's orientation."""
+    images, labels = train.render_textures(1, range(2000))
+    grey = images.mean(1)[:, 8:40, 8:40] * np.hanning(32)[:, None] * np.hanning(32)
+    power = np.abs(np.fft.fftshift(np.fft.fft2(grey - grey.mean((1, 2), keepdims=True)), axes=(1, 2))) ** 2
+    fy, fx = np.mgrid[-16:16, -16:16]
+    ring = (np.hypot(fx, fy) > 1.5) & (np.hypot(fx, fy) < 8)
+    for orientation in range(5):
+        spectrum = power[labels % 5 == orientation].mean(0) * ring
+        angle = np.angle((spectrum * np.exp(2j * np.arctan2(fy, fx))).sum()) / 2           # axis, modulo pi
+        gap = (angle - orientation * np.pi / 5 + np.pi / 2) % np.pi - np.pi / 2
+        assert abs(gap) < .3, (orientation, angle)
+
+
+def test_any_mode_and_size_of_picture(tmp_path):
+    ramp = np.linspace(0, 255, 60 * 80).reshape(60, 80).astype(np.uint8)
+    colour = Image.fromarray(np.stack([ramp, ramp[::-1], 255 - ramp], -1))
+    pictures = {"rgb.png": colour, "grey.png": Image.fromarray(ramp), "cmyk.jpg": colour.convert("CMYK"),
+                "palette.png": colour.convert("P"), "alpha.png": colour.convert("RGBA"), "one.png": colour.convert("1"),
+                "deep.png": Image.fromarray(ramp.astype(np.uint16) * 256), "tall.jpeg": colour.resize((30, 200)),
+                "tiny.PNG": colour.resize((3, 2)), "la.png": colour.convert("LA"), "anim.gif": colour}
+    os.makedirs(tmp_path / "deep" / "er")
+    for i, (name, picture) in enumerate(pictures.items()):
+        picture.save(tmp_path / ("deep/er" if i % 2 else ".") / name)
+    (tmp_path / "readme.txt").write_text("not a picture")
+    ds = train.open_dataset(str(tmp_path), "train", image_size=32)
+    assert len(ds) == len(pictures) - 1 and ds.labels is None and ds.classes is None       # .gif is not in torchvision's list
+    by_name = {os.path.basename(name): ds[i][0] for i, name in enumerate(ds.names)}
+    for name, image in by_name.items():
+        assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
+    assert ds[0][1] == -1 and ds[0][2] == 0
+    difference = lambda a, b: (by_name[a].float() - by_name[b].float()).abs().mean()
+    assert difference("rgb.png", "alpha.png") < 1 and difference("rgb.png", "cmyk.jpg") < 20
+    assert difference("grey.png", "deep.png") < 1.5                        # 16 bits scaled, not clipped
+
+
+def test_exif_rotation_and_centre_crop(tmp_path):
+    pixels = np.zeros((20, 40, 3), np.uint8)
+    pixels[:, 10:30] = 100
+    pixels[:10, 10:20] = 250                                               # top left of the centre square
+    upright = Image.fromarray(pixels)
+    turned, exif = upright.transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    exif[0x0112] = 6                                                       # "turn me 90 degrees clockwise to see me"
+    os.makedirs(tmp_path / "x")
+    upright.save(tmp_path / "x" / "a.png")
+    turned.save(tmp_path / "x" / "b.png", exif=exif)
+    a, b = (train.open_dataset(str(tmp_path / "x"), image_size=20)[i][0] for i in (0, 1))
+    assert torch.equal(a, b)
+    assert (a[:, :10, :10] == 250).all() and (a[:, 10:] == 100).all()      # the middle 20 columns, nothing resized
+
+
+def test_folder_layout(folder, tmp_path):
+    ds, test = (train.open_dataset(folder, split, 24) for split in ("train", "test"))
+    assert len(ds) == len(test) == 40 and ds.classes == ["ant", "bee"] and "val" in test.names[0]
+    assert ds.labels.tolist() == [0] * 20 + [1] * 20
+    assert ds[0][0].float().mean() < ds[39][0].float().mean() - 50
+    (tmp_path / "classes.txt").write_text("bee\n")
+    assert train.open_dataset(folder, "train", 24, tmp_path / "classes.txt").classes == ["bee"]
+    (tmp_path / "classes.txt").write_text("cow\n")
+    with pytest.raises(ValueError, match="cow"):
+        train.open_dataset(folder, "train", 24, tmp_path / "classes.txt")
+    flat = os.path.join(folder, "train", "ant")
+    assert train.open_dataset(flat, "test", 24) is None and train.open_dataset(flat, "train", 24).labels is None
+
+
+def test_torchvision_data_set_by_name(tmp_path, monkeypatch):
+    """The real loading code on a small CIFAR-10 in its own file format."""
+    monkeypatch.chdir(tmp_path)
+    base = tmp_path / "data" / "cifar-10-batches-py"
+    os.makedirs(base)
+    for name in ["test_batch"] + [f"data_batch_{i}" for i in range(1, 6)]:
+        entry = {"data": np.random.default_rng(0).integers(0, 256, (4, 3072), np.uint8), "labels": [3, 1, 0, 9]}
+        pickle.dump(entry, open(base / name, "wb"))
+    pickle.dump({"label_names": list("abcdefghij")}, open(base / "batches.meta", "wb"))
+    with pytest.raises(ValueError, match="data/"):                         # not the real files, and no network
+        train.open_dataset("cifar10", "train")
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *a: True)
+    ds = train.open_dataset("cifar10", "train")
+    assert len(ds) == 20 and ds[0][0].shape == (3, 32, 32) and ds.labels[:4].tolist() == [3, 1, 0, 9]
+    assert len(train.open_dataset("cifar10", "test")) == 4
+
+
+def test_schedule_is_a_function_of_the_step():
+    everything = list(train.schedule(21, 8, seed=3, start=0, stop=6, rows=slice(0, 8), accumulate=1))
+    assert [len(step) for step in everything] == [8] * 6
+    for epoch in range(3):
+        images = [i for e, i in everything[2 * epoch] + everything[2 * epoch + 1] if e == epoch]
+        assert len(set(images)) == 16 and max(images) < 21                 # each at most once an epoch
+    assert everything[0] != [(0, i) for _, i in everything[2]]             # another order in another epoch
+    assert list(train.schedule(21, 8, 3, 3, 6, slice(0, 8), 1)) == everything[3:]            # resumed
+    parts = [list(train.schedule(21, 8, 3, 0, 6, slice(4 * r, 4 * r + 4), 2)) for r in range(2)]
+    for step in range(6):                                                  # 2 processes x 2 micro-batches
+        assert sum((parts[r][2 * step + m] for r in range(2) for m in range(2)), []) == everything[step]
+
+
+def test_learning_rate():
+    rate = lambda step: train.learning_rate(step, steps=110, warmup=10, peak=1., start=.1, end=.2)
+    assert rate(0) == .1 and rate(5) == pytest.approx(.55) and rate(10) == 1
+    assert rate(60) == pytest.approx(.6) and rate(110) == pytest.approx(.2)
+
+
+def test_weight_decay_groups():
+    model = objectives.make("mapet", tiny(layer_scale=.1), 6, cut=4)
+    args = train.parse(["--lr", "1", "--weight-decay", "0.05", "--beta2", "0.9"])
+    decayed, free = train.make_optimiser(model, args).param_groups
+    name = {id(p): key for key, p in model.named_parameters()}
+    decayed_names = {name[id(p)] for p in decayed["params"]}
+    free_names = {name[id(p)] for p in free["params"]}
+    assert decayed["weight_decay"] == .05 and free["weight_decay"] == 0
+    assert {"mask_token", "head.weight", "encoder.blocks.0.attn.qkv.weight"} <= decayed_names
+    assert {"encoder.pos_embed", "encoder.cls_token", "encoder.blocks.0.ls1.gamma", "head.bias", "encoder.norm.weight"} <= free_names
+    assert len(decayed_names) + len(free_names) == len(name)
+
+
+def test_recipes_of_the_paper():
+    """MaPeT Table 7 and METHODS 1.5, for an ImageNet folder with no other flag."""
+    args = train.parse(["--data", "/imagenet", "--objective", "mapet"])
+    train.complete(args, 8, torch.device("cpu"))
+    assert (args.model, args.batch_size, args.epochs, args.lr, args.min_lr) == ("vit_base", 2048, 300, 1.5e-3, 1e-5)
+    assert (args.warmup_epochs, args.warmup_lr, args.clip_norm, args.weight_decay) == (10, 1e-6, 3, .05)
+    assert (args.drop_path, args.layer_scale, args.jitter, args.beta2) == (.1, .1, .4, .999)
+    assert (args.features, args.vocab_size, args.image_size, args.patch_size) == ("clip", 8192, 224, 16)
+    assert train.recipe("mapet", "/imagenet", "vit_small")["mask_ratio"] == .75
+    assert train.recipe("mapet", "/imagenet", "vit_base")["mask_ratio"] == .7
+    assert train.recipe("mim", "/imagenet")["mask_ratio"] == 75 / 196
+    explicit = train.parse(["--lr", "3", "--cut", "20"])
+    train.complete(explicit, 1, torch.device("cpu"))
+    assert explicit.lr == 3 and explicit.cut == 20 and explicit.model == "vit_micro"
+
+
+def test_a_run_from_pictures_to_table(folder, tmp_path, capsys):
+    out = str(tmp_path / "run")
+    lines = run_small(folder, out)
+    printed = capsys.readouterr().out
+    assert "TCAS" in printed and "random tokens" in printed and "random encoder" in printed and "ln K 1.792" in printed
+    assert [line["step"] for line in lines[:-1]] == list(range(1, 21))
+    assert all({"step", "epoch", "loss", "lr"} <= line.keys() for line in lines[:-1])
+    summary = lines[-1]
+    assert summary["summary"] and {"linear", "linear_random", "knn", "knn_random", "seconds"} <= summary.keys()
+    assert summary["linear"] > .9                                          # dark and light: easy
+    assert sorted(os.listdir(out)) == ["encoder.pt", "last.pt", "metrics.jsonl", "tokenizer.pt", "tokens.npy"]
+    state = torch.load(os.path.join(out, "encoder.pt"), weights_only=True)
+    assert list(state) == list(V.vit_micro(image_size=24, layer_scale=.1).state_dict())
+    last = torch.load(os.path.join(out, "last.pt"), weights_only=True)
+    assert last["step"] == 20 and {"model", "optimiser", "epoch", "rng", "args"} <= last.keys()
+    tokens = np.load(os.path.join(out, "tokens.npy"))
+    tokenizer, ds = kmeans.load_tokenizer(os.path.join(out, "tokenizer.pt")), train.open_dataset(folder, "train", 24)
+    assert tokens.dtype == np.uint16 and tokens.shape == (40, 9)
+    assert np.array_equal(tokens[:8], tokenizer(torch.stack([ds[i][0] for i in range(8)])).numpy())
+    # Once more: it is complete, so nothing is trained and the same table is printed.
+    again = run_small(folder, out)
+    assert again == lines
+
+
+def test_stop_resume_equals_unbroken(folder, tmp_path):
+    """--steps stops early; going on gives the same weights and the same log, bit for bit."""
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    a = run_small(folder, whole, "--no-probe", "--drop-path", .2, "--jitter", .4)
+    for steps in (7, 8, 20):
+        b = run_small(folder, parts, "--no-probe", "--drop-path", .2, "--jitter", .4, "--steps", steps)
+    strip = lambda lines: [{key: line[key] for key in ("step", "loss", "lr", "epoch")} for line in lines]
+    assert strip(a) == strip(b) and same_encoder(whole, parts)
+    other = str(tmp_path / "other")
+    run_small(folder, other, "--no-probe", "--drop-path", .2, "--jitter", .4, "--seed", 1)
+    assert not same_encoder(whole, other)
+
+
+def test_kill_at_any_moment(folder, tmp_path):
+    """kill -9 in the middle of everything, again and again; the same command ends with the same encoder."""
+    argv = ["train.py", "--data", folder, *SMALL_RUN, "--no-probe", "--epochs", 20, "--save-every", 3]
+    unbroken, killed = str(tmp_path / "a"), str(tmp_path / "b")
+    reference = script(*argv, "--out", unbroken)
+    rng, kills = np.random.default_rng(int(time.time())), 0
+    last = os.path.join(killed, "last.pt")
+    for _ in range(2):
+        process, started = script(*argv, "--out", killed), os.path.exists(last)
+        while not os.path.exists(last) and process.poll() is None:         # the first one dies soon after its first save
+            time.sleep(.01)
+        time.sleep(rng.uniform(0, .3) + (rng.uniform(0, 5) if started else 0))     # the other at any moment
+        process.kill()
+        kills += process.wait() == -signal.SIGKILL
+        process.communicate()
+    assert kills >= 1
+    finished(script(*argv, "--out", killed))
+    finished(reference)
+    assert same_encoder(unbroken, killed)
+    steps = [json.loads(line)["step"] for line in open(os.path.join(killed, "metrics.jsonl"))]
+    assert steps == list(range(1, 101))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_exits_0(folder, tmp_path, number):
+    out = str(tmp_path / "run")
+    process = script("train.py", "--data", folder, "--out", out, *SMALL_RUN, "--no-probe", "--epochs", 2000)
+    metrics = os.path.join(out, "metrics.jsonl")
+    while not os.path.exists(metrics) or not open(metrics).read().count("\n"):
+        assert process.poll() is None, process.communicate()
+        time.sleep(.05)
+    process.send_signal(number)
+    assert "the same command goes on" in finished(process)
+    saved = torch.load(os.path.join(out, "last.pt"), weights_only=True)["step"]
+    assert saved == json.loads(open(metrics).read().splitlines()[-1])["step"] and 0 < saved < 10000
+
+
+def test_two_processes_equal_one(folder, tmp_path):
+    argv = ["train.py", "--data", folder, *SMALL_RUN, "--drop-path", .2, "--jitter", .4]
+    two = script(*argv, "--out", tmp_path / "two", processes=2)
+    one = run_small(folder, str(tmp_path / "one"), "--drop-path", .2, "--jitter", .4)
+    printed = finished(two)
+    assert printed.count("going on") == 0 and printed.count("TCAS") == 1   # only rank 0 prints
+    lines = [json.loads(line) for line in open(tmp_path / "two" / "metrics.jsonl")]
+    for a, b in zip(one[:-1], lines[:-1], strict=True):
+        assert a["step"] == b["step"] and a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+    assert one[-1]["linear"] == pytest.approx(lines[-1]["linear"], abs=.051)
+
+
+def test_accumulation_equals_one_batch(folder, tmp_path):
+    one = run_small(folder, str(tmp_path / "one"), "--no-probe", "--drop-path", .2)
+    four = run_small(folder, str(tmp_path / "four"), "--no-probe", "--drop-path", .2, "--micro-batch", 2)
+    for a, b in zip(one, four, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+
+
+def test_tokenizer_and_tokens_from_files(folder, tmp_path):
+    first = run_small(folder, str(tmp_path / "a"), "--no-probe")
+    base = ["--data", folder, *SMALL_RUN, "--no-probe"]
+    base = [str(a) for a in base if a not in ("--features", "pixel", "--vocab-size", 6)]
+    for flag, name in (("--tokenizer", "tokenizer.pt"), ("--tokens", "tokens.npy")):
+        out = str(tmp_path / name)
+        train.main([*base, "--out", out, flag, str(tmp_path / "a" / name)])
+        lines = [json.loads(line) for line in open(os.path.join(out, "metrics.jsonl"))]
+        assert [line["loss"] for line in lines] == [line["loss"] for line in first]
+
+
+def test_unlabelled_folder_trains_without_a_table(folder, tmp_path, capsys):
+    lines = run_small(os.path.join(folder, "train", "ant"), str(tmp_path / "run"), "--epochs", 2)
+    assert len(lines) == 4 and "no labels" in capsys.readouterr().out
+
+
+def test_damaged_picture_is_named_and_replaced(tmp_path, capsys):
+    root = make_folder(tmp_path / "d", per_class=60, size=30)
+    victim = os.path.join(root, "train", "bee", "007.png")
+    open(victim, "r+b").truncate(400)
+    lines = run_small(root, str(tmp_path / "run"), "--epochs", 1, "--no-probe")
+    assert capsys.readouterr().err.count(victim) == 1 and len(lines) == 15
+    tokens = np.load(tmp_path / "run" / "tokens.npy")
+    assert np.array_equal(tokens[67], tokens[68])                          # the neighbour's
+    for name in ("001.png", "002.png"):
+        open(os.path.join(root, "train", "ant", name), "wb").close()
+    argv = ["--data", root, "--out", tmp_path / "run2", *SMALL_RUN, "--no-probe"]
+    refused(train.main, argv, capsys, "2 of 120", "more than 1 %", "001.png")
+    assert not os.path.exists(tmp_path / "run2" / "last.pt")
+
+
+def test_not_finite_stops_and_keeps_the_last_good_checkpoint(folder, tmp_path, capsys, monkeypatch):
+    out, forward, calls = str(tmp_path / "run"), objectives.MaPeT.forward, []
+
+    def broken(self, *args, **how):
+        loss, logs = forward(self, *args, **how)
+        calls.append(1)
+        return loss * (math.nan if len(calls) == 8 else 1), logs
+    monkeypatch.setattr(objectives.MaPeT, "forward", broken)
+    refused(train.main, ["--data", folder, "--out", out, *SMALL_RUN, "--save-every", 5], capsys,
+            "step 8", "not finite", "keeps step 5")
+    last = torch.load(os.path.join(out, "last.pt"), weights_only=True)
+    assert last["step"] == 5 and all(torch.isfinite(value).all() for value in last["model"].values())
+    monkeypatch.undo()
+    run_small(folder, out, "--no-probe", "--save-every", 5)
+    run_small(folder, str(tmp_path / "whole"), "--no-probe")
+    assert same_encoder(out, str(tmp_path / "whole"))
+
+
+def test_bad_input_is_one_line_and_writes_nothing(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    no = lambda *argv_and_words: refused(train.main, [*SMALL_RUN, "--out", out, *argv_and_words[0]], capsys,
+                                         *argv_and_words[1:])
+    no(["--data", tmp_path / "missing"], "missing", "no such folder")
+    os.makedirs(tmp_path / "empty")
+    no(["--data", tmp_path / "empty"], "empty", "no pictures")
+    os.makedirs(tmp_path / "half" / "train" / "cat")
+    os.makedirs(tmp_path / "half" / "train" / "dog")
+    Image.new("RGB", (9, 9)).save(tmp_path / "half" / "train" / "dog" / "a.png")
+    no(["--data", tmp_path / "half"], "cat")
+    no(["--data", folder, "--cut", 10], "cutting point 10", "1 to 9")
+    no(["--data", folder, "--cut", 0], "cutting point 0")
+    no(["--data", folder, "--cut", 3, "--mask-ratio", .5], "--mask-ratio")
+    no(["--data", folder, "--batch-size", 9, "--micro-batch", 2], "--batch-size 9", "--micro-batch 2")
+    no(["--data", folder, "--batch-size", 64], "--batch-size 64", "40")
+    no(["--data", folder, "--image-size", 25], "25", "8")
+    no(["--data", folder, "--lr", "nan"], "--lr")
+    no(["--data", folder, "--objective", "jigsaw"], "jigsaw")
+    no(["--data", folder, "--features", "nonsense"], "nonsense")
+    no(["--data", folder, "--tokenizer", tmp_path / "none.pt"], "none.pt", "no such file")
+    no(["--data", folder, "--tokens", tmp_path / "none.npy"], "none.npy")
+    assert not out.exists() or not os.listdir(out)
+
+
+def test_files_of_another_run_are_refused(folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    run_small(folder, str(out), "--no-probe", "--epochs", 1)
+    before = {name: open(out / name, "rb").read() for name in os.listdir(out)}
+    no = lambda argv, *words: refused(train.main, ["--data", folder, *SMALL_RUN, "--epochs", 1, *argv], capsys, *words)
+    no(["--out", tmp_path / "b", "--patch-size", 12, "--tokenizer", out / "tokenizer.pt"], "tokenizer.pt", "8", "12")
+    no(["--out", tmp_path / "b", "--vocab-size", 7, "--tokenizer", out / "tokenizer.pt"], "tokenizer.pt", "6", "7")
+    np.save(tmp_path / "short.npy", np.zeros((39, 9), np.uint16))
+    np.save(tmp_path / "grid.npy", np.zeros((40, 16), np.uint16))
+    np.save(tmp_path / "beyond.npy", np.full((40, 9), 6, np.uint16))
+    no(["--out", tmp_path / "b", "--tokens", tmp_path / "short.npy"], "short.npy", "39", "40")
+    no(["--out", tmp_path / "b", "--tokens", tmp_path / "grid.npy"], "grid.npy", "16", "9")
+    no(["--out", tmp_path / "b", "--tokens", tmp_path / "beyond.npy"], "beyond.npy", "6")
+    no(["--out", out, "--lr", 5e-3], "last.pt", "--lr 0.001 there, 0.005 here", "--fresh")
+    assert before == {name: open(out / name, "rb").read() for name in os.listdir(out)}
+    for damage, words in ((before["last.pt"][:1000], "not a readable checkpoint"), (before["encoder.pt"], "not a checkpoint")):
+        open(out / "last.pt", "wb").write(damage)
+        no(["--out", out], "last.pt", words)
+        assert open(out / "last.pt", "rb").read() == damage
+    run_small(folder, str(out), "--no-probe", "--epochs", 1, "--fresh")
+    assert torch.load(out / "last.pt", weights_only=True)["step"] == 5
+
+
+# --- probe.py -----------------------------------------------------------------------------------------------------
+
+def blobs(n, spread, seed=0):
+    """Three clouds in 8 dimensions."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = 4 * torch.eye(3, 8)
+    y = torch.randint(3, (n,), generator=generator)
+    return centres[y] + spread * torch.randn(n, 8, generator=generator), y
+
+
+def test_linear_probe():
+    x, y = blobs(600, .1)
+    more, wanted = blobs(200, .1, seed=1)
+    assert probe.linear(x, y, more, wanted) == 1
+    shuffled = y[torch.randperm(600, generator=torch.Generator().manual_seed(0))]
+    assert probe.linear(*blobs(600, 1.)[:1], shuffled, *blobs(600, 1., seed=1)) < .5
+    assert probe.linear(x, y, more, wanted) == probe.linear(x, y, more, wanted)
+
+
+def test_knn_equals_brute_force():
+    (x, y), (asked, wanted) = blobs(150, 3.), blobs(70, 3., seed=1)
+    correct = 0
+    for point, label in zip(asked, wanted):
+        similarity = torch.stack([point @ other / point.norm() / other.norm() for other in x])
+        votes = torch.zeros(3)
+        for j in similarity.argsort(descending=True)[:20]:
+            votes[y[j]] += math.exp(similarity[j] / .07)
+        correct += votes.argmax() == label
+    assert probe.knn(x, y, asked, wanted, chunk=32) == pytest.approx(correct.item() / 70)
+    assert probe.knn(x[:5], y[:5], asked, wanted) > .3                     # k larger than the bank
+
+
+def test_features_are_class_token_and_mean_of_patches(folder):
+    ds, vit = train.open_dataset(folder, "train", 24), tiny(drop_path=.5).train()
+    before = probe.fingerprint(vit)
+    features, labels = probe.extract(vit, ds, torch.device("cpu"), batch_size=7)
+    images = train.normalise(torch.stack([ds[i][0] for i in (0, 39)]), ds)
+    with torch.no_grad():
+        tokens = vit.eval()(images)
+    torch.testing.assert_close(features[[0, 39]], torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1))
+    assert labels.tolist() == ds.labels.tolist() and probe.fingerprint(vit) == before
+    vit.norm.bias.data[0] += 1e-6
+    assert probe.fingerprint(vit) != before
+
+
+def test_views_are_crops_that_depend_on_the_seed(folder):
+    ds = train.open_dataset(folder, "train", 24)
+    crop = torchvision.transforms.v2.RandomResizedCrop(24, scale=(.3, .5), antialias=True)
+    a, b, c = (probe.View(ds, crop, 0, view)[3][0] for view in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c) and a.shape == (3, 24, 24)
+    result = probe.evaluate(tiny(), ds, train.open_dataset(folder, "test", 24), torch.device("cpu"), views=2)
+    assert result["linear"] > .9 and result["knn"] > .9
+
+
+def test_probe_commands(folder, tmp_path, capsys):
+    out = str(tmp_path / "run")
+    summary = run_small(folder, out, "--epochs", 1)[-1]
+    for what in ("knn", "linear"):
+        for where in (out, os.path.join(out, "encoder.pt")):
+            assert probe.main([what, where, "--device", "cpu"])[what] == summary[what]     # --data: the run's own
+        assert probe.main([what, out, "--random-init", "--device", "cpu"])[what] == summary[what + "_random"]
+    probe.main(["knn", "--random-init", "--image-size", "24", "--data", folder, "--device", "cpu"])
+    assert "random vit_micro" in capsys.readouterr().out
+    refused(probe.main, ["knn"], capsys, "--random-init")
+    refused(probe.main, ["knn", tmp_path / "no.pt", "--data", folder], capsys, "no.pt", "no such file")
+    refused(probe.main, ["linear", out, "--data", os.path.join(folder, "train", "ant")], capsys, "labels")
+    torch.save({"a": torch.zeros(2)}, tmp_path / "a.pt")
+    refused(probe.main, ["linear", tmp_path / "a.pt", "--data", folder], capsys, "a.pt", "no ViT weights")
+
+
+# --- README.md ----------------------------------------------------------------------------------------------------
+
+def test_readme_commands_parse():
+    """Every command in the README names flags that exist."""
+    text = open(os.path.join(HERE, "README.md")).read().replace("\\\n", " ")
+    commands = re.findall(r"^(?:.*&& )?(?:python|torchrun[^&\n]*?) (\w+)\.py([^&#\n]*)", text, re.M)
+    assert len(commands) >= 5
+    for name, flags in commands:
+        known = subprocess.run([sys.executable, os.path.join(HERE, f"{name}.py"), *shlex.split(flags)[:1], "--help"],
+                               capture_output=True, text=True).stdout
+        for flag in re.findall(r"--[a-z][a-z-]*", flags):
+            assert flag in known, (name, flag)

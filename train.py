@@ -474,7 +474,7 @@ def build(args, vocab_size):
     torch.manual_seed(args.seed)
     vit = MODELS[args.model](image_size=args.image_size, patch_size=args.patch_size, drop_path=args.drop_path,
                              layer_scale=args.layer_scale or None)
-    return objectives.make(args.objective, vit, vocab_size, args.cut, None if args.cut else args.mask_ratio)
+    return objectives.make(args.objective, vit, vocab_size, args.cut, args.mask_ratio if args.cut is None else None)
 
 
 class StopSignal:

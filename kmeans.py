@@ -1,0 +1,1034 @@
+"""K-means and the K-means tokenizer: images -> patch features -> the nearest centroid (ClusterMIM, arXiv:2407.09087, Sec. 3.2).
+
+    t(x) = argmin_k ||f(x) - c_k||^2            f: raw pixels, HOG, or a frozen encoder (DINO, DeiT, MAE, CLIP, one of ours)
+         = argmax_k f(x).c_k - ||c_k||^2 / 2    since ||f(x)||^2 is the same for every k: one matrix product and an argmax
+
+    Lloyd: repeat   t_i = argmin_k ||x_i - c_k||^2,   c_k = mean of the x_i with t_i = k        (the inertia never rises)
+
+The rows are read block by block and the scores of a block are gone after its argmax, so memory beyond the data is
+O(block K + K d). The same loop takes a tensor, a memory map or a stream, one process or many, one problem or a batch.
+
+python kmeans.py fit --out runs/tok                       embedded images, raw pixels, K = 64: about 20 s on two CPU cores
+python kmeans.py tokenize --tokenizer runs/tok/tokenizer.pt --out runs/tok     tokens.npy; killed, it goes on where it was
+python kmeans.py show --tokenizer runs/tok/tokenizer.pt --out runs/tok         codebook.png, tokens.png
+torchrun --nproc_per_node 8 kmeans.py fit --data IMAGENET --features clip --k 8192 --init random --restarts 5 --max-iter 20
+                                                          k-CLIP, MaPeT's tokenizer (METHODS 1.7); --plan says what it takes
+python kmeans.py bench                                    seconds per Lloyd iteration over those of the bare product X C^T
+"""
+import argparse
+import hashlib
+import math
+import os
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange, reduce, repeat
+from torch.utils.data import DataLoader
+from torchvision.utils import make_grid, save_image
+from tqdm import tqdm
+
+from vit import download, from_weights, patchify, read_checkpoint, unpatchify
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:                                     # no Triton for macOS and Windows: plain torch takes over
+    triton = None
+
+IMAGENET = (.485, .456, .406), (.229, .224, .225)       # mean, std on the scale 0..1: DINO, DeiT and MAE want these
+CLIP = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
+ENCODERS = {"dino": "dino_vits16", "deit": "deit_small", "mae": "mae_vitb16"}    # names that vit.from_weights knows
+CLIP_SHA256 = "be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c"
+CLIP_URL = f"https://openaipublic.azureedge.net/clip/models/{CLIP_SHA256}/RN50x64.pt"
+UNSET = 65535                                           # no token: what is still missing in a half-written tokens.npy
+
+
+# --- the two steps of Lloyd's algorithm on one block -------------------------------------------------------------------
+
+def nearest(x, w, bias):
+    """argmax_k x.w_k + bias_k -> labels (r, b, m) int64, scores (r, b, m) float32; of equal scores the smallest k.
+
+    x (b, m, d): b problems of m rows, any dtype; w (r, b, k, d) and bias (r, b, k) float32: r codebooks (restarts) for each.
+    """
+    if fused(x):
+        return nearest_fused(x, w, bias)
+    scores = torch.baddbmm(rearrange(bias, "r b k -> b 1 (r k)"), x.float(), rearrange(w, "r b k d -> b d (r k)"))
+    best, labels = rearrange(scores, "b m (r k) -> r b m k", r=len(w)).max(-1)
+    return labels, best
+
+
+def add_rows(sums, counts, labels, x):
+    """sums (r, b, k, d) float32 and counts (r, b, k) float64 += the rows x (b, m, d) and their number, by labels (r, b, m)."""
+    if fused(x):
+        return add_rows_fused(sums, counts, labels, x)
+    x = x.float()
+    for r, b in np.ndindex(labels.shape[:2]):
+        sums[r, b].index_add_(0, labels[r, b], x[b])
+        counts[r, b] += torch.bincount(labels[r, b], minlength=counts.shape[-1])
+
+
+def fold(c, origin, scale, shift):
+    """w, bias such that x.w_k + bias_k = (x' - o).(c_k - o) - ||c_k - o||^2 / 2, where x' = scale x + shift is clustered.
+
+    Any origin o gives the same labels. The data's mean keeps the numbers small, so that float32 tells near centroids apart.
+    """
+    c = c.double() - origin[..., None, :]
+    bias = (c * (shift - origin)[..., None, :]).sum(-1) - c.square().sum(-1) / 2
+    return (c * scale).float(), bias.float()
+
+
+# --- the same two steps on CUDA: neither scores nor atomics ever reach memory --------------------------------------------
+
+def fused(x):
+    return triton is not None and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+
+
+if triton is not None:
+    @triton.jit
+    def nearest_kernel(x, w, bias, labels, scores, m, k, d, b, centre, unit, HALF: tl.constexpr,
+                       ROWS: tl.constexpr, CODES: tl.constexpr, WIDTH: tl.constexpr):
+        """One program: ROWS rows of one problem against all codes, CODES at a time; the scores live in registers."""
+        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        problem = tl.program_id(1).to(tl.int64)
+        x_row = x + ((problem % b) * m + row[:, None]) * d
+        best = tl.full((ROWS,), float("-inf"), tl.float32)
+        label = tl.zeros((ROWS,), tl.int32)
+        for first in range(0, k, CODES):
+            code = first + tl.arange(0, CODES)
+            w_row = w + (problem * k + code[None, :]) * d
+            dot = tl.zeros((ROWS, CODES), tl.float32)
+            for at in range(0, d, WIDTH):
+                column = at + tl.arange(0, WIDTH)
+                xs = tl.load(x_row + column[None, :], (row[:, None] < m) & (column[None, :] < d), 0)
+                ws = tl.load(w_row + column[:, None], (code[None, :] < k) & (column[:, None] < d), 0)
+                if HALF:
+                    xs = ((xs.to(tl.float32) - centre) * unit).to(tl.float16)
+                dot = tl.dot(xs, ws, dot, input_precision="tf32x3")           # float32 operands: float32's precision
+            score = dot + tl.load(bias + problem * k + code, code < k, float("-inf"))[None, :]
+            top, arg = tl.max(score, 1, return_indices=True)
+            label = tl.where(top > best, first + arg, label)
+            best = tl.maximum(top, best)
+        tl.store(labels + problem * m + row, label, row < m)
+        tl.store(scores + problem * m + row, best, row < m)
+
+    @triton.jit
+    def one_hot_kernel(x, labels, sums, counts, m, k, d, b, span, splits, TYPE: tl.constexpr,
+                       ROWS: tl.constexpr, CODES: tl.constexpr, WIDTH: tl.constexpr):
+        """One program: one-hot(labels)^T x of `span` rows and WIDTH columns, for few codes; adds up in registers."""
+        split, problem = tl.program_id(1), tl.program_id(2).to(tl.int64)
+        column = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+        code = tl.arange(0, CODES)
+        total = tl.zeros((CODES, WIDTH), tl.float32)
+        count = tl.zeros((CODES,), tl.float32)
+        for at in range(0, span, ROWS):
+            row = split.to(tl.int64) * span + at + tl.arange(0, ROWS)
+            label = tl.load(labels + problem * m + row, row < m, -1)
+            xs = tl.load(x + ((problem % b) * m + row[:, None]) * d + column[None, :],
+                         (row[:, None] < m) & (column[None, :] < d), 0)
+            hot = label[None, :] == code[:, None]
+            total = tl.dot(hot.to(TYPE), xs.to(TYPE), total, input_precision="tf32x3")
+            count += tl.sum(hot.to(tl.float32), 1)
+        out = (problem * splits + split) * k + code
+        tl.store(sums + out[:, None] * d + column[None, :], total, (code[:, None] < k) & (column[None, :] < d))
+        tl.store(counts + out, count, (code < k) & (tl.program_id(0) == 0))
+
+    @triton.jit
+    def segment_kernel(x, order, starts, sums, m, k, d, b, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+        """One program: the sum of one cluster's rows, `order[starts[code]:starts[code + 1]]`, in WIDTH columns."""
+        code, problem = tl.program_id(0), tl.program_id(2).to(tl.int64)
+        column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+        start = tl.load(starts + problem * (k + 1) + code)
+        stop = tl.load(starts + problem * (k + 1) + code + 1)
+        total = tl.zeros((WIDTH,), tl.float32)
+        for at in range(start, stop, ROWS):
+            place = at + tl.arange(0, ROWS)
+            row = tl.load(order + problem * m + place, place < stop, 0)
+            xs = tl.load(x + ((problem % b) * m + row[:, None]) * d + column[None, :],
+                         (place[:, None] < stop) & (column[None, :] < d), 0)
+            total += tl.sum(xs.to(tl.float32), 0)
+        out = sums + (problem * k + code) * d + column
+        tl.store(out, tl.load(out, column < d, 0) + total, column < d)
+
+
+def tile(size, most):
+    return min(most, max(16, triton.next_power_of_2(size)))             # 16 is the least that a matrix unit takes
+
+
+def nearest_fused(x, w, bias):
+    """`nearest` without a matrix of scores. 16-bit and uint8 rows meet float16 codes, float32 rows go through tf32 x 3.
+
+    uint8 - 128 and bfloat16 times a power of two are exact in float16, so only w is rounded, to 11 bits: distances agree to
+    about 1e-5. The power of two also keeps w inside float16's range; it cancels in the product.
+    """
+    (r, b, k, d), m = w.shape, x.shape[1]
+    x, half, centre, unit = x.contiguous(), x.dtype != torch.float32, 128. * (x.dtype == torch.uint8), 1.
+    if half:
+        bias = bias + centre * w.sum(-1)                                # x.w = (x - 128).w + 128 sum(w)
+        largest = w.abs().amax().clamp(min=1e-30)
+        unit = 2. ** math.floor(math.log2(largest.item()))
+        w = (w / unit).half()
+    labels = torch.empty(r, b, m, dtype=torch.int32, device=x.device)
+    scores = torch.empty(r, b, m, device=x.device)
+    rows, codes, width = 128, tile(k, 128), tile(d, 64 if half else 32)
+    nearest_kernel[triton.cdiv(m, rows), r * b](x, w.contiguous(), bias.contiguous(), labels, scores, m, k, d, b, centre, unit,
+                                                half, rows, codes, width, num_warps=8)
+    return labels.long(), scores
+
+
+def add_rows_fused(sums, counts, labels, x, one_hot=None):
+    """`add_rows` without atomics: a one-hot matrix product for up to 256 codes, sums of sorted segments above."""
+    (r, b, k, d), m, x = sums.shape, x.shape[1], x.contiguous()
+    if k <= 256 if one_hot is None else one_hot:
+        kind = {torch.uint8: tl.float16, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(x.dtype, tl.float32)
+        splits = triton.cdiv(m, 16384)                                  # < 65536 rows: float32 adds uint8 exactly
+        part = torch.empty(r * b, splits, k, d, device=x.device)
+        count = torch.empty(r * b, splits, k, device=x.device)
+        width = tile(d, 64)
+        one_hot_kernel[triton.cdiv(d, width), splits, r * b](x, labels, part, count, m, k, d, b, 16384, splits, kind,
+                                                             64, tile(k, 256), width, num_warps=8)
+        sums += part.sum(1).view_as(sums)
+        counts += count.sum(1, dtype=torch.float64).view_as(counts)
+    else:
+        ordered, order = labels.view(r * b, m).sort(stable=True)
+        starts = torch.searchsorted(ordered, torch.arange(k + 1, device=x.device).expand(r * b, -1).contiguous())
+        width = tile(d, 256)
+        segment_kernel[k, triton.cdiv(d, width), r * b](x, order, starts, sums, m, k, d, b, 32, width)
+        counts += starts.diff().view_as(counts)
+
+
+# --- data: a tensor, an array or memory map, or a function that starts a stream -----------------------------------------
+
+def place():
+    """(rank, world) of the running process group; (0, 1) without one."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def add_up(*tensors):
+    """Sum each tensor over all processes, in place."""
+    if place()[1] > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def to_device(parts, device):
+    """CPU tensors -> tensors on `device`, in order. For CUDA, part i + 1 is copied while part i is worked on."""
+    if device.type != "cuda":
+        yield from parts
+        return
+    copier, buffers, copied = torch.cuda.Stream(device), [None, None], [torch.cuda.Event(), torch.cuda.Event()]
+    ahead = None
+    for i, part in enumerate(parts):
+        if part.is_cuda:
+            yield part
+            continue
+        buffer, event = buffers[i % 2], copied[i % 2]
+        event.synchronize()                                             # the last copy out of this pinned buffer is over
+        if buffer is None or buffer.numel() < part.numel() or buffer.dtype != part.dtype:
+            buffer = buffers[i % 2] = torch.empty(part.numel(), dtype=part.dtype, pin_memory=True)
+        pinned = buffer[:part.numel()].view(part.shape).copy_(part)
+        with torch.cuda.stream(copier):
+            block = pinned.to(device, non_blocking=True)
+            event.record(copier)
+        if ahead is not None:
+            yield arrived(*ahead)
+        ahead = block, event
+    if ahead is not None:
+        yield arrived(*ahead)
+
+
+def arrived(block, event):
+    stream = torch.cuda.current_stream(block.device)
+    stream.wait_event(event)
+    block.record_stream(stream)                                         # its memory may not be reused before we are done
+    return block
+
+
+class Rows:
+    """The rows to cluster; iterating yields them as blocks (b, m, d) on `device`, in order, as they enter the product.
+
+    x   (n, d) or (b, n, d) tensor, array or memory map, or a function without arguments that yields (m, d) chunks
+    uint8 pixels stay 1 byte: what is clustered is a x + z, and `fold` moves a and z into the centroids. Only cosine needs
+    unit rows at once. mean, std: (channels,) on the scale 0..1, for rows whose last axis is the channel, as in patchify.
+    """
+
+    def __init__(self, x, metric="euclidean", mean=None, std=None, device=None, rows=None):
+        self.parts, self.metric = x if callable(x) else lambda: [x], metric
+        first = next(iter(self.parts()), None)
+        if first is None or first.ndim not in (2, 3) or 0 in first.shape:
+            raise ValueError("K-means takes rows (n, d), n and d > 0, or a batch (b, n, d), not " +
+                             ("an empty stream" if first is None else f"an array of shape {tuple(first.shape)}"))
+        self.shape, self.batched = first.shape, first.ndim == 3
+        self.b, self.d = first.shape[0] if self.batched else 1, first.shape[-1]
+        at_home = torch.is_tensor(first) and first.is_cuda
+        self.device = first.device if at_home else torch.device(device or "cpu")
+        # A CPU block and its scores should stay in the cache; a CUDA block should outlast the launch of its kernels.
+        self.rows = rows or (1024 if self.device.type == "cpu" else max(4096, min(1 << 19, (1 << 28) // (self.b * self.d))))
+        pixels = self.tensor(first[..., :1, :]).dtype == torch.uint8
+        scale, shift = pixel_scale(self.d, mean, std) if pixels else (torch.ones(self.d), torch.zeros(self.d))
+        self.pixels = [v.double().to(self.device) for v in (scale, shift)]
+        unchanged = [torch.ones_like(self.pixels[0]), torch.zeros_like(self.pixels[0])]
+        self.a, self.z = self.pixels if metric == "euclidean" else unchanged
+
+    @staticmethod
+    def tensor(block):
+        return block if torch.is_tensor(block) else torch.from_numpy(np.array(block))     # memory maps may be read-only
+
+    def cut(self):
+        for part in self.parts():
+            if part.ndim != len(self.shape) or part.shape[-1] != self.d:
+                raise ValueError(f"the stream began with {tuple(self.shape)} and goes on with {tuple(part.shape)}")
+            for start in range(0, part.shape[-2], self.rows):
+                yield self.tensor(part[..., start:start + self.rows, :]).view(self.b, -1, self.d)
+
+    def __iter__(self):
+        for block in to_device(self.cut(), self.device):
+            if self.metric == "cosine":
+                scale, shift = (v.float() for v in self.pixels)
+                block = F.normalize(block.float() * scale + shift, dim=-1)
+            yield block
+
+    def values(self, block):
+        """What is clustered, a x + z, in float32."""
+        return block.float() * self.a.float() + self.z.float()
+
+    def at(self, index, start):
+        """Values of the rows index (s,) of all processes' data, (b, s, d); ours begin at row `start`. Same on every process."""
+        out = torch.zeros(self.b, len(index), self.d, device=self.device)
+        for block in self:
+            inside = (index >= start) & (index < start + block.shape[1])
+            out[:, inside.to(out.device)] = self.values(block[:, (index[inside] - start).to(block.device)])
+            start += block.shape[1]
+        add_up(out)
+        return out
+
+
+def pixel_scale(d, mean, std):
+    """scale, shift (d,) such that scale * x + shift = (x / 255 - mean) / std for uint8 x."""
+    mean, std = (torch.as_tensor(v, dtype=torch.float64).flatten() for v in (0 if mean is None else mean, 1 if std is None else std))
+    if d % len(mean) or d % len(std):
+        raise ValueError(f"mean and std of {len(mean)} and {len(std)} channels do not fit rows of {d} values")
+    return (1 / (255 * std)).repeat(d // len(std)), (-mean / std).repeat(d // max(len(mean), len(std)))
+
+
+def survey(data):
+    """One pass: n of all processes, rows before this process's, mean (b, d), total squared distance to it (b,), float64."""
+    n, origin, sums, squares = 0, None, 0., 0.
+    for block in data:
+        x = data.values(block)
+        origin = x.mean(1, keepdim=True) if origin is None else origin
+        x = x - origin                                                  # small numbers: their squares do not cancel below
+        n, sums, squares = n + x.shape[1], sums + x.sum(1).double(), squares + x.square().sum((1, 2)).double()
+    rank, world = place()
+    sizes = torch.zeros(world, dtype=torch.float64, device=data.device)
+    sizes[rank] = n
+    origin = origin[:, 0].double()
+    mean = n * origin + sums
+    add_up(sizes, mean)
+    mean = mean / sizes.sum()
+    scatter = squares - sums.square().sum(-1) / n + n * (origin + sums / n - mean).square().sum(-1)
+    add_up(scatter)
+    if not torch.isfinite(scatter).all():
+        raise ValueError("K-means got NaN or infinite values (or some beyond 1e18): clean the data first")
+    return int(sizes.sum()), int(sizes[:rank].sum()), mean, scatter
+
+
+# --- K-means -------------------------------------------------------------------------------------------------------------
+
+def kmeans_plusplus(x, u):
+    """Greedy k-means++ (Arthur & Vassilvitskii 2007; trials as in scikit-learn): rows (b, m, d) -> index of the seeds (b, k).
+
+    Each new seed is the best of some rows drawn with probability proportional to the squared distance to the nearest seed
+    so far. u (b, k, trials), uniform in [0, 1), makes every choice.
+    """
+    problem, last = torch.arange(len(x), device=x.device), x.shape[1] - 1
+    x = x - x.mean(1, keepdim=True)                                     # small numbers round less
+    norm = x.square().sum(-1)
+
+    def squared_distances(index):                                       # (b, trials) -> (b, trials, m)
+        at = problem[:, None], index
+        return (norm[:, None] + norm[at][..., None] - 2 * x[at] @ x.transpose(1, 2)).clamp_(min=0)
+
+    seeds = (u[:, :1, 0] * len(x[0])).long()                            # the first: any row
+    closest = squared_distances(seeds)[:, 0]
+    for i in range(1, u.shape[1]):
+        closest[problem, seeds[:, -1]] = 0                              # exactly, whatever was rounded
+        mass = closest.double().cumsum(-1)
+        trial = torch.searchsorted(mass, u[:, i] * mass[:, -1:], right=True).clamp_(max=last)
+        distances = torch.minimum(closest[:, None], squared_distances(trial))
+        best = distances.sum(-1).argmin(-1)
+        closest = distances[problem, best]
+        seeds = torch.cat([seeds, trial[problem, best][:, None]], 1)
+    return seeds
+
+
+def lloyd_pass(data, c, origin):
+    """The E step and the sums of the M step: centroids (r, b, k, d) -> sums, counts (r, b, k), total score (r, b), float64."""
+    w, bias = fold(c, origin, data.a, data.z)
+    sums, part = torch.zeros_like(c, dtype=torch.float64), torch.zeros_like(c)
+    counts, score = torch.zeros_like(sums[..., 0]), torch.zeros_like(sums[..., 0, 0])
+    added = 0
+    for block in data:
+        labels, best = nearest(block, w, bias)
+        add_rows(part, counts, labels, block)
+        score += best.sum(-1)
+        added += block.shape[1]
+        if added >= 1 << 16:              # float32 adds 65536 uint8 values exactly (below 2^24), and others well enough
+            sums += part
+            part.zero_()
+            added = 0
+    sums += part
+    add_up(sums, counts, score)
+    return sums, counts, score
+
+
+def squared_distances(data, block, c, labels):
+    """||x - c_label||^2 by the definition, so without cancellation: block (b, m, d), labels (r, b, m) -> (r, b, m)."""
+    nearest_c = c.gather(2, labels[..., None].expand(-1, -1, -1, c.shape[-1]))
+    return (data.values(block) - nearest_c).square_().sum(-1)
+
+
+def census(data, c, origin):
+    """counts (r, b, k) and inertia (r, b) of centroids c, float64."""
+    w, bias = fold(c, origin, data.a, data.z)
+    counts = torch.zeros_like(c[..., 0], dtype=torch.float64)
+    inertia = torch.zeros_like(counts[..., 0])
+    for block in data:
+        labels, _ = nearest(block, w, bias)
+        counts.scatter_add_(-1, labels, torch.ones_like(labels, dtype=torch.float64))
+        inertia += squared_distances(data, block, c, labels).sum(-1)
+    add_up(counts, inertia)
+    return counts, inertia
+
+
+def reseed(data, c, new, empty, origin, start):
+    """`new` (r, b, k, d) with its empty clusters moved onto the rows that are farthest from their centroids c."""
+    w, bias = fold(c, origin, data.a, data.z)
+    m = int(empty.sum(-1).max())
+    far = torch.full((*empty.shape[:2], m), -1., device=c.device)       # the m greatest distances and whose they are
+    index = torch.zeros_like(far, dtype=torch.long)
+    first = start
+    for block in data:
+        labels, _ = nearest(block, w, bias)
+        own = torch.arange(first, first + block.shape[1], device=c.device).expand_as(labels)
+        far, at = torch.cat([far, squared_distances(data, block, c, labels)], -1).topk(m)
+        index = torch.cat([index, own], -1).gather(-1, at)
+        first += block.shape[1]
+    if place()[1] > 1:
+        fars, indices = ([torch.empty_like(t) for _ in range(place()[1])] for t in (far, index))
+        dist.all_gather(fars, far)
+        dist.all_gather(indices, index)
+        far, at = torch.cat(fars, -1).topk(m)
+        index = torch.cat(indices, -1).gather(-1, at)
+    new = new.clone()
+    for r, b in empty.any(-1).nonzero().tolist():
+        codes = empty[r, b].nonzero()[:, 0]
+        codes = codes[far[r, b, :len(codes)] > 0]                       # where every row is a centroid nothing is to gain
+        new[r, b, codes] = data.at(index[r, b, :len(codes)].cpu(), start)[b].double()
+    return new
+
+
+class KMeans:
+    """Lloyd's algorithm.
+
+    k, metric   number of clusters; "euclidean", or "cosine": rows have unit length, and so have the means of clusters
+    init        "k-means++" on a seeded sample of max(16384, 4 k) rows, "random" rows, or a tensor (k, d)
+    tol         stop when the centroids move (squared distance, summed) less than tol times the mean variance of a feature
+    restarts    seedings that run side by side as a batch; the one with the least inertia is kept
+    mean, std   of uint8 pixels, see Rows; device: where arrays and streams are worked on; rows: block size
+
+    Afterwards: centroids (k, d) float32, counts (k,) int64 (0: a dead code), inertia (sum of squared distances), n_iter,
+    history (the inertia at each iteration). For a batch of problems all have b in front.
+    """
+
+    def __init__(self, k, metric="euclidean", init="k-means++", max_iter=100, tol=1e-4, seed=0, restarts=1, mean=None,
+                 std=None, device=None, rows=None, progress=False):
+        if metric not in ("euclidean", "cosine"):
+            raise ValueError(f"metric must be euclidean or cosine, not {metric!r}")
+        if not torch.is_tensor(init) and init not in ("k-means++", "random"):
+            raise ValueError(f"init must be k-means++, random or a tensor, not {init!r}")
+        if min(k, restarts, max_iter) < 1:
+            raise ValueError(f"k, restarts and max_iter must be at least 1, not {k}, {restarts} and {max_iter}")
+        self.k, self.metric, self.init, self.max_iter, self.tol, self.seed = k, metric, init, max_iter, tol, seed
+        self.restarts, self.progress = restarts, progress
+        self.input = dict(metric=metric, mean=mean, std=std, device=device, rows=rows)
+
+    def seed_centroids(self, data, n, start):
+        """(r, b, k, d): every process makes the same choices among all rows, so their number does not matter."""
+        generator = torch.Generator().manual_seed(self.seed)
+        shape = (self.restarts, data.b, self.k, data.d)
+        if torch.is_tensor(self.init):
+            if self.init.shape not in (shape[2:], shape[1:]):
+                raise ValueError(f"init is {tuple(self.init.shape)}: {self.k} centroids of {data.d} values are wanted")
+            c = self.init.to(data.device).float().expand(shape)
+            return F.normalize(c, dim=-1) if self.metric == "cosine" else c
+        if self.init == "random":
+            index = torch.cat([torch.randperm(n, generator=generator)[:self.k] for _ in range(self.restarts)])
+            return rearrange(data.at(index, start), "b (r k) d -> r b k d", r=self.restarts)
+        size = max(16384, 4 * self.k)
+        sample = data.at(torch.randperm(n, generator=generator)[:size] if size < n else torch.arange(n), start)
+        trials = 2 + int(math.log(self.k))
+        u = torch.rand(*shape[:3], trials, generator=generator, dtype=torch.float64).to(data.device)
+        return torch.stack([sample.gather(1, repeat(kmeans_plusplus(sample, choice), "b k -> b k d", d=data.d)) for choice in u])
+
+    def fit(self, x):
+        data = Rows(x, **self.input)
+        n, start, mean, scatter = survey(data)
+        if self.k > n:
+            raise ValueError(f"{self.k} clusters of {n} rows: there must be at least as many rows as clusters")
+        c = self.seed_centroids(data, n, start)
+        done, n_iter, history = torch.zeros_like(c[..., 0, 0], dtype=torch.bool), 0, []
+        for _ in tqdm(range(self.max_iter), desc="k-means", unit=" passes", disable=not self.progress):
+            sums, counts, score = lloyd_pass(data, c, mean)
+            history.append((scatter - 2 * score).clamp(min=0))          # sum ||x-c||^2 = sum ||x-mean||^2 - 2 sum score
+            new = data.a * sums / counts.clamp(min=1)[..., None] + data.z
+            if (counts == 0).any():
+                new = torch.where(counts[..., None] > 0, new, c)
+                new = reseed(data, c, new, counts == 0, mean, start)
+            new = F.normalize(new, dim=-1) if self.metric == "cosine" else new
+            new = torch.where(done[..., None, None], c, new.float())    # a problem that has converged stays as it is
+            moved = (new - c).double().square().sum((-1, -2))
+            c, n_iter = new, n_iter + ~done
+            done = done | (moved <= self.tol * scatter / (n * data.d))
+            if done.all():
+                break
+        counts, inertia = census(data, c, mean)
+        best = inertia.argmin(0), torch.arange(data.b, device=c.device)  # of each problem's restarts
+        self.centroids, self.counts, self.inertia, self.n_iter = c[best], counts[best].long(), inertia[best], n_iter[best]
+        self.history = torch.stack([h[best] for h in history], -1)
+        if not data.batched:
+            self.centroids, self.counts = self.centroids[0], self.counts[0]
+            self.inertia, self.n_iter = self.inertia.item(), self.n_iter.item()
+            self.history = self.history[0, :self.n_iter].tolist()
+        return self
+
+    def predict(self, x):
+        return assign(x, self.centroids, **self.input)[0]
+
+
+def assign(x, centroids, metric="euclidean", mean=None, std=None, device=None, rows=None):
+    """Nearest centroids: labels (n,) int64, squared distances (n,) float32; with a batch (b, n, d) both are (b, n).
+
+    x and the other arguments as in KMeans and Rows; centroids (k, d), or (b, k, d) of a batch. Never holds (n, k).
+    """
+    data = Rows(x, metric, mean, std, device or centroids.device, rows)
+    if centroids.shape[-1] != data.d or centroids.ndim == 3 and len(centroids) != data.b:
+        raise ValueError(f"rows {tuple(data.shape)} do not fit centroids {tuple(centroids.shape)}")
+    c = centroids.to(data.device).float().expand(1, data.b, *centroids.shape[-2:])
+    w, bias = fold(c, c.double().mean((0, 2)), data.a, data.z)
+    found = []
+    for block in data:
+        labels, _ = nearest(block, w, bias)
+        found.append((labels[0], squared_distances(data, block, c, labels)[0]))
+    labels, distances = (torch.cat(parts, 1) for parts in zip(*found))
+    return (labels, distances) if data.batched else (labels[0], distances[0])
+
+
+# --- features of patches ---------------------------------------------------------------------------------------------------
+
+def hog(images, p):
+    """Histograms of oriented gradients as in MaskFeat (METHODS 7): (b, 3, S, S) normalised -> (b, n, 27 (p/8)^2).
+
+    9 hard bins of unsigned orientation over cells of 8x8 pixels; the 9 bins of each cell and channel have unit length.
+    """
+    sobel = torch.tensor([[1., 0., -1.], [2., 0., -2.], [1., 0., -1.]], device=images.device)
+    images = F.pad(images, (1, 1, 1, 1), mode="reflect")
+    gx, gy = (F.conv2d(images, kernel.repeat(3, 1, 1, 1), groups=3) for kernel in (sobel, sobel.T))
+    bins = (torch.atan2(gx, gy) / math.pi * 9).floor().long() % 9       # x first: the angle is measured from the y axis
+    votes = torch.zeros(*bins.shape[:2], 9, *bins.shape[2:], device=images.device)
+    votes.scatter_(2, bins[:, :, None], torch.hypot(gx, gy)[:, :, None])
+    cells = F.normalize(reduce(votes, "b c o (y i) (x j) -> b c o y x", "sum", i=8, j=8), dim=2)
+    return rearrange(cells, "b c o (y i) (x j) -> b (y x) (c o i j)", i=p // 8, j=p // 8)
+
+
+def conv_norm(width_in, width, side, stride=1):
+    return nn.Conv2d(width_in, width, side, stride, padding=side // 2, bias=False), nn.BatchNorm2d(width)
+
+
+class Bottleneck(nn.Module):
+    """CLIP's ResNet block: where a ResNet has a strided convolution, it averages."""
+
+    def __init__(self, width_in, width, stride):
+        super().__init__()
+        self.conv1, self.bn1 = conv_norm(width_in, width, 1)
+        self.conv2, self.bn2 = conv_norm(width, width, 3)
+        self.conv3, self.bn3 = conv_norm(width, 4 * width, 1)
+        self.shrink = nn.AvgPool2d(stride)
+        self.downsample = nn.Identity() if width_in == 4 * width else nn.Sequential(*conv_norm(width_in, 4 * width, 1))
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(self.shrink(y)))
+        return F.relu(y + self.downsample(self.shrink(x)))
+
+
+class CLIPTrunk(nn.Module):
+    """CLIP's ResNet up to the last ReLU of layer 4, no attention pooling: (b, 3, S, S) -> (b, 32 width, S/32, S/32).
+
+    The default is RN50x64: 4096 features at 14x14 places of 448 pixels (MaPeT's k-CLIP, METHODS 1.7).
+    """
+
+    def __init__(self, width=128, layers=(3, 15, 36, 10)):
+        super().__init__()
+        self.conv1, self.bn1 = conv_norm(3, width // 2, 3, stride=2)
+        self.conv2, self.bn2 = conv_norm(width // 2, width // 2, 3)
+        self.conv3, self.bn3 = conv_norm(width // 2, width, 3)
+        width_in = width
+        for i, depth in enumerate(layers):
+            blocks = [Bottleneck(width_in, width, stride=2 if i else 1)]
+            blocks += [Bottleneck(4 * width, width, stride=1) for _ in range(depth - 1)]
+            setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
+            width_in, width = 4 * width, 2 * width
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        x = F.avg_pool2d(F.relu(self.bn3(self.conv3(x))), 2)
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+
+def load_clip():
+    """The trunk of RN50x64 with OpenAI's weights: the state dict of their TorchScript archive, float16 -> float32."""
+    path = download(CLIP_URL, sha256=CLIP_SHA256)
+    try:
+        state = torch.jit.load(path, map_location="cpu").state_dict()
+    except RuntimeError:
+        raise ValueError(f"{path}: not OpenAI's TorchScript archive of RN50x64; remove it, it is fetched again") from None
+    trunk = CLIPTrunk()
+    trunk.load_state_dict({key.removeprefix("visual."): v.float() for key, v in state.items()
+                           if key.startswith("visual.") and "attnpool" not in key})
+    return trunk
+
+
+class PatchFeatures(nn.Module):
+    """Normalised images (b, 3, S, S) -> rows (b, n, d) float32, one a patch: the f of the docstring above. Never trained.
+
+    name   "pixel", "pixel-norm" (each patch standardised), "hog", "clip", "dino", "deit", "mae", or what vit.from_weights takes
+    """
+
+    def __init__(self, name, patch_size, image_size):
+        super().__init__()
+        self.name, self.patch_size, self.image_size, self.encoder = name, patch_size, image_size, None
+        if image_size % patch_size:
+            raise ValueError(f"image size {image_size} is not a multiple of patch size {patch_size}")
+        if name == "hog" and patch_size % 8:
+            raise ValueError(f"hog has cells of 8 pixels: patch size {patch_size} is not a multiple of 8")
+        if name == "clip" and patch_size != 16:
+            raise ValueError(f"clip has one feature for every 16 pixels: patch size {patch_size} does not fit")
+        if name == "clip":
+            self.encoder = load_clip()
+        elif name not in ("pixel", "pixel-norm", "hog"):
+            self.encoder = from_weights(ENCODERS.get(name, name), image_size)
+            if self.encoder.patch_size != patch_size:
+                raise ValueError(f"{name} has patches of {self.encoder.patch_size} pixels, the tokenizer of {patch_size}")
+        self.eval().requires_grad_(False)
+
+    def train(self, mode=True):
+        return super().train(False)                                     # CLIP's batch norm would move with the images
+
+    def forward(self, images):
+        if self.name == "hog":
+            return hog(images, self.patch_size)
+        if self.encoder is None:
+            x = patchify(images, self.patch_size)
+            if self.name == "pixel-norm":                               # MAE's target: unbiased variance, eps 1e-6
+                x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-6).sqrt()
+            return x
+        with torch.autocast("cuda", torch.float16, enabled=images.is_cuda):
+            if self.name != "clip":
+                return self.encoder(images)[:, self.encoder.prefix:].float()
+            if images.shape[-1] == self.image_size:                     # CLIP sees twice the pixels: stride 32, not 16
+                images = F.interpolate(images, scale_factor=2, mode="bicubic")
+            return rearrange(self.encoder(images), "b d y x -> b (y x) d").float()
+
+
+# --- the tokenizer -----------------------------------------------------------------------------------------------------------
+
+class KMeansTokenizer(nn.Module):
+    """images (b, 3, S, S) -> tokens (b, n) int64. uint8 images are normalised here, float images already are.
+
+    S is image_size; for clip also twice that, which spares it the blur of enlarging (`input_size`: what suits best).
+    """
+
+    def __init__(self, features, centroids, metric, patch_size, image_size, mean, std):
+        super().__init__()
+        self.features, self.metric, self.patch_size, self.image_size = features, metric, patch_size, image_size
+        self.mean, self.std = (tuple(float(value) for value in values) for values in (mean, std))
+        self.extract = PatchFeatures(features, patch_size, image_size)
+        self.vocab_size, self.n_patches = len(centroids), (image_size // patch_size) ** 2
+        self.input_size = image_size * (2 if features == "clip" else 1)
+        self.register_buffer("centroids", centroids.detach().float().clone())
+
+    @torch.no_grad()
+    def rows(self, images):
+        """What is clustered: (b, n, d); pixels stay uint8, which `assign` standardises."""
+        side = images.shape[-1]
+        if images.ndim != 4 or images.shape[1:] != (3, side, side) or side not in (self.image_size, self.input_size):
+            raise ValueError(f"this tokenizer takes images (b, 3, {self.input_size}, {self.input_size}), "
+                             f"not {tuple(images.shape)}")
+        if self.features == "pixel":
+            return patchify(images, self.patch_size)
+        if images.dtype == torch.uint8:
+            mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (self.mean, self.std))
+            images = (images.float() / 255 - mean) / std
+        return self.extract(images)
+
+    def assign(self, images):
+        """Tokens (b, n) and squared distances (b, n)."""
+        rows = self.rows(images)
+        found = assign(rows.flatten(0, 1), self.centroids, self.metric, self.mean, self.std)
+        return tuple(v.view(rows.shape[:2]) for v in found)
+
+    def forward(self, images):
+        return self.assign(images)[0]
+
+    def save(self, path):
+        keys = ("features", "metric", "patch_size", "image_size", "mean", "std", "vocab_size")
+        torch.save({"centroids": self.centroids.cpu(), **{key: getattr(self, key) for key in keys}}, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+
+
+def load_tokenizer(path):
+    """What `save` wrote; ValueError, one line, for a file that is missing, damaged or something else."""
+    state = read_checkpoint(path)
+    if not isinstance(state, dict) or not {"features", "centroids", "vocab_size"} <= state.keys():
+        raise ValueError(f"{path}: not a tokenizer; kmeans.py fit writes one")
+    vocab_size = state.pop("vocab_size")
+    if vocab_size != len(state["centroids"]):
+        raise ValueError(f"{path}: vocab_size is {vocab_size}, but there are {len(state['centroids'])} centroids")
+    try:
+        return KMeansTokenizer(**state)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def read(ds, indices, batch_size, workers):
+    """uint8 images (b, 3, S, S) of the data set, in the order of `indices`."""
+    for images, *_ in DataLoader(ds, batch_size, sampler=[int(i) for i in indices], num_workers=workers):
+        yield images
+
+
+def patch_stream(tokenizer, ds, keep, seed, batch_size, workers, device):
+    """(function that starts a stream of this process's rows, their number): `keep` patches of each image.
+
+    Images come in a seeded order over the whole set: sorted by class, as folders are, they would seed k-means++ with one
+    class (METHODS 4.4). Which patches are kept depends on (seed, image) alone.
+    """
+    rank, world = place()
+    order = torch.randperm(len(ds), generator=torch.Generator().manual_seed(seed))
+    mine = order[rank * len(ds) // world:(rank + 1) * len(ds) // world]
+
+    def stream():
+        for picked, images in zip(mine.split(batch_size), read(ds, mine, batch_size, workers)):
+            x = tokenizer.rows(images.to(device))
+            if keep < x.shape[1]:
+                generators = (torch.Generator().manual_seed(hash((seed, i))) for i in picked.tolist())
+                kept = torch.stack([torch.randperm(x.shape[1], generator=g)[:keep] for g in generators])
+                x = x.gather(1, repeat(kept.to(device), "b n -> b n d", d=x.shape[2]))
+            yield x.flatten(0, 1)
+    return stream, len(mine) * keep
+
+
+def room(device):
+    """Bytes of data that one process may keep in memory: 80 % of what CUDA has free, or its share of half the RAM."""
+    if device.type == "cuda":
+        return .8 * torch.cuda.mem_get_info(device)[0]
+    if not hasattr(os, "sysconf"):
+        return 4e9
+    return .5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / place()[1]
+
+
+def fit_tokenizer(ds, features="pixel", k=64, metric="euclidean", patch_size=16, image_size=None, fraction=None,
+                  init="k-means++", max_iter=100, tol=1e-4, restarts=1, seed=0, batch_size=64, workers=0, device="cpu",
+                  progress=False):
+    """K-means on the patches of `ds`: a KMeansTokenizer on `device`, the same on every process; .kmeans is the fitted KMeans.
+
+    fraction   of each image's patches, at least one; None: all of them, but k-CLIP's 5 % for clip
+    The rows are computed once and kept (pixels: 1 byte a value, others float16 on CUDA) if `room` says they fit, otherwise
+    they are streamed from the images in every pass.
+    """
+    device, image_size = torch.device(device), image_size or ds.image_size
+    mean, std = CLIP if features == "clip" else IMAGENET if features in ENCODERS else (ds.mean, ds.std)
+    tokenizer = KMeansTokenizer(features, torch.zeros(k, 1), metric, patch_size, image_size, mean, std).to(device)
+    fraction = fraction or (.05 if features == "clip" else 1)
+    keep = max(1, round(fraction * tokenizer.n_patches))
+    stream, n = patch_stream(tokenizer, ds, keep, seed, batch_size, workers, device)
+    first = next(stream())
+    kind = torch.float16 if device.type == "cuda" and first.dtype == torch.float32 else first.dtype
+    if n * first.shape[1] * kind.itemsize < room(device):
+        data, at = torch.empty(n, first.shape[1], dtype=kind, device=device), 0
+        for x in tqdm(stream(), desc="patches", unit=" batches", total=-(-n // (keep * batch_size)), disable=not progress):
+            data[at:at + len(x)] = x
+            at += len(x)
+    else:
+        data = stream
+    kmeans = KMeans(k, metric, init, max_iter, tol, seed, restarts, mean, std, device, progress=progress).fit(data)
+    tokenizer.centroids, tokenizer.kmeans = kmeans.centroids, kmeans
+    return tokenizer
+
+
+def load_tokens(path):
+    """tokens.npy as a read-only memory map (images, n) uint16; ValueError, one line, for any other file."""
+    try:
+        tokens = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{path}: not a token file ({str(error).splitlines()[0]})") from None
+    if getattr(tokens, "dtype", None) != np.uint16 or tokens.ndim != 2:
+        raise ValueError(f"{path}: not a token file: that is uint16 (images, n)")
+    return tokens
+
+
+def check_tokens(path, tokenizer, ds):
+    """The complete tokens at `path`, after a look at three images: they must be this tokenizer's and of this data set."""
+    tokens, shape = load_tokens(path), (len(ds), tokenizer.n_patches)
+    if tokens.shape != shape:
+        raise ValueError(f"{path} holds tokens of shape {tokens.shape}, {ds.name} with this tokenizer needs {shape}: "
+                         "remove the file or choose another folder")
+    some = sorted({0, len(ds) // 2, len(ds) - 1})
+    anew = tokenizer(next(read(ds, some, len(some), 0)).to(tokenizer.centroids.device)).cpu().numpy()
+    if (anew == tokens[some]).mean() < .9:                              # other hardware may break a near-tie otherwise
+        raise ValueError(f"{path} was made by another tokenizer or from other images: remove the file or choose another folder")
+    return tokens
+
+
+def tokenize(tokenizer, ds, path, batch_size=64, workers=0, device="cpu", progress=False):
+    """Tokens of all images in the data set's own order: writes `path`, returns it as a memory map (images, n) uint16.
+
+    Rows go into a file beside it that starts out as UNSET; a killed run is taken up by asking for the rows with UNSET left
+    in them, and the file gets its name when none is. Several processes share the missing rows (and the file system).
+    """
+    tokenizer = tokenizer.to(device)
+    if tokenizer.vocab_size > UNSET:
+        raise ValueError(f"tokens are stored in 16 bits: {tokenizer.vocab_size} centroids are more than {UNSET}")
+    if os.path.exists(path):
+        return check_tokens(path, tokenizer, ds)
+    rank, world = place()
+    wait = dist.barrier if world > 1 else lambda: None
+    made_of = tokenizer.centroids.cpu().numpy().tobytes() + f"{ds.name} {len(ds)} {tokenizer.features}".encode()
+    partial = f"{path}.{hashlib.sha256(made_of).hexdigest()[:8]}.partial"   # another tokenizer's rows are never mixed in
+    if rank == 0 and not os.path.exists(partial):
+        fresh = np.lib.format.open_memmap(f"{partial}.new", "w+", np.uint16, (len(ds), tokenizer.n_patches))
+        fresh[:] = UNSET
+        fresh.flush()
+        os.replace(f"{partial}.new", partial)
+    wait()
+    tokens = np.lib.format.open_memmap(partial, "r+")
+    missing = np.flatnonzero((tokens == UNSET).any(1))
+    wait()                                                              # nobody writes before everybody has looked
+    mine = missing[rank * len(missing) // world:(rank + 1) * len(missing) // world]
+    with tqdm(total=len(ds), initial=len(ds) - len(missing), desc="tokens", unit=" images", disable=not progress) as bar:
+        for at, images in zip(range(0, len(mine), batch_size), read(ds, mine, batch_size, workers)):
+            tokens[mine[at:at + batch_size]] = tokenizer(images.to(device)).cpu().numpy()
+            bar.update(len(images) * world)
+    tokens.flush()
+    wait()
+    if rank == 0:
+        os.replace(partial, path)
+    wait()
+    return load_tokens(path)
+
+
+# --- command line ----------------------------------------------------------------------------------------------------------
+
+def draw_codebook(tokenizer, ds, path, rows=16, columns=12, images=400):
+    """PNG: one row for each of the most used codes: its centroid (pixels only), then the patches nearest to it."""
+    every = range(0, len(ds), max(1, len(ds) // images))
+    found = [(patchify(x, tokenizer.patch_size).flatten(0, 1), *(v.flatten() for v in tokenizer.assign(x)))
+             for x in read(ds, every, 64, 0)]
+    patches, labels, distances = (torch.cat(parts) for parts in zip(*found))
+    p = math.isqrt(patches.shape[1] // 3)
+    pictures = []
+    for code in labels.bincount(minlength=tokenizer.vocab_size).argsort(descending=True)[:rows]:
+        own = (labels == code).nonzero()[:, 0]
+        own = own[distances[own].argsort()[:columns]]
+        line = F.pad(patches[own].float() / 255, (0, 0, 0, columns - len(own)), value=1.)
+        if tokenizer.features == "pixel" and tokenizer.metric == "euclidean":
+            scale, shift = pixel_scale(line.shape[1], tokenizer.mean, tokenizer.std)
+            line = torch.cat([((tokenizer.centroids[code].cpu() - shift) / scale / 255).float()[None], line])
+        pictures.append(line)
+    side = max(1, 32 // p)                                              # small patches are enlarged, pixel by pixel
+    pictures = unpatchify(torch.cat(pictures)[:, None], p).clamp(0, 1)
+    pictures = repeat(pictures, "m c y x -> m c (y i) (x j)", i=side, j=side)
+    save_image(make_grid(pictures, nrow=len(line), padding=4, pad_value=1.), path)
+
+
+def draw_tokens(tokenizer, ds, path, images=6):
+    """PNG: images and, under each, its token map, one colour a token."""
+    x = next(read(ds, range(0, len(ds), max(1, len(ds) // images)), images, 0))
+    colours = torch.rand(tokenizer.vocab_size, 3, generator=torch.Generator().manual_seed(0))
+    maps = rearrange(colours[tokenizer(x)], "b (y x) c -> b c y x", y=tokenizer.image_size // tokenizer.patch_size)
+    maps = F.interpolate(maps, x.shape[-2:])
+    save_image(make_grid(torch.cat([x / 255, maps]), nrow=len(x), padding=4, pad_value=1.), path)
+
+
+def seconds(function, repeats=5):
+    """Median time of a call, device work included."""
+    times = []
+    for _ in range(repeats + 1):                                        # the first one warms up
+        start = time.perf_counter()
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return sorted(times[1:])[repeats // 2]
+
+
+def bench_cpu(n, d, ks, say):
+    import resource                                                     # not on Windows
+    torch.manual_seed(0)
+    x = torch.randn(n, d)
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1 << 20)
+    before = peak()
+    KMeans(max(ks), max_iter=2).fit(x)
+    say(f"peak memory of a fit beyond the data, n = {n}, d = {d}, K = {max(ks)}: {peak() - before:.0f} MB")
+    say(f"{'K':>6} {'product ms':>10} {'iteration ms':>12} {'ratio':>6}")
+    data = Rows(x)
+    for k in ks:
+        c, origin, out = x[:k].clone(), x.mean(0, keepdim=True).double(), torch.empty(n, k)
+        product = seconds(lambda: torch.mm(x, c.T, out=out))
+        iteration = seconds(lambda: lloyd_pass(data, c[None, None], origin))
+        say(f"{k:>6} {1e3 * product:>10.0f} {1e3 * iteration:>12.0f} {iteration / product:>6.2f}")
+
+
+def bench_cuda(device, say):
+    a = torch.empty(1 << 30, dtype=torch.uint8, device=device)
+    b = torch.empty_like(a)
+    bandwidth = 2 * a.numel() / seconds(lambda: b.copy_(a))
+    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    rate = 2 * 8192 ** 3 / seconds(lambda: a @ b)
+    say(f"copy {bandwidth / 1e12:.2f} TB/s read + written, bfloat16 product {rate / 1e12:.0f} TFLOP/s")
+    for n, d, k, kind in ((24_800_000, 768, 100, torch.uint8), (4_200_000, 1024, 8192, torch.bfloat16)):
+        x = torch.empty(n, d, dtype=kind, device=device)
+        for part in x.split(1 << 18):
+            part.copy_(torch.randint(256, part.shape, device=device) if kind == torch.uint8 else torch.randn(part.shape, device=device))
+        data = Rows(x)
+        c = data.values(x[None, :k])[None]
+        origin = c.double().mean((0, 2))
+        t = seconds(lambda: lloyd_pass(data, c, origin))
+        say(f"n = {n}, d = {d}, K = {k}, {kind}: {t:.4f} s an iteration; reads the data at {x.nbytes / t / bandwidth:.0%} of the "
+            f"copy bandwidth, multiplies at {2 * n * d * k / t / rate:.0%} of the bfloat16 rate")
+        labels, sums = torch.randint(k, (1, 1, 1 << 19), device=device), torch.zeros_like(c)
+        counts = torch.zeros(1, 1, k, dtype=torch.float64, device=device)
+        for one_hot in (True, False)[k > 256:]:
+            t = seconds(lambda: add_rows_fused(sums, counts, labels, x[None, :1 << 19], one_hot))
+            say(f"    centroid sums of 2^19 rows by {'one-hot product' if one_hot else 'sorted segments'}: {1e3 * t:.2f} ms")
+        del x, data
+
+
+def plan(args, images, patch_size, image_size, k, device, say):
+    """What `fit` would take. Rates are assumptions for one H100 or H200, stated where they are used."""
+    n, p, world = (image_size // patch_size) ** 2, patch_size, args.processes or place()[1]
+    d = {"pixel": 3 * p * p, "pixel-norm": 3 * p * p, "hog": 27 * (p // 8) ** 2, "clip": 4096, "dino": 384, "deit": 384,
+         "mae": 768}.get(args.features) or from_weights(args.features).width
+    rows = images * max(1, round((args.fraction or (.05 if args.features == "clip" else 1)) * n))
+    each = rows * d * (1 if args.features == "pixel" else 2 if device.type == "cuda" else 4) / world
+    have = args.memory_gb * .8e9 if args.memory_gb else room(device)
+    flops = 2 * rows * d * k * args.restarts
+    say(f"{images} images of {n} patches -> {rows} rows of {d} values, K = {k}, {args.restarts} seedings, {world} processes")
+    say(f"data {each / 1e9:.2f} GB a process, room for {have / 1e9:.2f}: " +
+        ("kept in memory" if each < have else "STREAMED: the images are read, and encoded, again in every iteration"))
+    say(f"codebook {k * d * 4 / 1e6:.1f} MB, sums {k * d * 12 * args.restarts / 1e6:.1f} MB, tokens.npy {2e-6 * images * n:.1f} MB")
+    gpu = max(flops / world / 400e12, 2 * each / 2.5e12)
+    say(f"{flops:.2e} FLOP an iteration, at most {args.max_iter}: {gpu:.3g} s each at 400 TFLOP/s and 2.5 TB/s a process "
+        f"(assumed), {flops / world / 150e9:.3g} s at 150 GFLOP/s (two CPU cores)")
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], prog="kmeans.py")
+    commands = parser.add_subparsers(dest="command", required=True)
+    fit, tokens, show, bench = (commands.add_parser(name, help=line, description=line) for name, line in (
+        ("fit", "patches -> OUT/tokenizer.pt"), ("tokenize", "images -> OUT/tokens.npy; the same command goes on after a kill"),
+        ("show", "OUT/codebook.png and OUT/tokens.png"), ("bench", "time per Lloyd iteration over that of the bare product")))
+    for command in (fit, tokens, show):
+        command.add_argument("--data", default="textures", help="textures, a torchvision name or a folder (see train.py)")
+        command.add_argument("--classes", help="file of class folders to keep, e.g. ImageNet-100's")
+        command.add_argument("--out", default="runs/tokenizer", help="folder for what is written (%(default)s)")
+        command.add_argument("--batch-size", type=int, default=64, help="images a process at a time (%(default)s)")
+        command.add_argument("--workers", type=int, default=0, help="loader processes (%(default)s)")
+    for command in (tokens, show):
+        command.add_argument("--tokenizer", required=True, help="tokenizer.pt of kmeans.py fit or train.py")
+        command.add_argument("--split", default="train", choices=["train", "test"])
+    for command in (fit, tokens, show, bench):
+        command.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
+    fit.add_argument("--image-size", type=int, help="pixels a side (textures 48, otherwise 224)")
+    fit.add_argument("--patch-size", type=int, help="pixels a side (textures 8, otherwise 16)")
+    fit.add_argument("--features", default="pixel", help="pixel, pixel-norm, hog, dino, deit, mae, clip or a ViT's file")
+    fit.add_argument("--k", "--vocab-size", type=int, help="codebook size (textures 64, otherwise ClusterMIM's best: 50 for "
+                     "pixels, 100 for features)")
+    fit.add_argument("--metric", default="euclidean", choices=["euclidean", "cosine"])
+    fit.add_argument("--init", default="k-means++", choices=["k-means++", "random"], help="k-CLIP: random")
+    fit.add_argument("--max-iter", type=int, default=100, help="passes over the patches (100; k-CLIP 20)")
+    fit.add_argument("--tol", type=float, default=1e-4, help="movement of the centroids that is called none (%(default)s)")
+    fit.add_argument("--restarts", type=int, default=1, help="seedings, of which the best is kept (1; k-CLIP 5)")
+    fit.add_argument("--fraction", type=float, help="share of each image's patches that is used (1; clip .05)")
+    fit.add_argument("--seed", type=int, default=0)
+    fit.add_argument("--plan", action="store_true", help="print what it would take, and stop")
+    fit.add_argument("--processes", type=int, help="for --plan: number of GPUs (default: those of this run)")
+    fit.add_argument("--memory-gb", type=float, help="for --plan: memory of one GPU (default: that of this one)")
+    show.add_argument("--rows", type=int, default=16, help="codes to draw, the most used ones (%(default)s)")
+    show.add_argument("--images", type=int, default=400, help="images to look for patches in (%(default)s)")
+    bench.add_argument("--n", type=int, default=100_000, help="rows, CPU only (%(default)s)")
+    bench.add_argument("--d", type=int, default=768, help="their width, CPU only (%(default)s)")
+    bench.add_argument("--k", type=int, nargs="+", default=[50, 100, 1000], help="codebook sizes, CPU only (%(default)s)")
+    return parser
+
+
+def run_fit(args, open_dataset, device, rank, say):
+    textures, clip = args.data == "textures", args.features == "clip"
+    p, k = args.patch_size or (8 if textures else 16), args.k or (64 if textures else 50 if args.features == "pixel" else 100)
+    size = args.image_size or (48 if textures else 224)
+    ds = open_dataset(args.data, "train", size * (1 + clip), classes=args.classes)       # CLIP sees twice the pixels
+    if args.plan:
+        return plan(args, len(ds), p, size, k, device, say)
+    start = time.perf_counter()
+    tokenizer = fit_tokenizer(ds, args.features, k, args.metric, p, size, args.fraction, args.init, args.max_iter, args.tol,
+                              args.restarts, args.seed, args.batch_size, args.workers, device, rank == 0 and sys.stderr.isatty())
+    found, path = tokenizer.kmeans, os.path.join(args.out, "tokenizer.pt")
+    share = found.counts / found.counts.sum()
+    say(f"{found.counts.sum()} patches, K = {k}: {found.n_iter} iterations, {time.perf_counter() - start:.1f} s, squared distance "
+        f"{found.history[0] / found.counts.sum():.4g} -> {found.inertia / found.counts.sum():.4g} a patch")
+    say(f"{(share > 0).sum()} of {k} codes used, perplexity {torch.special.entr(share).sum().exp():.1f}, "
+        f"shares {share.min():.2%} to {share.max():.2%}")
+    if rank == 0:
+        tokenizer.save(path)
+    say(f"wrote {path}")
+
+
+def main(argv=None):
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    from train import open_dataset, setup                               # the only import against the table's order
+    try:
+        rank, world, device = setup(args.device)
+        say = lambda *words: print(*words, flush=True) if rank == 0 else None
+        if args.command == "bench":
+            if device.type == "cpu":
+                say("CUDA: not run (no GPU, or --device cpu)")
+            return bench_cuda(device, say) if device.type == "cuda" else bench_cpu(args.n, args.d, args.k, say)
+        os.makedirs(args.out, exist_ok=True)
+        if args.command == "fit":
+            return run_fit(args, open_dataset, device, rank, say)
+        tokenizer = load_tokenizer(args.tokenizer)
+        ds = open_dataset(args.data, args.split, tokenizer.input_size, classes=args.classes)
+        if args.command == "tokenize":
+            path = os.path.join(args.out, "tokens.npy")
+            tokens = tokenize(tokenizer, ds, path, args.batch_size, args.workers, device, rank == 0 and sys.stderr.isatty())
+            say(f"{path}: {tokens.shape[0]} images x {tokens.shape[1]} tokens of {tokenizer.vocab_size}")
+        elif rank == 0:
+            draw_codebook(tokenizer, ds, os.path.join(args.out, "codebook.png"), args.rows, images=args.images)
+            draw_tokens(tokenizer, ds, os.path.join(args.out, "tokens.png"))
+            say(f"wrote {args.out}/codebook.png and {args.out}/tokens.png")
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"kmeans.py: error: {error}\n")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
