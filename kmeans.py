@@ -17,10 +17,12 @@ python kmeans.py bench                                    seconds per Lloyd iter
 """
 import argparse
 import hashlib
+import itertools
 import math
 import os
 import sys
 import time
+import zipfile
 
 import numpy as np
 import torch
@@ -48,12 +50,12 @@ CLIP_URL = f"https://openaipublic.azureedge.net/clip/models/{CLIP_SHA256}/RN50x6
 UNSET = 65535                                           # no token: what is still missing in a half-written tokens.npy
 
 
-# --- the two steps of Lloyd's algorithm on one block -------------------------------------------------------------------
+# --- the two steps of Lloyd's algorithm on one block -----------------------------------------------------------------
 
 def nearest(x, w, bias):
     """argmax_k x.w_k + bias_k -> labels (r, b, m) int64, scores (r, b, m) float32; of equal scores the smallest k.
 
-    x (b, m, d): b problems of m rows, any dtype; w (r, b, k, d) and bias (r, b, k) float32: r codebooks (restarts) for each.
+    x (b, m, d): b problems of m rows, any dtype; w (r, b, k, d), bias (r, b, k) float32: r codebooks (restarts) for each.
     """
     if fused(x):
         return nearest_fused(x, w, bias)
@@ -63,7 +65,7 @@ def nearest(x, w, bias):
 
 
 def add_rows(sums, counts, labels, x):
-    """sums (r, b, k, d) float32 and counts (r, b, k) float64 += the rows x (b, m, d) and their number, by labels (r, b, m)."""
+    """Rows x (b, m, d) are added to sums (r, b, k, d) float32 and counted in counts (r, b, k) float64, by labels (r, b, m)."""
     if fused(x):
         return add_rows_fused(sums, counts, labels, x)
     x = x.float()
@@ -75,14 +77,14 @@ def add_rows(sums, counts, labels, x):
 def fold(c, origin, scale, shift):
     """w, bias such that x.w_k + bias_k = (x' - o).(c_k - o) - ||c_k - o||^2 / 2, where x' = scale x + shift is clustered.
 
-    Any origin o gives the same labels. The data's mean keeps the numbers small, so that float32 tells near centroids apart.
+    Any origin o gives the same labels. The data's mean keeps the numbers small: float32 then tells near centroids apart.
     """
     c = c.double() - origin[..., None, :]
     bias = (c * (shift - origin)[..., None, :]).sum(-1) - c.square().sum(-1) / 2
     return (c * scale).float(), bias.float()
 
 
-# --- the same two steps on CUDA: neither scores nor atomics ever reach memory --------------------------------------------
+# --- the same two steps on CUDA: no score reaches memory, no two programs add to the same number -----------------------
 
 def fused(x):
     return triton is not None and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
@@ -90,9 +92,9 @@ def fused(x):
 
 if triton is not None:
     @triton.jit
-    def nearest_kernel(x, w, bias, labels, scores, m, k, d, b, centre, unit, HALF: tl.constexpr,
+    def nearest_kernel(x, w, bias, labels, scores, m, k, d, b, centre, shrink, unit, HALF: tl.constexpr,
                        ROWS: tl.constexpr, CODES: tl.constexpr, WIDTH: tl.constexpr):
-        """One program: ROWS rows of one problem against all codes, CODES at a time; the scores live in registers."""
+        """One program: ROWS rows of one problem against all codes, CODES at a time; the scores stay in registers."""
         row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         problem = tl.program_id(1).to(tl.int64)
         x_row = x + ((problem % b) * m + row[:, None]) * d
@@ -104,12 +106,12 @@ if triton is not None:
             dot = tl.zeros((ROWS, CODES), tl.float32)
             for at in range(0, d, WIDTH):
                 column = at + tl.arange(0, WIDTH)
-                xs = tl.load(x_row + column[None, :], (row[:, None] < m) & (column[None, :] < d), 0)
+                xs = tl.load(x_row + column[None, :], (row[:, None] < m) & (column[None, :] < d), 0).to(tl.float32)
                 ws = tl.load(w_row + column[:, None], (code[None, :] < k) & (column[:, None] < d), 0)
                 if HALF:
-                    xs = ((xs.to(tl.float32) - centre) * unit).to(tl.float16)
-                dot = tl.dot(xs, ws, dot, input_precision="tf32x3")           # float32 operands: float32's precision
-            score = dot + tl.load(bias + problem * k + code, code < k, float("-inf"))[None, :]
+                    xs = ((xs - centre) * shrink).to(tl.float16)
+                dot = tl.dot(xs, ws, dot, input_precision="tf32x3")           # as precise as float32 where not HALF
+            score = dot * unit + tl.load(bias + problem * k + code, code < k, float("-inf"))[None, :]
             top, arg = tl.max(score, 1, return_indices=True)
             label = tl.where(top > best, first + arg, label)
             best = tl.maximum(top, best)
@@ -117,29 +119,32 @@ if triton is not None:
         tl.store(scores + problem * m + row, best, row < m)
 
     @triton.jit
-    def one_hot_kernel(x, labels, sums, counts, m, k, d, b, span, splits, TYPE: tl.constexpr,
+    def one_hot_kernel(x, labels, sums, counts, m, k, d, b, span, splits, HALF: tl.constexpr,
                        ROWS: tl.constexpr, CODES: tl.constexpr, WIDTH: tl.constexpr):
-        """One program: one-hot(labels)^T x of `span` rows and WIDTH columns, for few codes; adds up in registers."""
-        split, problem = tl.program_id(1), tl.program_id(2).to(tl.int64)
+        """One program: one-hot(labels)^T x over `span` rows and WIDTH columns, all codes at once in registers."""
+        split, problem = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
         column = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
         code = tl.arange(0, CODES)
         total = tl.zeros((CODES, WIDTH), tl.float32)
         count = tl.zeros((CODES,), tl.float32)
         for at in range(0, span, ROWS):
-            row = split.to(tl.int64) * span + at + tl.arange(0, ROWS)
+            row = split * span + at + tl.arange(0, ROWS)
             label = tl.load(labels + problem * m + row, row < m, -1)
             xs = tl.load(x + ((problem % b) * m + row[:, None]) * d + column[None, :],
-                         (row[:, None] < m) & (column[None, :] < d), 0)
-            hot = label[None, :] == code[:, None]
-            total = tl.dot(hot.to(TYPE), xs.to(TYPE), total, input_precision="tf32x3")
-            count += tl.sum(hot.to(tl.float32), 1)
+                         (row[:, None] < m) & (column[None, :] < d), 0).to(tl.float32)
+            hot = (label[None, :] == code[:, None]).to(tl.float32)
+            count += tl.sum(hot, 1)
+            if HALF:
+                hot, xs = hot.to(tl.float16), xs.to(tl.float16)
+            total = tl.dot(hot, xs, total, input_precision="tf32x3")
         out = (problem * splits + split) * k + code
         tl.store(sums + out[:, None] * d + column[None, :], total, (code[:, None] < k) & (column[None, :] < d))
-        tl.store(counts + out, count, (code < k) & (tl.program_id(0) == 0))
+        if tl.program_id(0) == 0:
+            tl.store(counts + out, count, code < k)
 
     @triton.jit
     def segment_kernel(x, order, starts, sums, m, k, d, b, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-        """One program: the sum of one cluster's rows, `order[starts[code]:starts[code + 1]]`, in WIDTH columns."""
+        """One program: sums += the rows order[starts[code]:starts[code + 1]], those of one cluster, in WIDTH columns."""
         code, problem = tl.program_id(0), tl.program_id(2).to(tl.int64)
         column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
         start = tl.load(starts + problem * (k + 1) + code)
@@ -159,49 +164,54 @@ def tile(size, most):
     return min(most, max(16, triton.next_power_of_2(size)))             # 16 is the least that a matrix unit takes
 
 
-def nearest_fused(x, w, bias):
-    """`nearest` without a matrix of scores. 16-bit and uint8 rows meet float16 codes, float32 rows go through tf32 x 3.
+def power_of_two(x):
+    """The greatest one that is at most max |x|."""
+    return 2. ** math.floor(math.log2(max(torch.linalg.vector_norm(x.flatten(), math.inf).item(), 1e-30)))
 
-    uint8 - 128 and bfloat16 times a power of two are exact in float16, so only w is rounded, to 11 bits: distances agree to
-    about 1e-5. The power of two also keeps w inside float16's range; it cancels in the product.
+
+def nearest_fused(x, w, bias):
+    """`nearest` without a matrix of scores. Wide uint8 and 16-bit rows use float16 products, all others tf32 x 3.
+
+    uint8 - 128 is exact in float16, and so are the 8 bits of bfloat16 once a power of two has moved them into its range:
+    only w is rounded, to 11 bits (bfloat16 has 8). Over 256 columns and more the errors average out far below 1e-4.
     """
     (r, b, k, d), m = w.shape, x.shape[1]
-    x, half, centre, unit = x.contiguous(), x.dtype != torch.float32, 128. * (x.dtype == torch.uint8), 1.
+    x, half, centre, shrink, unit = x.contiguous(), x.dtype != torch.float32 and d >= 256, 0., 1., 1.
     if half:
-        bias = bias + centre * w.sum(-1)                                # x.w = (x - 128).w + 128 sum(w)
-        largest = w.abs().amax().clamp(min=1e-30)
-        unit = 2. ** math.floor(math.log2(largest.item()))
+        if x.dtype == torch.uint8:
+            centre, bias = 128., bias + 128 * w.sum(-1)                 # x.w = (x - 128).w + 128 sum(w)
+        elif x.dtype == torch.bfloat16:
+            shrink = 1 / power_of_two(x)
+        unit = power_of_two(w)
         w = (w / unit).half()
     labels = torch.empty(r, b, m, dtype=torch.int32, device=x.device)
     scores = torch.empty(r, b, m, device=x.device)
-    rows, codes, width = 128, tile(k, 128), tile(d, 64 if half else 32)
-    nearest_kernel[triton.cdiv(m, rows), r * b](x, w.contiguous(), bias.contiguous(), labels, scores, m, k, d, b, centre, unit,
-                                                half, rows, codes, width, num_warps=8)
+    nearest_kernel[triton.cdiv(m, 128), r * b](x, w.contiguous(), bias.contiguous(), labels, scores, m, k, d, b, centre, shrink,
+                                               unit / shrink, half, 128, tile(k, 128), tile(d, 64 if half else 32), num_warps=8)
     return labels.long(), scores
 
 
 def add_rows_fused(sums, counts, labels, x, one_hot=None):
-    """`add_rows` without atomics: a one-hot matrix product for up to 256 codes, sums of sorted segments above."""
-    (r, b, k, d), m, x = sums.shape, x.shape[1], x.contiguous()
+    """`add_rows` without atomics: a one-hot matrix product for up to 256 codes, sums of sorted segments for more."""
+    (r, b, k, d), m, x, labels = sums.shape, x.shape[1], x.contiguous(), labels.contiguous()
     if k <= 256 if one_hot is None else one_hot:
-        kind = {torch.uint8: tl.float16, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(x.dtype, tl.float32)
-        splits = triton.cdiv(m, 16384)                                  # < 65536 rows: float32 adds uint8 exactly
+        span, width = 16384, tile(d, 64)                                # < 65536 rows: float32 adds uint8 exactly
+        splits, half = triton.cdiv(m, span), x.dtype in (torch.uint8, torch.float16)
         part = torch.empty(r * b, splits, k, d, device=x.device)
         count = torch.empty(r * b, splits, k, device=x.device)
-        width = tile(d, 64)
-        one_hot_kernel[triton.cdiv(d, width), splits, r * b](x, labels, part, count, m, k, d, b, 16384, splits, kind,
+        one_hot_kernel[triton.cdiv(d, width), splits, r * b](x, labels, part, count, m, k, d, b, span, splits, half,
                                                              64, tile(k, 256), width, num_warps=8)
         sums += part.sum(1).view_as(sums)
         counts += count.sum(1, dtype=torch.float64).view_as(counts)
     else:
         ordered, order = labels.view(r * b, m).sort(stable=True)
-        starts = torch.searchsorted(ordered, torch.arange(k + 1, device=x.device).expand(r * b, -1).contiguous())
-        width = tile(d, 256)
+        codes = torch.arange(k + 1, device=x.device).repeat(r * b, 1)
+        starts, width = torch.searchsorted(ordered, codes), tile(d, 256)
         segment_kernel[k, triton.cdiv(d, width), r * b](x, order, starts, sums, m, k, d, b, 32, width)
         counts += starts.diff().view_as(counts)
 
 
-# --- data: a tensor, an array or memory map, or a function that starts a stream -----------------------------------------
+# --- data: a tensor, an array or memory map, or a function that starts a stream ---------------------------------------
 
 def place():
     """(rank, world) of the running process group; (0, 1) without one."""
@@ -215,43 +225,29 @@ def add_up(*tensors):
             dist.all_reduce(tensor)
 
 
-def to_device(parts, device):
-    """CPU tensors -> tensors on `device`, in order. For CUDA, part i + 1 is copied while part i is worked on."""
-    if device.type != "cuda":
-        yield from parts
-        return
-    copier, buffers, copied = torch.cuda.Stream(device), [None, None], [torch.cuda.Event(), torch.cuda.Event()]
-    ahead = None
-    for i, part in enumerate(parts):
-        if part.is_cuda:
-            yield part
-            continue
-        buffer, event = buffers[i % 2], copied[i % 2]
-        event.synchronize()                                             # the last copy out of this pinned buffer is over
-        if buffer is None or buffer.numel() < part.numel() or buffer.dtype != part.dtype:
-            buffer = buffers[i % 2] = torch.empty(part.numel(), dtype=part.dtype, pin_memory=True)
-        pinned = buffer[:part.numel()].view(part.shape).copy_(part)
-        with torch.cuda.stream(copier):
-            block = pinned.to(device, non_blocking=True)
-            event.record(copier)
+def to_cuda(parts, device):
+    """CPU tensors -> tensors on `device`, in order: while one is worked on, the next is copied, from two pinned buffers."""
+    copier, pinned, copied, ahead = torch.cuda.Stream(device), [None, None], [torch.cuda.Event(), torch.cuda.Event()], None
+    for i, part in enumerate(itertools.chain(parts, [None])):
+        if part is not None:
+            copied[i % 2].synchronize()                                 # the last copy out of this buffer is over
+            if pinned[i % 2] is None or pinned[i % 2].shape != part.shape:
+                pinned[i % 2] = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
+            pinned[i % 2].copy_(part)
+            with torch.cuda.stream(copier):
+                following = pinned[i % 2].to(device, non_blocking=True)
+                copied[i % 2].record()
         if ahead is not None:
-            yield arrived(*ahead)
-        ahead = block, event
-    if ahead is not None:
-        yield arrived(*ahead)
-
-
-def arrived(block, event):
-    stream = torch.cuda.current_stream(block.device)
-    stream.wait_event(event)
-    block.record_stream(stream)                                         # its memory may not be reused before we are done
-    return block
+            torch.cuda.current_stream(device).wait_event(copied[(i - 1) % 2])
+            ahead.record_stream(torch.cuda.current_stream(device))      # its memory is not for reuse before we are done
+            yield ahead
+        ahead = following
 
 
 class Rows:
     """The rows to cluster; iterating yields them as blocks (b, m, d) on `device`, in order, as they enter the product.
 
-    x   (n, d) or (b, n, d) tensor, array or memory map, or a function without arguments that yields (m, d) chunks
+    x   (n, d) or (b, n, d): tensor, array or memory map; or a function without arguments that yields (m, d) chunks
     uint8 pixels stay 1 byte: what is clustered is a x + z, and `fold` moves a and z into the centroids. Only cosine needs
     unit rows at once. mean, std: (channels,) on the scale 0..1, for rows whose last axis is the channel, as in patchify.
     """
@@ -264,32 +260,27 @@ class Rows:
                              ("an empty stream" if first is None else f"an array of shape {tuple(first.shape)}"))
         self.shape, self.batched = first.shape, first.ndim == 3
         self.b, self.d = first.shape[0] if self.batched else 1, first.shape[-1]
-        at_home = torch.is_tensor(first) and first.is_cuda
-        self.device = first.device if at_home else torch.device(device or "cpu")
+        self.resident = torch.is_tensor(first) and first.is_cuda
+        self.device = first.device if self.resident else torch.device(device or "cpu")
         # A CPU block and its scores should stay in the cache; a CUDA block should outlast the launch of its kernels.
         self.rows = rows or (1024 if self.device.type == "cpu" else max(4096, min(1 << 19, (1 << 28) // (self.b * self.d))))
-        pixels = self.tensor(first[..., :1, :]).dtype == torch.uint8
-        scale, shift = pixel_scale(self.d, mean, std) if pixels else (torch.ones(self.d), torch.zeros(self.d))
-        self.pixels = [v.double().to(self.device) for v in (scale, shift)]
-        unchanged = [torch.ones_like(self.pixels[0]), torch.zeros_like(self.pixels[0])]
-        self.a, self.z = self.pixels if metric == "euclidean" else unchanged
-
-    @staticmethod
-    def tensor(block):
-        return block if torch.is_tensor(block) else torch.from_numpy(np.array(block))     # memory maps may be read-only
+        unchanged = torch.ones(self.d, dtype=torch.float64), torch.zeros(self.d, dtype=torch.float64)
+        pixels = tensor(first[..., :1, :]).dtype == torch.uint8
+        self.standard = [v.to(self.device) for v in (pixel_scale(self.d, mean, std) if pixels else unchanged)]
+        self.a, self.z = self.standard if metric == "euclidean" else (v.to(self.device) for v in unchanged)
 
     def cut(self):
         for part in self.parts():
             if part.ndim != len(self.shape) or part.shape[-1] != self.d:
                 raise ValueError(f"the stream began with {tuple(self.shape)} and goes on with {tuple(part.shape)}")
             for start in range(0, part.shape[-2], self.rows):
-                yield self.tensor(part[..., start:start + self.rows, :]).view(self.b, -1, self.d)
+                yield tensor(part[..., start:start + self.rows, :]).view(self.b, -1, self.d)
 
     def __iter__(self):
-        for block in to_device(self.cut(), self.device):
+        for block in to_cuda(self.cut(), self.device) if self.device.type == "cuda" and not self.resident else self.cut():
             if self.metric == "cosine":
-                scale, shift = (v.float() for v in self.pixels)
-                block = F.normalize(block.float() * scale + shift, dim=-1)
+                scale, shift = self.standard
+                block = F.normalize(block.float() * scale.float() + shift.float(), dim=-1)
             yield block
 
     def values(self, block):
@@ -297,7 +288,7 @@ class Rows:
         return block.float() * self.a.float() + self.z.float()
 
     def at(self, index, start):
-        """Values of the rows index (s,) of all processes' data, (b, s, d); ours begin at row `start`. Same on every process."""
+        """Values (b, s, d) of the rows index (s,) of all processes together, of which ours begin at row `start`."""
         out = torch.zeros(self.b, len(index), self.d, device=self.device)
         for block in self:
             inside = (index >= start) & (index < start + block.shape[1])
@@ -307,12 +298,16 @@ class Rows:
         return out
 
 
+def tensor(block):
+    return block if torch.is_tensor(block) else torch.from_numpy(np.array(block))       # memory maps may be read-only
+
+
 def pixel_scale(d, mean, std):
-    """scale, shift (d,) such that scale * x + shift = (x / 255 - mean) / std for uint8 x."""
-    mean, std = (torch.as_tensor(v, dtype=torch.float64).flatten() for v in (0 if mean is None else mean, 1 if std is None else std))
-    if d % len(mean) or d % len(std):
-        raise ValueError(f"mean and std of {len(mean)} and {len(std)} channels do not fit rows of {d} values")
-    return (1 / (255 * std)).repeat(d // len(std)), (-mean / std).repeat(d // max(len(mean), len(std)))
+    """scale, shift (d,) float64 such that scale * x + shift = (x / 255 - mean) / std for uint8 rows x (m, d)."""
+    mean, std = (torch.tensor(v, dtype=torch.float64).expand(3) for v in (mean or 0., std or 1.))
+    if d % 3 and (mean.unique().numel() > 1 or std.unique().numel() > 1):
+        raise ValueError(f"rows of {d} uint8 values are not pixels of 3 channels: mean and std do not fit")
+    return tuple(v.repeat(-(-d // 3))[:d] for v in (1 / (255 * std), -mean / std))
 
 
 def survey(data):
@@ -321,7 +316,7 @@ def survey(data):
     for block in data:
         x = data.values(block)
         origin = x.mean(1, keepdim=True) if origin is None else origin
-        x = x - origin                                                  # small numbers: their squares do not cancel below
+        x = x - origin                                                  # small numbers: no cancellation below
         n, sums, squares = n + x.shape[1], sums + x.sum(1).double(), squares + x.square().sum((1, 2)).double()
     rank, world = place()
     sizes = torch.zeros(world, dtype=torch.float64, device=data.device)
@@ -334,71 +329,74 @@ def survey(data):
     add_up(scatter)
     if not torch.isfinite(scatter).all():
         raise ValueError("K-means got NaN or infinite values (or some beyond 1e18): clean the data first")
-    return int(sizes.sum()), int(sizes[:rank].sum()), mean, scatter
+    return int(sizes.sum()), int(sizes[:rank].sum()), mean, scatter.clamp(min=0)
 
 
-# --- K-means -------------------------------------------------------------------------------------------------------------
+# --- K-means ---------------------------------------------------------------------------------------------------------
 
 def kmeans_plusplus(x, u):
-    """Greedy k-means++ (Arthur & Vassilvitskii 2007; trials as in scikit-learn): rows (b, m, d) -> index of the seeds (b, k).
+    """Greedy k-means++ (Arthur & Vassilvitskii 2007; trials as in scikit-learn): rows (b, m, d) -> seeds (b, k), indices.
 
     Each new seed is the best of some rows drawn with probability proportional to the squared distance to the nearest seed
     so far. u (b, k, trials), uniform in [0, 1), makes every choice.
     """
-    problem, last = torch.arange(len(x), device=x.device), x.shape[1] - 1
+    problem = torch.arange(len(x), device=x.device)
     x = x - x.mean(1, keepdim=True)                                     # small numbers round less
     norm = x.square().sum(-1)
 
-    def squared_distances(index):                                       # (b, trials) -> (b, trials, m)
+    def distances_to(index):                                            # (b, trials) -> (b, trials, m)
         at = problem[:, None], index
         return (norm[:, None] + norm[at][..., None] - 2 * x[at] @ x.transpose(1, 2)).clamp_(min=0)
 
-    seeds = (u[:, :1, 0] * len(x[0])).long()                            # the first: any row
-    closest = squared_distances(seeds)[:, 0]
+    seeds = (u[:, :1, 0] * x.shape[1]).long()                           # the first: any row
+    closest = distances_to(seeds)[:, 0]
     for i in range(1, u.shape[1]):
         closest[problem, seeds[:, -1]] = 0                              # exactly, whatever was rounded
         mass = closest.double().cumsum(-1)
-        trial = torch.searchsorted(mass, u[:, i] * mass[:, -1:], right=True).clamp_(max=last)
-        distances = torch.minimum(closest[:, None], squared_distances(trial))
+        trial = torch.searchsorted(mass, u[:, i] * mass[:, -1:], right=True).clamp_(max=x.shape[1] - 1)
+        distances = torch.minimum(closest[:, None], distances_to(trial))
         best = distances.sum(-1).argmin(-1)
         closest = distances[problem, best]
         seeds = torch.cat([seeds, trial[problem, best][:, None]], 1)
     return seeds
 
 
-def lloyd_pass(data, c, origin):
-    """The E step and the sums of the M step: centroids (r, b, k, d) -> sums, counts (r, b, k), total score (r, b), float64."""
+def labelled(data, c, origin):
+    """Blocks x (b, m, d) with the labels and the scores (r, b, m) of their rows, for centroids c (r, b, k, d): the E step."""
     w, bias = fold(c, origin, data.a, data.z)
-    sums, part = torch.zeros_like(c, dtype=torch.float64), torch.zeros_like(c)
-    counts, score = torch.zeros_like(sums[..., 0]), torch.zeros_like(sums[..., 0, 0])
-    added = 0
     for block in data:
-        labels, best = nearest(block, w, bias)
+        yield block, *nearest(block, w, bias)
+
+
+def lloyd_pass(data, c, origin):
+    """E step and sums of the M step: c (r, b, k, d) -> sums, counts (r, b, k), total score (r, b), float64, all processes'."""
+    sums, part = torch.zeros_like(c, dtype=torch.float64), torch.zeros_like(c)
+    counts, total = torch.zeros_like(sums[..., 0]), torch.zeros_like(sums[..., 0, 0])
+    added = 0
+    for block, labels, score in labelled(data, c, origin):
         add_rows(part, counts, labels, block)
-        score += best.sum(-1)
+        total += score.sum(-1)
         added += block.shape[1]
         if added >= 1 << 16:              # float32 adds 65536 uint8 values exactly (below 2^24), and others well enough
             sums += part
             part.zero_()
             added = 0
     sums += part
-    add_up(sums, counts, score)
-    return sums, counts, score
+    add_up(sums, counts, total)
+    return sums, counts, total
 
 
 def squared_distances(data, block, c, labels):
-    """||x - c_label||^2 by the definition, so without cancellation: block (b, m, d), labels (r, b, m) -> (r, b, m)."""
-    nearest_c = c.gather(2, labels[..., None].expand(-1, -1, -1, c.shape[-1]))
-    return (data.values(block) - nearest_c).square_().sum(-1)
+    """||x - c_label||^2 by its definition, hence without cancellation: block (b, m, d), labels (r, b, m) -> (r, b, m)."""
+    own = c.gather(2, labels[..., None].expand(-1, -1, -1, c.shape[-1]))
+    return (data.values(block) - own).square_().sum(-1)
 
 
 def census(data, c, origin):
     """counts (r, b, k) and inertia (r, b) of centroids c, float64."""
-    w, bias = fold(c, origin, data.a, data.z)
     counts = torch.zeros_like(c[..., 0], dtype=torch.float64)
     inertia = torch.zeros_like(counts[..., 0])
-    for block in data:
-        labels, _ = nearest(block, w, bias)
+    for block, labels, _ in labelled(data, c, origin):
         counts.scatter_add_(-1, labels, torch.ones_like(labels, dtype=torch.float64))
         inertia += squared_distances(data, block, c, labels).sum(-1)
     add_up(counts, inertia)
@@ -407,16 +405,13 @@ def census(data, c, origin):
 
 def reseed(data, c, new, empty, origin, start):
     """`new` (r, b, k, d) with its empty clusters moved onto the rows that are farthest from their centroids c."""
-    w, bias = fold(c, origin, data.a, data.z)
-    m = int(empty.sum(-1).max())
-    far = torch.full((*empty.shape[:2], m), -1., device=c.device)       # the m greatest distances and whose they are
+    m, first = int(empty.sum(-1).max()), start
+    far = torch.full((*empty.shape[:2], m), -1., device=c.device)       # the m greatest distances, and of which rows
     index = torch.zeros_like(far, dtype=torch.long)
-    first = start
-    for block in data:
-        labels, _ = nearest(block, w, bias)
-        own = torch.arange(first, first + block.shape[1], device=c.device).expand_as(labels)
+    for block, labels, _ in labelled(data, c, origin):
+        rows = torch.arange(first, first + block.shape[1], device=c.device).expand_as(labels)
         far, at = torch.cat([far, squared_distances(data, block, c, labels)], -1).topk(m)
-        index = torch.cat([index, own], -1).gather(-1, at)
+        index = torch.cat([index, rows], -1).gather(-1, at)
         first += block.shape[1]
     if place()[1] > 1:
         fars, indices = ([torch.empty_like(t) for _ in range(place()[1])] for t in (far, index))
@@ -424,10 +419,9 @@ def reseed(data, c, new, empty, origin, start):
         dist.all_gather(indices, index)
         far, at = torch.cat(fars, -1).topk(m)
         index = torch.cat(indices, -1).gather(-1, at)
-    new = new.clone()
     for r, b in empty.any(-1).nonzero().tolist():
         codes = empty[r, b].nonzero()[:, 0]
-        codes = codes[far[r, b, :len(codes)] > 0]                       # where every row is a centroid nothing is to gain
+        codes = codes[far[r, b, :len(codes)] > 0]                       # every row sits on a centroid: nothing to gain
         new[r, b, codes] = data.at(index[r, b, :len(codes)].cpu(), start)[b].double()
     return new
 
@@ -435,14 +429,15 @@ def reseed(data, c, new, empty, origin, start):
 class KMeans:
     """Lloyd's algorithm.
 
-    k, metric   number of clusters; "euclidean", or "cosine": rows have unit length, and so have the means of clusters
+    k, metric   number of clusters; "euclidean", or "cosine": rows have unit length, and so have the centroids
     init        "k-means++" on a seeded sample of max(16384, 4 k) rows, "random" rows, or a tensor (k, d)
-    tol         stop when the centroids move (squared distance, summed) less than tol times the mean variance of a feature
+    tol         stop when the centroids move (squared distance, summed) less than tol times the mean variance of a column
     restarts    seedings that run side by side as a batch; the one with the least inertia is kept
     mean, std   of uint8 pixels, see Rows; device: where arrays and streams are worked on; rows: block size
 
     Afterwards: centroids (k, d) float32, counts (k,) int64 (0: a dead code), inertia (sum of squared distances), n_iter,
-    history (the inertia at each iteration). For a batch of problems all have b in front.
+    history (the inertia at each iteration). For a batch of problems all have b in front. With torch.distributed initialised
+    every process passes its own rows and ends with the same centroids, those of one process on all rows.
     """
 
     def __init__(self, k, metric="euclidean", init="k-means++", max_iter=100, tol=1e-4, seed=0, restarts=1, mean=None,
@@ -458,52 +453,50 @@ class KMeans:
         self.input = dict(metric=metric, mean=mean, std=std, device=device, rows=rows)
 
     def seed_centroids(self, data, n, start):
-        """(r, b, k, d): every process makes the same choices among all rows, so their number does not matter."""
+        """(r, b, k, d): every process makes the same choices among the rows of all."""
         generator = torch.Generator().manual_seed(self.seed)
-        shape = (self.restarts, data.b, self.k, data.d)
+        shape = self.restarts, data.b, self.k, data.d
         if torch.is_tensor(self.init):
             if self.init.shape not in (shape[2:], shape[1:]):
                 raise ValueError(f"init is {tuple(self.init.shape)}: {self.k} centroids of {data.d} values are wanted")
-            c = self.init.to(data.device).float().expand(shape)
-            return F.normalize(c, dim=-1) if self.metric == "cosine" else c
+            return self.init.to(data.device).float().expand(shape).clone()
         if self.init == "random":
             index = torch.cat([torch.randperm(n, generator=generator)[:self.k] for _ in range(self.restarts)])
             return rearrange(data.at(index, start), "b (r k) d -> r b k d", r=self.restarts)
         size = max(16384, 4 * self.k)
         sample = data.at(torch.randperm(n, generator=generator)[:size] if size < n else torch.arange(n), start)
-        trials = 2 + int(math.log(self.k))
-        u = torch.rand(*shape[:3], trials, generator=generator, dtype=torch.float64).to(data.device)
-        return torch.stack([sample.gather(1, repeat(kmeans_plusplus(sample, choice), "b k -> b k d", d=data.d)) for choice in u])
+        u = torch.rand(*shape[:3], 2 + int(math.log(self.k)), generator=generator, dtype=torch.float64).to(data.device)
+        seeds = (repeat(kmeans_plusplus(sample, choice), "b k -> b k d", d=data.d) for choice in u)
+        return torch.stack([sample.gather(1, index) for index in seeds])
 
     def fit(self, x):
         data = Rows(x, **self.input)
         n, start, mean, scatter = survey(data)
         if self.k > n:
             raise ValueError(f"{self.k} clusters of {n} rows: there must be at least as many rows as clusters")
-        c = self.seed_centroids(data, n, start)
+        unit = F.normalize if self.metric == "cosine" else lambda c, dim: c
+        c = unit(self.seed_centroids(data, n, start), dim=-1)
         done, n_iter, history = torch.zeros_like(c[..., 0, 0], dtype=torch.bool), 0, []
         for _ in tqdm(range(self.max_iter), desc="k-means", unit=" passes", disable=not self.progress):
             sums, counts, score = lloyd_pass(data, c, mean)
             history.append((scatter - 2 * score).clamp(min=0))          # sum ||x-c||^2 = sum ||x-mean||^2 - 2 sum score
-            new = data.a * sums / counts.clamp(min=1)[..., None] + data.z
+            new = torch.where(counts[..., None] > 0, data.a * sums / counts[..., None] + data.z, c.double())
             if (counts == 0).any():
-                new = torch.where(counts[..., None] > 0, new, c)
                 new = reseed(data, c, new, counts == 0, mean, start)
-            new = F.normalize(new, dim=-1) if self.metric == "cosine" else new
-            new = torch.where(done[..., None, None], c, new.float())    # a problem that has converged stays as it is
+            new = torch.where(done[..., None, None], c, unit(new, dim=-1).float())     # a problem that is done stays so
             moved = (new - c).double().square().sum((-1, -2))
             c, n_iter = new, n_iter + ~done
             done = done | (moved <= self.tol * scatter / (n * data.d))
             if done.all():
                 break
         counts, inertia = census(data, c, mean)
-        best = inertia.argmin(0), torch.arange(data.b, device=c.device)  # of each problem's restarts
-        self.centroids, self.counts, self.inertia, self.n_iter = c[best], counts[best].long(), inertia[best], n_iter[best]
-        self.history = torch.stack([h[best] for h in history], -1)
+        best = inertia.argmin(0), torch.arange(data.b, device=c.device)  # the best restart of each problem
+        keep = (lambda v: v[best]) if data.batched else (lambda v: v[best][0])
+        self.centroids, self.counts, self.inertia, self.n_iter = keep(c), keep(counts).long(), keep(inertia), keep(n_iter)
+        self.history = torch.stack([keep(v) for v in history], -1)
         if not data.batched:
-            self.centroids, self.counts = self.centroids[0], self.counts[0]
             self.inertia, self.n_iter = self.inertia.item(), self.n_iter.item()
-            self.history = self.history[0, :self.n_iter].tolist()
+            self.history = self.history[:self.n_iter].tolist()
         return self
 
     def predict(self, x):
@@ -519,11 +512,8 @@ def assign(x, centroids, metric="euclidean", mean=None, std=None, device=None, r
     if centroids.shape[-1] != data.d or centroids.ndim == 3 and len(centroids) != data.b:
         raise ValueError(f"rows {tuple(data.shape)} do not fit centroids {tuple(centroids.shape)}")
     c = centroids.to(data.device).float().expand(1, data.b, *centroids.shape[-2:])
-    w, bias = fold(c, c.double().mean((0, 2)), data.a, data.z)
-    found = []
-    for block in data:
-        labels, _ = nearest(block, w, bias)
-        found.append((labels[0], squared_distances(data, block, c, labels)[0]))
+    found = [(labels[0], squared_distances(data, block, c, labels)[0])
+             for block, labels, _ in labelled(data, c, c.double().mean((0, 2)))]
     labels, distances = (torch.cat(parts, 1) for parts in zip(*found))
     return (labels, distances) if data.batched else (labels[0], distances[0])
 
@@ -776,7 +766,7 @@ def load_tokens(path):
     """tokens.npy as a read-only memory map (images, n) uint16; ValueError, one line, for any other file."""
     try:
         tokens = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: not a token file ({str(error).splitlines()[0]})") from None
     if getattr(tokens, "dtype", None) != np.uint16 or tokens.ndim != 2:
         raise ValueError(f"{path}: not a token file: that is uint16 (images, n)")

@@ -20,7 +20,6 @@ import os
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from einops import rearrange
 from PIL import Image, ImageDraw
 
 from vit import init_weights, take
@@ -52,11 +51,11 @@ def two_stream_mask(visible, targets, positions=True):
     V, T = visible, targets
     earlier = torch.ones(T, T).tril(-1).bool()                 # [i, j]: target j comes before target i
     so_far = torch.ones(T, T).tril().bool()                    # ... or is target i itself
-    everything, nothing = lambda rows, keys: torch.ones(rows, keys).bool(), lambda rows: torch.zeros(rows, T).bool()
-    content = [[everything(V, V), nothing(V), everything(V, T)],
-               [everything(T, V), so_far, ~so_far]]
-    mask_tokens = [[everything(T, V), nothing(T), everything(T, T)]]
-    queries = [[everything(T, V), earlier, ~earlier]]
+    full, none = lambda rows, keys: torch.ones(rows, keys).bool(), lambda rows, keys: torch.zeros(rows, keys).bool()
+    content = [[full(V, V), none(V, T), full(V, T)],
+               [full(T, V), so_far, ~so_far]]
+    mask_tokens = [[full(T, V), none(T, T), full(T, T)]]
+    queries = [[full(T, V), earlier, ~earlier]]
     if positions:
         rows = content + mask_tokens + queries
     else:                                                      # PIM: the same without the last rows and columns
@@ -174,13 +173,17 @@ def print_mask(mask, rows, keys):
         print(f"{row:>5} " + " ".join("  #" if s else "  ." for s in sees) + f"   {int(sees.sum())}")
 
 
-def draw_mask(mask, rows, keys, path, cell=26):
-    """PNG of a mask: one line a row, one column a key. Blue = content, orange = position only, white = may not attend."""
+def draw_mask(mask, rows, keys, cut, path, cell=26):
+    """PNG of a mask as in MaPeT Fig. 2: a line for each row, a column for each key.
+
+    Blue = its content may be attended to, orange = only its position, white = nothing. Black lines part the visible
+    rows from the targets, these from the mask tokens, and those from the queries.
+    """
     colours = {"c": (49, 104, 173), "x": (49, 104, 173), "m": (236, 151, 60)}
-    left, top = 3 * cell, 2 * cell
-    picture = Image.new("RGB", (left + cell * len(keys) + cell, top + cell * len(rows) + cell), "white")
+    left, top, right = 2 * cell, 2 * cell, 6 * cell
+    picture = Image.new("RGB", (left + cell * len(keys) + right, top + cell * len(rows) + cell), "white")
     draw = ImageDraw.Draw(picture)
-    text = lambda x, y, words: draw.text((x, y), words, fill="black", anchor="mm", font_size=cell * .48)
+    text = lambda x, y, words, anchor="mm": draw.text((x, y), words, fill="black", anchor=anchor, font_size=cell * .48)
     for x, key in enumerate(keys):
         text(left + (x + .5) * cell, top - .5 * cell, key)
     for y, row in enumerate(rows):
@@ -188,11 +191,16 @@ def draw_mask(mask, rows, keys, path, cell=26):
         for x, key in enumerate(keys):
             box = (left + x * cell, top + y * cell, left + (x + 1) * cell, top + (y + 1) * cell)
             draw.rectangle(box, fill=colours[key[0]] if mask[y, x] else "white", outline=(205, 205, 205))
-    edges = lambda names: [i for i in range(1, len(names)) if names[i][0] != names[i - 1][0] and names[i - 1] != "cls"]
+    # Where the kind of row changes; the class token counts as visible content.
+    kinds = lambda names: ["visible" if i < cut else name[0] for i, name in enumerate(names)]
+    edges = lambda names: [i for i, (a, b) in enumerate(zip(kinds(names), kinds(names)[1:]), 1) if a != b]
     for x in edges(keys):
         draw.line((left + x * cell, top, left + x * cell, top + len(rows) * cell), fill="black", width=2)
     for y in edges(rows):
         draw.line((left, top + y * cell, left + len(keys) * cell, top + y * cell), fill="black", width=2)
+    captions = {"visible": "content, visible", "x": "content, targets", "m": "mask tokens", "g": "query stream"}
+    for y in [0] + edges(rows):
+        text(left + (len(keys) + .5) * cell, top + (y + .5) * cell, captions[kinds(rows)[y]], "lm")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     picture.save(path)
 
@@ -217,7 +225,7 @@ def main(argv=None):
         path = os.path.join(args.out, f"{name}.png")
         print(f"\n{name}: rows attend to columns marked #")
         print_mask(mask, rows, keys)
-        draw_mask(mask, rows, keys, path)
+        draw_mask(mask, rows, keys, args.cut, path)
         print(f"drawn in {path}")
 
 

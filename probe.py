@@ -14,7 +14,6 @@ Every image is counted once, however many processes share the work.
 """
 import argparse
 import hashlib
-import json
 import os
 import sys
 
@@ -189,12 +188,9 @@ def main(argv=None):
         rank, _, device = train.setup(args.device)
         vit, settings = open_encoder(args)
         data, classes = args.data or settings.get("data", "textures"), args.classes or settings.get("classes")
-        splits = [train.open_dataset(data, split, vit.image_size, classes) for split in ("train", "test")]
-        for ds in splits:
-            if ds is None or ds.labels is None:
-                raise ValueError(f"--data {data}: a probe needs labels in train/ and in val/")
-        if splits[0].classes != splits[1].classes:
-            raise ValueError(f"--data {data}: train/ and val/ have different class folders")
+        splits = train.open_splits(data, vit.image_size, classes)
+        if splits[1] is None:
+            raise ValueError(f"--data {data}: a probe needs labels, in train/CLASS/ and in val/CLASS/")
         result = evaluate(vit, *splits, device, args.workers, args.seed, max(1, args.views), (args.what,))
     except (ValueError, OSError) as error:
         parser.exit(2, f"probe.py: error: {error}\n")

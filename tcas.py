@@ -406,6 +406,8 @@ def score(args, kmeans, train):
     sources = [(path, path, None) for path in args.tokenizer + args.tokens] + read_runs(args.probes)
     if not sources:
         raise ValueError("nothing to score: give --tokenizer, --tokens or --probes (kmeans.py fit makes a tokenizer)")
+    loaded = {path: kmeans.load_tokens(path) if path in args.tokens else kmeans.load_tokenizer(path)
+              for _, path, _ in sources}                                     # all of them first: fail early
     device = train.setup(args.device)[2]
     opened = functools.cache(lambda split, size: train.open_dataset(args.data, split, image_size=size))
 
@@ -436,10 +438,10 @@ def score(args, kmeans, train):
     codebooks, points = set(), []
     for name, path, linear in sources:
         if path in args.tokens:
-            tokens, held = kmeans.load_tokens(path), None
+            tokens, held = loaded[path], None
             k, fit = args.vocab_size or int(tokens.max()) + 1, (tokens, opened("train", None).labels)
         else:
-            tokenizer = kmeans.load_tokenizer(path).to(device)
+            tokenizer = loaded[path].to(device)
             k, fit, held = tokenizer.vocab_size, encode(tokenizer, "train"), encode(tokenizer, "test")
         points.append((row(name, k, fit, held), linear))
         codebooks.add(k)

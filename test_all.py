@@ -5,15 +5,19 @@ pytest test_all.py -k two_stream_mask   one idea; every function that a student 
 
 References are written out slowly and literally here, so that they can be compared with the paper line by line.
 """
-import glob
+import contextlib
+import functools
 import hashlib
+import io
 import itertools
 import json
 import math
 import os
 import pickle
 import re
+import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +26,7 @@ import time
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
@@ -267,6 +272,487 @@ def test_vit_table(capsys):
     refused(V.main, ["--image-size", 50], capsys, "50", "multiple")
 
 
+# --- tcas.py ------------------------------------------------------------------------------------------------------
+
+def random_counts(k=9, c=5, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 40, (k, c)))
+
+
+def literal_tcas(counts, norm, weighted=False):
+    """Eq. 8 with the (K, K) matrix C and explicit sums."""
+    r = np.asarray(counts, float)
+    r = r[r.sum(1) > 0]
+    w = r.sum(1) / r.sum() if weighted else np.full(len(r), 1 / len(r))
+    r = r / (np.sqrt((r ** 2).sum(1)) if norm == "l2" else r.sum(1))[:, None]
+    c = r @ r.T
+    first = sum(w[i] * (1 - c[i, i]) ** 2 for i in range(len(r)))
+    second = sum(w[i] * w[j] * c[i, j] ** 2 for i in range(len(r)) for j in range(len(r)) if i != j)
+    return first, second
+
+
+
+
+def test_cooccurrence_is_a_count_whatever_holds_the_tokens(tmp_path):
+    rng = np.random.default_rng(0)
+    tokens, labels = rng.integers(7, size=(50, 6)), rng.integers(3, size=50)
+    want = np.zeros((7, 3), np.int64)
+    for row, label in zip(tokens, labels):
+        for token in row:
+            want[token, label] += 1
+    np.save(tmp_path / "t.npy", tokens.astype(np.uint16))
+    kinds = [tokens, torch.from_numpy(tokens), torch.from_numpy(tokens).to(torch.uint16),
+             np.load(tmp_path / "t.npy", mmap_mode="r")]
+    for kind in kinds:
+        for chunk in (1 << 22, 20, 1):                          # all at once, three images at a time, one at a time
+            counts = tcas.cooccurrence(kind, labels, 7, 3, chunk=chunk)
+            assert counts.dtype == torch.int64 and (counts.numpy() == want).all()
+    halves = [tcas.cooccurrence(tokens[part], torch.from_numpy(labels[part]), 7, 3)
+              for part in (slice(20), slice(20, 50))]
+    assert (sum(halves).numpy() == want).all()
+
+
+def count_my_half(rank, meet):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2)
+    tokens, labels = torch.arange(60).view(20, 3) % 7, torch.arange(20) % 4
+    both = tcas.cooccurrence(tokens[rank::2], labels[rank::2], 7, 4, distributed=True)
+    assert both.equal(tcas.cooccurrence(tokens, labels, 7, 4)) and both.sum() == 60     # without the flag: no exchange
+    dist.destroy_process_group()
+
+
+def test_cooccurrence_sums_over_two_processes(tmp_path):
+    context = torch.multiprocessing.get_context("fork")              # forked: torch need not be imported again
+    workers = [context.Process(target=count_my_half, args=(rank, tmp_path / "meet")) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+
+
+@pytest.mark.parametrize("tokens, labels, what", [
+    (np.full((4, 3), 8), [0, 1, 0, 1], "tokens from 8 to 8"),                    # beyond K
+    (np.full((4, 3), -1), [0, 1, 0, 1], "tokens from -1"),
+    (np.zeros((4, 3), int), [0, 1, 0], "4 images but 3 labels"),
+    (np.zeros((4, 3), int), [0, 1, 0, 2], "labels from 0 to 2"),
+    (np.zeros((4, 3), int), [0, 1, 0, -1], "labels from -1")])
+def test_cooccurrence_refuses_what_does_not_fit(tokens, labels, what):
+    with pytest.raises(ValueError, match=what) as error:
+        tcas.cooccurrence(tokens, labels, 8, 2)
+    assert "\n" not in str(error.value)
+
+
+def test_tcas_refuses_one_class():
+    for counts in (torch.ones(5, 1), torch.tensor([[3, 0], [2, 0]])):            # one column; one that is not empty
+        with pytest.raises(ValueError, match="at least 2 classes"):
+            tcas.tcas(counts)
+    with pytest.raises(ValueError, match="norm"):
+        tcas.tcas(torch.eye(3), "l3")
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_tcas_is_eq_8(norm, weighted):
+    for k, c in ((9, 5), (5, 9), (40, 3)):
+        counts = random_counts(k, c)
+        counts[2] = 0                                                            # a dead code
+        first, second = literal_tcas(counts, norm, weighted)
+        got = tcas.tcas_terms(counts, norm, weighted, chunk=4)
+        assert abs(got["impurity"] - first) < 1e-12 and abs(got["confusion"] - second) < 1e-12
+        assert abs(tcas.tcas(counts, norm, weighted) - first - second) < 1e-12
+        assert got["used"] == k - 1 and got["dead"] == 1
+
+
+def test_tcas_by_hand():
+    """Rows (3, 1) and (0, 2): cosine 1/sqrt(10); as distributions (3/4, 1/4) and (0, 1)."""
+    counts = torch.tensor([[3, 1], [0, 2]])
+    assert math.isclose(tcas.tcas(counts), 2 / 4 * (1 / 10))                     # two ordered pairs, lambda_2 = 1/4
+    assert math.isclose(tcas.tcas(counts, "l1"), (1 - 10 / 16) ** 2 / 2 + 2 / 4 * (1 / 4) ** 2)
+    assert math.isclose(tcas.tcas(counts, weighted=True), 2 * (4 / 6) * (2 / 6) * (1 / 10))
+    shares = np.array([4, 2]) / 6
+    assert math.isclose(tcas.tcas_terms(counts)["perplexity"], math.exp(-(shares * np.log(shares)).sum()))
+
+
+def test_tcas_values_that_are_known():
+    k, c = 7, 5
+    same = torch.arange(1, c + 1).repeat(k, 1)
+    assert math.isclose(tcas.tcas(same), 1 - 1 / k)                                             # identical rows
+    assert math.isclose(tcas.tcas(torch.ones(k, c), "l1"), (1 - 1 / c) ** 2 + (1 - 1 / k) / c ** 2)     # uniform rows
+    assert tcas.tcas(torch.eye(c)) == tcas.tcas(torch.eye(c), "l1") == 0                        # labels as tokens
+    shared = torch.eye(100).repeat(10, 1)                                                       # 1000 pure tokens
+    assert math.isclose(tcas.tcas(shared), 1 / 100 - 1 / 1000) and math.isclose(tcas.tcas(shared, "l1"), .009)
+    dead = torch.cat([random_counts(), torch.zeros(30, 5, dtype=torch.int64)])
+    assert math.isclose(tcas.tcas(dead), tcas.tcas(random_counts()))                      # dead codes do not count
+    # What l2 cannot see and l1 can: a token that lumps two classes together (the docstring's warning).
+    lumped = torch.tensor([[1, 1, 0], [0, 0, 2]])
+    assert tcas.tcas(lumped) < 1e-15 and tcas.tcas(torch.tensor([[1, 1, 2]])) < 1e-15 and tcas.tcas(lumped, "l1") > .1
+
+
+def test_tcas_ignores_the_names_of_tokens_and_classes():
+    counts = random_counts(20, 6)
+    rng = np.random.default_rng(1)
+    for norm in ("l2", "l1"):
+        for _ in range(5):
+            shuffled = counts[rng.permutation(20)][:, rng.permutation(6)]
+            assert math.isclose(tcas.tcas(shuffled, norm), tcas.tcas(counts, norm), rel_tol=1e-12)
+        assert math.isclose(tcas.tcas(counts * 7, norm), tcas.tcas(counts, norm), rel_tol=1e-12)   # the same, 7 times
+
+
+def test_few_patches_look_like_alignment():
+    """The warning of `tcas_terms`: random tokens, p patches per (token, class)."""
+    for p in (.25, 1, 30):
+        counts = torch.from_numpy(np.random.default_rng(0).poisson(p, (400, 50)))
+        assert abs(tcas.tcas(counts) - (p / (1 + p)) ** 2) < .03
+
+
+def score_imagenet_sized():
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(16384, (20000, 196), generator=generator).to(torch.uint16)
+    labels = torch.randint(1000, (20000,), generator=generator)
+    memory = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss          # the most so far, in kB
+    before, start = memory(), time.time()
+    value = tcas.tcas(tcas.cooccurrence(tokens, labels, 16384, 1000))
+    return value, time.time() - start, memory() - before
+
+
+def test_imagenet_sized_codebook_is_fast_and_small():
+    with torch.multiprocessing.get_context("fork").Pool(1) as pool:              # a fresh process has its own maximum
+        value, seconds, kilobytes = pool.apply_async(score_imagenet_sized).get(60)
+    assert seconds < 10 and 1e5 < kilobytes < 1e6 / 2, (seconds, kilobytes)      # bar: 10 s, 1 GB
+    assert .03 < value < .05                                                     # (p / (1 + p))^2, p = 0.24
+
+
+def test_paper_table_7():
+    """TCAS and linear probe of the paper's 16 tokenizers: the "r-value 0.85" is r^2, r itself is -0.92."""
+    score = [.69, .60, .66, .56, .56, .21, .52, .34, .15, .09, .49, .39, .12, .77, .86, .69]
+    linear = [42.7, 48.3, 47.2, 52.5, 52.7, 58.2, 50.1, 52.3, 59.7, 64.8, 50.8, 50.6, 56.9, 44.3, 41.2, 50.3]
+    r, slope, intercept = tcas.fit_line(score, linear)
+    assert abs(r + .920) < 5e-4 and abs(r * r - .8455) < 5e-4
+    assert abs(slope + 23.96) < 5e-3 and abs(intercept - 62.94) < 5e-3
+    with pytest.raises(ValueError, match="at least 3"):
+        tcas.fit_line([.1, .2], [1, 2])
+
+
+def test_bag_of_tokens():
+    rng = np.random.default_rng(0)
+    labels, held = rng.integers(4, size=800), rng.integers(4, size=400)
+    noisy = lambda y: rng.integers(16, size=(len(y), 9))
+    make = lambda y, noise: np.where(rng.random((len(y), 9)) < noise, noisy(y), y[:, None] * 4)
+    right = lambda noise: tcas.bag_accuracy(make(labels, noise), labels, 16, 4, (make(held, noise), held))
+    assert right(0) == 1 and .6 < right(.8) < .9
+    assert abs(right(1) - .25) < .08                                             # tokens that know nothing: chance
+    assert abs(tcas.bag_accuracy(make(labels, 1), labels, 16, 4) - .25) < .12    # also on the fifth that it holds out
+    alone = np.arange(800)[:, None].repeat(9, 1)                                 # a token per image: learnt by heart,
+    assert tcas.bag_accuracy(alone, labels, 800, 4) < .4                         # and no use for the fifth held out
+    order = rng.permuted(make(held, .8), axis=1)                                 # a bag: the order of patches is lost
+    fit = make(labels, .8)
+    assert tcas.bag_accuracy(fit, labels, 16, 4, (order, held)) == tcas.bag_accuracy(
+        rng.permuted(fit, axis=1), labels, 16, 4, (np.sort(order, 1), held))
+
+
+# --- tcas.py: the toy model ---------------------------------------------------------------------------------------
+
+WORLDS = [(2, 6, 2), (2, 10, 2), (2, 20, 4), (2, 40, 4), (3, 12, 2), (3, 20, 4), (4, 16, 2)]      # C, n, l
+
+
+def test_mask_graph_is_the_drawing_of_app_b():
+    """M by listing every draw (class, x1, x2); A by its sum over tokens; for a world with three classes."""
+    classes, n, overlap = 3, 8, 2
+    groups, z = tcas.populations(n, overlap, classes)
+    assert len(z) == classes * n - overlap * 3 and (z.sum(0) == n).all() and ((z.T @ z)[0, 1:] == overlap).all()
+    tokens = tcas.assignment("classwise", groups)
+    mask = np.zeros((len(z), len(z)))
+    for c in range(classes):
+        members = [x for x in range(len(z)) if z[x, c]]
+        for x1, x2 in itertools.product(members, members):
+            mask[x1, x2] += 1 / (classes * n * n)
+    a = np.zeros_like(mask)
+    for s in range(classes):
+        inside = [x for x in range(len(z)) if tokens[x] == s]
+        d = mask[:, inside].sum()
+        for x, y in itertools.product(range(len(z)), range(len(z))):
+            a[x, y] += mask[x, inside].sum() * mask[y, inside].sum() / d
+    toy = tcas.toy_model(n, overlap, "classwise", classes)
+    assert np.allclose(tcas.mask_graph(z), mask, atol=1e-15) and np.allclose(toy["graph"], a, atol=1e-15)
+    d = mask.sum(1)
+    eigenvalues = np.linalg.eigvalsh(a / np.sqrt(np.outer(d, d)))
+    assert np.allclose(toy["spectrum"], eigenvalues[::-1], atol=1e-12)
+    assert math.isclose(toy["sum"], (eigenvalues ** 2).sum())
+    label = z.numpy() / z.numpy().sum(1, keepdims=True)
+    wrong = sum(a[x, y] * label[x, i] * label[y, j] for x, y in itertools.product(range(len(z)), range(len(z)))
+                for i, j in itertools.permutations(range(classes), 2))
+    assert math.isclose(toy["alpha"], wrong) and math.isclose(a.sum(), 1)
+
+
+@pytest.mark.parametrize("classes, n, overlap", WORLDS)
+def test_algebra_equals_brute_force(classes, n, overlap):
+    c, r, kappa = classes, overlap / n, 1 - classes * overlap / (2 * n)
+    closed = {      # sum, alpha, w_in C n^2, w_x C n^2
+        "mae": (1 + (c - 1) * kappa ** 4, (c - 1) / c * (1 - kappa ** 3), 1 - (c - 1) * r / 2, r / 2),
+        "classwise": (1 + (c - 1) * kappa ** 6, (c - 1) / c * (1 - kappa ** 4),
+                      (1 - (c - 1) * r / 2) ** 2 + (c - 1) * r ** 2 / 4, r - c * r ** 2 / 4),
+        "crossclass": (1, (c - 1) / c, 1 / c, 1 / c)}
+    for name, (total, alpha, w_in, w_x) in closed.items():
+        brute = tcas.toy_model(n, overlap, name, c)
+        want = {"sum": total, "alpha": alpha, "w_in": w_in / (c * n * n), "w_x": w_x / (c * n * n)}
+        algebra = tcas.closed_form(n, overlap, name, c)
+        for key, value in want.items():
+            assert abs(brute[key] - value) < 1e-9 and abs(algebra[key] - value) < 1e-9
+        assert brute["tail"] < 1e-9                                              # C eigenvalues, no tail, in this graph
+        assert math.isclose(brute["bound"], brute["sum"] + c * brute["alpha"])   # c1 = 1, c2 = C unless told
+
+
+def test_toy_numbers():
+    for (classes, n, overlap), want in {
+            (2, 10, 2): {"mae": (1.4096, .244, .0045, .0005), "classwise": (1.262144, .2952, .0041, .0009),
+                         "crossclass": (1, .5, .0025, .0025)},
+            (3, 20, 4): {"mae": (1.4802, .4380), "classwise": (1.235298, .5066), "crossclass": (1, 2 / 3)}}.items():
+        for name, numbers in want.items():
+            toy = tcas.toy_model(n, overlap, name, classes)
+            digits = 1e-9 if classes == 2 else 5e-5
+            assert all(abs(toy[key] - value) < digits for key, value in zip(("sum", "alpha", "w_in", "w_x"), numbers))
+    bounds = [round(tcas.toy_model(20, 2, name, c1=1, c2=2)["bound"], 4) for name in tcas.TOKENIZERS]
+    assert bounds == [1.9271, 1.8753, 2]                                         # r = 0.1
+
+
+def test_any_tokenizer_and_what_merging_tokens_does():
+    """Random tokenizers of 2 classes: algebra = brute force; none has smaller w_x, larger w_in or smaller alpha than
+    MAE; merging two tokens lowers every eigenvalue and raises alpha."""
+    rng = np.random.default_rng(0)
+    mae = tcas.toy_model(10, 2)
+    for _ in range(40):
+        tokens = rng.integers(rng.integers(2, 12), size=18)
+        brute, algebra = tcas.toy_model(10, 2, tokens.tolist()), tcas.closed_form(10, 2, tokens.tolist())
+        assert all(abs(brute[key] - algebra[key]) < 1e-9 for key in algebra)
+        assert brute["w_x"] > mae["w_x"] - 1e-12 and brute["w_in"] < mae["w_in"] + 1e-12
+        assert brute["alpha"] > mae["alpha"] - 1e-12
+        coarser = tcas.toy_model(10, 2, np.where(tokens == tokens.max(), tokens.min(), tokens).tolist())
+        assert (coarser["spectrum"] < brute["spectrum"] + 1e-12).all() and coarser["alpha"] > brute["alpha"] - 1e-12
+
+
+@pytest.mark.parametrize("classes, n, overlap", WORLDS)
+def test_windows_of_the_bounds(classes, n, overlap):
+    kappa = 1 - classes * overlap / (2 * n)
+    mae, own, cross = (tcas.toy_model(n, overlap, name, classes) for name in tcas.TOKENIZERS)
+    low, high = tcas.window(mae, cross)
+    assert math.isclose(low, classes * kappa) and high == math.inf
+    low, high = tcas.window(own, mae)
+    assert low == 0 and math.isclose(high, classes * kappa * (1 + kappa))
+    for factor, better in ((.99, True), (1.01, False)):                          # the bound itself turns there
+        own, mae = (tcas.toy_model(n, overlap, name, classes, c2=high * factor) for name in ("classwise", "mae"))
+        assert (own["bound"] < mae["bound"]) == better
+
+
+def test_partitions_are_all_and_once():
+    for points, bell in enumerate((1, 1, 2, 5, 15, 52, 203)):
+        found = [tuple(tokens) for tokens in tcas.partitions(points)]
+        assert len(found) == len(set(found)) == bell
+        assert all(tokens[i] <= max(tokens[:i], default=-1) + 1 for tokens in found for i in range(points))
+
+
+def test_theorem_1_holds_from_a_ratio_on():
+    """All 203 tokenizers of 3 + 3 points: the labels minimise c1 sum + c2 alpha if and only if c2/c1 >= 4 - 2/n."""
+    _, z = tcas.populations(3, 0, 2)
+    mask = tcas.mask_graph(z)
+    found, tried = tcas.theorem1(mask, z)
+    assert tried == 203 and math.isclose(found["sum"][0], 4 - 2 / 3) and found["sum"][1] == math.inf
+    assert found["tail"] == (0, math.inf)                                        # with the tail: whatever c1, c2
+    every = [tcas.describe(mask, z, torch.tensor(tokens)) for tokens in tcas.partitions(6)]
+    label = tcas.describe(mask, z, z.argmax(1))
+    best = lambda c2: min(one["sum"] + c2 * one["alpha"] for one in every)
+    for c2, smallest in ((1, False), (3.3, False), (3.34, True), (10, True)):
+        assert (label["sum"] <= best(c2) + 1e-9) == smallest
+    pure = [one["sum"] for one in every if one["alpha"] < 1e-12]
+    assert len(pure) == 25 and np.allclose(pure, 2)                              # 5 x 5 within-class ones, all tie
+    _, z = tcas.populations(2, 0, 2)
+    assert math.isclose(tcas.theorem1(tcas.mask_graph(z), z)[0]["sum"][0], 4 - 2 / 2)
+
+
+def test_theorem_1_on_a_random_graph():
+    """M > 0 inside the classes only, otherwise random: of the tokenizers without labelling error, labels are best."""
+    weights = torch.rand(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    _, z = tcas.populations(3, 0, 2)
+    mask = (weights + weights.T) * (z @ z.T)
+    mask /= mask.sum()
+    label = tcas.describe(mask, z, z.argmax(1))
+    every = [tcas.describe(mask, z, torch.tensor(tokens)) for tokens in tcas.partitions(6)]
+    pure = [one for one in every if one["alpha"] < 1e-12]
+    assert len(pure) == 25 and label["sum"] <= min(one["sum"] for one in pure) + 1e-12 and abs(label["sum"] - 2) < 1e-9
+    found, _ = tcas.theorem1(mask, z)
+    assert 2 < found["sum"][0] < 4 and found["tail"] == (0, math.inf)
+
+
+@pytest.mark.parametrize("width, name, total, tail, alpha, linked", [
+    (1, "mae", 5.6296, 3.6296, 0, 5 / 12), (1, "classwise", 2, 0, 0, 1), (1, "crossclass", 1.0123, 0, .5, 1),
+    (1, "pairs", 4.8889, 2.8889, 0, 1 / 2), (2, "mae", 3.264, 1.264, 0, 3 / 4), (2, "classwise", 2, 0, 0, 1),
+    (2, "crossclass", 1.0016, 0, .5, 1)])
+def test_ring(width, name, total, tail, alpha, linked):
+    toy = tcas.toy_model(12, 0, name, graph="ring", width=width)
+    for key, value in dict(sum=total, tail=tail, alpha=alpha, linked=linked).items():
+        assert abs(toy[key] - value) < 5e-5, (key, toy[key])
+
+
+def test_claims_in_words():
+    def said(n, overlap, graph):
+        toys = {name: tcas.toy_model(n, overlap, name, graph=graph) for name in tcas.TOKENIZERS}
+        none = {"sum": (0, math.inf), "tail": (0, math.inf)}
+        return {claim: tcas.verdict(*limits) for claim, limits in tcas.claims(toys, none, 203)}
+    complete, ring = said(10, 2, "complete"), said(12, 0, "ring")
+    raises = "class-wise tokens raise the weights inside a class above MAE's"
+    assert complete[raises] == ring[raises] == "NOT TRUE"
+    assert complete["class-wise tokens lower the weights between classes below MAE's"] == "NOT TRUE"
+    assert complete["cross-class tokens have larger weights between classes than class-wise"] == "EXACTLY TRUE"
+    assert complete["bound: class-wise < MAE < cross-class"] == "TRUE IF 1.6 < c2/c1 < 2.88"
+    assert complete["tail bound: class-wise < MAE"] == "NOT TRUE"
+    assert ring["tail bound: class-wise < MAE"] == "EXACTLY TRUE"
+    assert ring["class-wise tokens link more pairs of one class than MAE"] == "EXACTLY TRUE"
+    assert ring["tail bound: MAE < cross-class"] == "TRUE IF 7.259 < c2/c1"      # c2/2 > c1 tail_MAE
+
+
+# --- tcas.py: the commands ----------------------------------------------------------------------------------------
+
+def command(*argv):
+    """Exit code, standard output and error of tcas.py with these flags, in this process."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            tcas.main([str(a) for a in argv])
+        except SystemExit as stop:
+            code = stop.code
+    return code, out.getvalue(), err.getvalue()
+
+
+def test_toy_command(tmp_path):
+    picture = tmp_path / "new" / "toy.png"
+    code, out, err = command("toy", "--out", picture, "--assign", *[0] * 9, *[1] * 9)
+    assert code == 0 and not err and "8 of class 0, 2 of class 0 and 1, 8 of class 1" in out
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line}
+    assert rows["mae"][:4] == ["0.0045000", "0.0005000", "1.4096000", "0.2440000"]
+    assert rows["yours"] == rows["classwise"]
+    assert out.count("algebra") == 4 and "TRUE IF 3.333 < c2/c1" in out
+    panels = np.split(np.asarray(Image.open(picture).convert("RGB"), float), 4, axis=1)     # mae, class, cross, yours
+    assert np.array_equal(panels[1], panels[3]) and not np.array_equal(panels[0], panels[1])
+    corner = lambda panel: panel[-60:-20, 40:80].mean()             # weights between classes, darker = larger
+    assert corner(panels[0]) > corner(panels[1]) > corner(panels[2])
+    code, out, _ = command("toy", "--graph", "ring", "--n", 12, "--out", picture)
+    assert code == 0 and "24 points" in out and "pairs" in out and "all 4140" in out
+
+
+@pytest.mark.parametrize("flags, what", [
+    (["--n", 9, "--overlap", 2], "halve groups"), (["--classes", 1], "2 classes"), (["--overlap", 10], "overlap < n"),
+    (["--assign", 0, 1], "2 tokens for 18 points"), (["--graph", "ring", "--overlap", 2], "--overlap 0"),
+    (["--graph", "ring", "--width", 6], "--width"), (["--c2", -1], "positive"), (["--n", 10 ** 9], "2000 points")])
+def test_toy_command_refuses_in_one_line(tmp_path, flags, what):
+    code, _, err = command("toy", "--out", tmp_path / "toy.png", *flags)
+    assert code == 2 and what in err and err.count("\n") == 1 and err.startswith("tcas.py: error: ")
+    assert not (tmp_path / "toy.png").exists()
+
+
+@pytest.fixture(scope="module")
+def dots(tmp_path_factory):
+    """A folder of pictures, 2 classes (dark, bright), and pixel tokenizers of K = 2, 4 and 8 grey levels."""
+    root, rng = tmp_path_factory.mktemp("dots"), np.random.default_rng(0)
+    for split, m in (("train", 40), ("val", 20)):
+        for i in range(m):
+            folder = root / split / ("dark", "bright")[i % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = np.kron(rng.integers(*((0, 160), (96, 256))[i % 2], (4, 4)), np.ones((4, 4)))
+            Image.fromarray(pixels.astype(np.uint8)).convert("RGB").save(folder / f"{i}.png")
+    for k in (2, 4, 8):
+        grey = ((torch.arange(k) + .5) * 256 / k / 255 - .5) / .5   # normalised with mean and deviation 0.5
+        tokenizer = kmeans.KMeansTokenizer("pixel", grey[:, None].expand(-1, 48), "euclidean", 4, 16, [.5] * 3, [.5] * 3)
+        tokenizer.save(str(root / f"k{k}.pt"))
+    return root
+
+
+def table(out):
+    """[(name, [K, used, perplexity, TCAS l2, TCAS l1, bag])] of the table that `score` prints."""
+    rows = [line.split() for line in out.splitlines() if line and line.split()[-1].replace(".", "").isdigit()]
+    return [(" ".join(row[:-6]), [float(value) for value in row[-6:]]) for row in rows if len(row) > 6]
+
+
+def test_score_command(dots, tmp_path):
+    np.save(tmp_path / "t.npy", (np.arange(40 * 16).reshape(40, 16) % 4).astype(np.uint16))
+    code, out, err = command("score", "--data", dots, "--tokenizer", dots / "k2.pt", dots / "k8.pt",
+                             "--tokens", tmp_path / "t.npy")
+    assert code == 0, err
+    k2, k8, file, labels, *random = table(out)
+    assert [row[1][0] for row in random] == [2, 4, 8] and all(name == "random tokens" for name, _ in random)
+    assert labels == ("labels as tokens", [2, 2, 2, 0, 0, 1])
+    assert k8[1][0] == 8 and k8[1][5] > .9                          # bag of tokens: dark from bright
+    assert abs(file[1][3] - (1 - 1 / 4)) < .01                      # the same counts in both classes: identical rows
+    assert k2[1][3] < random[0][1][3] - .2 and k8[1][3] < random[2][1][3] - .2
+    shutil.copytree(dots / "train", tmp_path / "swapped" / "train")
+    for one, other in (("dark", "bright"), ("bright", "dark")):     # a test split of wrong labels: that is what scores
+        shutil.copytree(dots / "val" / one, tmp_path / "swapped" / "val" / other)
+    code, out, err = command("score", "--data", tmp_path / "swapped", "--tokenizer", dots / "k8.pt", "--images", 30)
+    swapped, *_, random = table(out)
+    assert code == 0 and swapped[1][5] < .1 and swapped[1][3] != k8[1][3]
+    assert random[1][1] == 8 and random[1][2] > 7                   # all K codes, evenly
+
+
+def test_probes(dots, tmp_path):
+    for i, (k, linear) in enumerate(((2, .5), (4, .7), (8, .8))):
+        run = tmp_path / f"run{i}"
+        run.mkdir()
+        (run / "tokenizer.pt").write_bytes((dots / f"k{k}.pt").read_bytes())
+        lines = [{"step": 1, "loss": 2.}, {"summary": True, "linear": linear, "knn": .3}]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "unfinished").mkdir()
+    code, out, err = command("score", "--data", dots, "--probes", *sorted(tmp_path.iterdir()))
+    assert code == 0, err
+    assert "unfinished: left out" in out
+    x = [row[3] for name, row in table(out) if "run" in name]
+    r = np.corrcoef(x, [50, 70, 80])[0, 1]
+    printed = float(out.split("Pearson r = ")[1].split(",")[0])
+    intercept = float(out.split("linear probe = ")[1].split()[0])   # in %; x is printed with three digits
+    assert len(x) == 3 and abs(printed - r) < .02 and abs(intercept - np.polyfit(x, [50, 70, 80], 1)[1]) < 1, (out, r)
+    code, _, err = command("score", "--data", dots, "--probes", tmp_path / "run0", tmp_path / "unfinished")
+    assert code == 2 and "3 runs" in err and err.count("\n") == 1
+
+
+def test_score_command_refuses_in_one_line(dots, tmp_path):
+    np.save(tmp_path / "short.npy", np.zeros((39, 16), np.uint16))
+    np.save(tmp_path / "big.npy", np.full((40, 16), 9, np.uint16))
+    (tmp_path / "one" / "train" / "only").mkdir(parents=True)
+    (tmp_path / "one" / "train" / "only" / "0.png").write_bytes((dots / "train" / "dark" / "0.png").read_bytes())
+    for flags, what in [
+            ([], "nothing to score"),
+            (["--tokens", tmp_path / "short.npy"], "39 images but 40 labels"),
+            (["--tokens", tmp_path / "big.npy", "--vocab-size", 8], "outside 0..7"),
+            (["--tokens", tmp_path / "missing.npy"], "missing.npy"),
+            (["--tokenizer", tmp_path / "big.npy"], "big.npy"),
+            (["--data", tmp_path / "one", "--tokenizer", dots / "k2.pt"], "2 classes"),
+            (["--data", dots / "train" / "dark", "--tokenizer", dots / "k2.pt"], "no labels"),
+            (["--data", tmp_path / "nowhere", "--tokenizer", dots / "k2.pt"], "nowhere")]:
+        data = [] if "--data" in flags else ["--data", dots]
+        code, out, err = command("score", *data, *flags)
+        assert code == 2 and what in err and err.strip().count("\n") == 0, (flags, err)
+
+
+@functools.cache
+def some_textures():
+    ds = train.open_dataset("textures", "val")
+    ds.images, ds.labels = ds.images[:500], ds.labels[:500]
+    return ds
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_order_of_tokenizers_on_textures(seed):
+    """labels < K-means on HOG < K-means on pixels < random tokens, with room between them."""
+    ds = some_textures()
+    scores = [0.]
+    for features in ("hog", "pixel"):
+        tokenizer = kmeans.fit_tokenizer(ds, features, 16, patch_size=8, max_iter=10, seed=seed)
+        scores.append(tcas.tcas(tcas.cooccurrence(tokenizer(ds.images), ds.labels, 16, 10)))
+    labels = torch.from_numpy(ds.labels)
+    random = torch.randint(16, (500, 36), generator=torch.Generator().manual_seed(seed))
+    scores.append(tcas.tcas(tcas.cooccurrence(random, labels, 16, 10)))
+    scores[0] = tcas.tcas(tcas.cooccurrence(labels[:, None].repeat(1, 36), labels, 10, 10))
+    assert scores[0] == 0 and .1 < scores[1] < scores[2] - .1 < scores[3] - .2, scores
+
+
 # --- objectives.py ------------------------------------------------------------------------------------------------
 
 def literal_masks(n, cut, rank, positions=True):
@@ -500,7 +986,7 @@ def test_masks_printed_and_drawn(tmp_path, capsys):
     picture = np.asarray(Image.open(tmp_path / "mapet.png"))
     cell = 26
     for y, x in itertools.product(range(len(rows)), range(len(keys))):
-        white = (picture[2 * cell + y * cell + 6, 3 * cell + x * cell + 6] == 255).all()
+        white = (picture[2 * cell + y * cell + 6, 2 * cell + x * cell + 6] == 255).all()
         assert white != mask[y, x].item()
     refused(objectives.main, ["mapet", "--patches", 6, "--cut", 7], capsys, "--cut 7", "1 to 6")
 
@@ -745,12 +1231,13 @@ def test_kill_at_any_moment(folder, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_saves_and_exits_0(folder, tmp_path, number):
     out = str(tmp_path / "run")
-    process = script("train.py", "--data", folder, "--out", out, *SMALL_RUN, "--no-probe", "--epochs", 2000)
+    process = script("train.py", "--data", folder, "--out", out, *SMALL_RUN, "--no-probe", "--epochs", 2000, "--workers", 1,
+                     start_new_session=True)
     metrics = os.path.join(out, "metrics.jsonl")
     while not os.path.exists(metrics) or not open(metrics).read().count("\n"):
         assert process.poll() is None, process.communicate()
         time.sleep(.05)
-    process.send_signal(number)
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)   # Ctrl-C reaches workers too
     assert "the same command goes on" in finished(process)
     saved = torch.load(os.path.join(out, "last.pt"), weights_only=True)["step"]
     assert saved == json.loads(open(metrics).read().splitlines()[-1])["step"] and 0 < saved < 10000

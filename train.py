@@ -128,12 +128,13 @@ class Textures(Dataset):
 class Pictures(Dataset):
     """Pictures of any size and mode -> uint8 (3, S, S): the largest centre square, resized (bicubic).
 
-    read(i) -> PIL RGB image; names[i] tells the user which one it is; labels (n,) int64 or None; classes: names or None.
+    names    of the files; or, with `source`, what to call source[i], whose first part is a PIL image
+    labels   (n,) int64 or None; classes: their names or None
     """
     mean, std = (.485, .456, .406), (.229, .224, .225)           # of ImageNet, on the scale 0..1
 
-    def __init__(self, name, read, names, labels, classes, image_size):
-        self.name, self.read, self.names, self.classes, self.image_size = name, read, names, classes, image_size
+    def __init__(self, name, names, labels, classes, image_size, source=None):
+        self.name, self.names, self.classes, self.image_size, self.source = name, names, classes, image_size, source
         self.unreadable = set()
         self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
         # Short side resized, then cropped: the region that MaPeT's images and their stored tokens share (METHODS 1.6).
@@ -148,7 +149,7 @@ class Pictures(Dataset):
         tries = min(100, len(self))
         for j in [(i + k) % len(self) for k in range(tries)]:
             try:
-                image = self.crop(self.read(j))
+                image = self.crop(read_rgb(self.names[j]) if self.source is None else self.source[j][0].convert("RGB"))
             except Exception:                       # whatever it is: PIL's decoders raise half a dozen kinds of error
                 continue
             return image, -1 if self.labels is None else int(self.labels[j]), j
@@ -213,6 +214,17 @@ def open_dataset(spec, split="train", image_size=None, classes=None):
     return open_folder(spec, split, size, classes)
 
 
+def open_splits(spec, image_size=None, classes=None):
+    """(training split, test split); the second is None unless both have labels, of the same classes."""
+    ds, test = (open_dataset(spec, split, image_size, classes) for split in ("train", "test"))
+    if test is None or ds.labels is None or test.labels is None:
+        return ds, None
+    if ds.classes != test.classes:
+        differ = sorted(set(ds.classes) ^ set(test.classes))
+        raise ValueError(f"--data {spec}: training and test split must have the same class folders; {differ[0]} is in one")
+    return ds, test
+
+
 def open_named(name, split, image_size):
     kind, train, test = NAMED[name]
     try:
@@ -222,8 +234,7 @@ def open_named(name, split, image_size):
     labels = next((getattr(pictures, key) for key in ("targets", "labels", "_labels") if hasattr(pictures, key)), None)
     labels = [label for _, label in pictures._samples] if labels is None else labels
     names = [f"{name} picture {i}" for i in range(len(pictures))]
-    return Pictures(f"{name}/{split}", lambda i: pictures[i][0].convert("RGB"), names, labels,
-                    getattr(pictures, "classes", None), image_size)
+    return Pictures(f"{name}/{split}", names, labels, getattr(pictures, "classes", None), image_size, source=pictures)
 
 
 def open_folder(folder, split, image_size, classes_file=None):
@@ -252,7 +263,7 @@ def open_folder(folder, split, image_size, classes_file=None):
         paths, labels, names = sorted(path for path in found if path.lower().endswith(IMG_EXTENSIONS)), None, None
     if not paths:
         raise ValueError(f"--data {root or folder}: no pictures in it ({', '.join(IMG_EXTENSIONS)})")
-    return Pictures(f"{folder}/{split}", lambda i: read_rgb(paths[i]), paths, labels, names, image_size)
+    return Pictures(f"{folder}/{split}", paths, labels, names, image_size)
 
 
 def normalise(images, ds):
@@ -291,6 +302,11 @@ def augmented(image, augment, *seed):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mixed(*seed))
         return augment(image)
+
+
+def ignore_interrupt(_):
+    """For loading processes: Ctrl-C reaches them too, but stopping is the main process's decision."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class TrainingSet(Dataset):
@@ -392,24 +408,41 @@ def resume(path, args):
 
 # --- tokens ---------------------------------------------------------------------------------------------------------
 
+def check_tokenizer(tokenizer, path, args):
+    """Refuse a tokenizer that was not made for this run's patches."""
+    for key in ("patch_size", "image_size", "vocab_size") + (() if args.tokenizer else ("features",)):
+        here, there = getattr(args, key), getattr(tokenizer, key)
+        if here and here != there:
+            raise ValueError(f"{path}: its {key.replace('_', ' ')} is {there}, this run's is {here}")
+    return tokenizer
+
+
+def check_tokens(tokens, path, ds, args, vocab_size):
+    """Refuse tokens of another data set or codebook; returns the number of codes."""
+    n = (args.image_size // args.patch_size) ** 2
+    if tokens.shape != (len(ds), n):
+        raise ValueError(f"{path}: tokens of {tokens.shape[0]} images x {tokens.shape[1]} patches, "
+                         f"but {ds.name} has {len(ds)} images and the model {n} patches")
+    largest = max(int(tokens[i:i + 4096].max()) for i in range(0, len(tokens), 4096))
+    if vocab_size and largest >= vocab_size:
+        raise ValueError(f"{path}: holds token {largest}, beyond the codebook of {vocab_size}")
+    return vocab_size or largest + 1
+
+
 def get_tokenizer(args, ds, rank, device, say):
-    """The K-means tokenizer: --tokenizer, or OUT/tokenizer.pt, which the first run fits on the training images."""
-    path = args.tokenizer or os.path.join(args.out, "tokenizer.pt")
-    if os.path.exists(path) or args.tokenizer:
-        tokenizer = kmeans.load_tokenizer(path)
+    """The K-means tokenizer in OUT/tokenizer.pt: a copy of --tokenizer, or fitted on the training images at the first run."""
+    path = os.path.join(args.out, "tokenizer.pt")
+    if args.tokenizer:
+        tokenizer = kmeans.load_tokenizer(args.tokenizer)
+    elif os.path.exists(path):
+        return check_tokenizer(kmeans.load_tokenizer(path), path, args).to(device)
     else:
-        say(f"fitting a K-means tokenizer: {args.features} features, K = {args.vocab_size}")
-        tokenizer = kmeans.fit_tokenizer(ds, args.features, args.vocab_size, patch_size=args.patch_size, fraction=.05, seed=args.seed,
-                                         device=device, workers=args.workers)
-        if rank == 0:
-            tokenizer.save(path)
-        wait_for_all()
-    wanted = dict(patch_size=args.patch_size, image_size=args.image_size, vocab_size=args.vocab_size)
-    if not args.tokenizer:
-        wanted["features"] = args.features
-    for key, value in wanted.items():
-        if value and getattr(tokenizer, key) != value:
-            raise ValueError(f"{path}: its {key.replace('_', ' ')} is {getattr(tokenizer, key)}, this run's is {value}")
+        say(f"fitting a K-means tokenizer: {args.features} features, K = {args.vocab_size}, 5 % of the patches")
+        tokenizer = kmeans.fit_tokenizer(ds, args.features, args.vocab_size, patch_size=args.patch_size, fraction=.05,
+                                         seed=args.seed, device=device, workers=args.workers)
+    if rank == 0:
+        tokenizer.save(path)
+    wait_for_all()
     return tokenizer.to(device)
 
 
@@ -420,32 +453,22 @@ def get_tokens(args, ds, rank, device, say):
     else:
         tokenizer = get_tokenizer(args, ds, rank, device, say)
         path, vocab_size = os.path.join(args.out, "tokens.npy"), tokenizer.vocab_size
-        if not os.path.exists(path):
-            kmeans.tokenize(tokenizer, ds, path, device=device, workers=args.workers)
-        tokens = kmeans.load_tokens(path)
-    n = (args.image_size // args.patch_size) ** 2
-    if tokens.shape != (len(ds), n):
-        raise ValueError(f"{path}: tokens of {tokens.shape[0]} images x {tokens.shape[1]} patches, "
-                         f"but {ds.name} has {len(ds)} images and the model {n} patches")
-    largest = max(int(tokens[i:i + 4096].max()) for i in range(0, len(tokens), 4096))
-    if vocab_size and largest >= vocab_size:
-        raise ValueError(f"{path}: holds token {largest}, beyond the codebook of {vocab_size}")
-    return tokens, vocab_size or largest + 1
+        tokens = kmeans.tokenize(tokenizer, ds, path, device=device, workers=args.workers)
+    return tokens, check_tokens(tokens, path, ds, args, vocab_size)
 
 
 def describe_codebook(tokens, ds, vocab_size, seed, say):
     """What the codebook is worth before any training: used codes, perplexity, and TCAS beside that of random tokens."""
-    labels = ds.labels if ds.labels is not None else np.zeros(len(ds), np.int64)
-    classes = 1 + int(labels.max())
-    counts = tcas.cooccurrence(tokens, labels, vocab_size, classes)
-    share = counts.sum(1).double() / counts.sum()
-    entropy = -torch.special.xlogy(share, share).sum().item()
-    say(f"codebook: {int((share > 0).sum())} of {vocab_size} codes used, perplexity {math.exp(entropy):.1f}")
-    if classes > 1:
-        shuffled = np.random.default_rng(seed).permutation(labels)           # the same codes, knowing nothing of the class
-        random = tcas.cooccurrence(tokens, shuffled, vocab_size, classes)
-        say(f"TCAS {tcas.tcas(counts):.3f}, of random tokens {tcas.tcas(random):.3f} (lower is better, labels have 0)")
-    say(f"loss to beat: ln {vocab_size} = {math.log(vocab_size):.3f} guessing uniformly, {entropy:.3f} by code frequency")
+    labels = np.zeros(len(ds), np.int64) if ds.labels is None else ds.labels
+    count = lambda labels: tcas.cooccurrence(tokens, labels, vocab_size, 1 + int(labels.max()))
+    counts = count(labels)
+    share = counts.sum(1) / counts.sum()
+    entropy = torch.special.entr(share).sum().item()
+    say(f"codebook: {int((share > 0).sum())} of {vocab_size} codes used, perplexity {math.exp(entropy):.1f}; "
+        f"a uniform guess has loss ln {vocab_size} = {math.log(vocab_size):.3f}, one by code frequency {entropy:.3f}")
+    if len(np.unique(labels)) > 1:
+        random = count(np.random.default_rng(seed).permutation(labels))             # the same codes, unrelated to the class
+        say(f"TCAS {tcas.tcas(counts):.3f}, of random tokens {tcas.tcas(random):.3f} (0: every token belongs to one class)")
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -532,7 +555,8 @@ def train(args, ds, tokens, vocab_size, state, rank, world, device, say):
     accumulate, first = share // micro, rank * share
     keys = schedule(len(ds), args.batch_size, args.seed, step, stop_at, slice(first, first + share), accumulate)
     loader = iter(DataLoader(TrainingSet(ds, tokens, args.jitter, args.seed), batch_sampler=keys,
-                             num_workers=args.workers, pin_memory=device.type == "cuda"))
+                             num_workers=args.workers, pin_memory=device.type == "cuda",
+                             worker_init_fn=ignore_interrupt))
     n, vit = model.encoder.n_patches, model.encoder
     if args.compile:
         model.compile()                                             # in place, so that parameter names stay
@@ -570,8 +594,11 @@ def train(args, ds, tokens, vocab_size, state, rank, world, device, say):
                     (loss / accumulate).backward()
                 sums += torch.stack([loss.detach(), logs["accuracy"], torch.ones_like(loss)])
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm)
-            # The norm is the same on every process, and not finite as soon as any loss anywhere is not.
-            log, keep = (step + 1) % args.log_every == 0 or step + 1 in (1, stop_at), (step + 1) % args.save_every == 0
+            stopping = stop.came_anywhere()
+            log = (step + 1) % args.log_every == 0 or step + 1 in (1, stop_at)
+            keep = (step + 1) % args.save_every == 0 or step + 1 == stop_at or stopping
+            # The norm is the same on every process, and not finite as soon as any loss anywhere is not. To look at it
+            # makes the CPU wait for the GPU, so there only before it matters: no broken weights are ever saved.
             if (device.type == "cpu" or log or keep) and not torch.isfinite(norm + sums[0]):
                 raise ValueError(f"step {step + 1}: the loss or its gradient is not finite. " + (
                     f"{path('last.pt')} keeps step {saved}" if saved else "No checkpoint was written yet") +
@@ -596,28 +623,23 @@ def train(args, ds, tokens, vocab_size, state, rank, world, device, say):
                     bar.set_postfix_str(words)
                     if bar.disable:
                         say(f"step {step}/{steps}  {words}  lr {lr:.2e}  {speed:.0f} images/s")
-            if stopping := stop.came_anywhere():
-                say(f"stopped at step {step} by a signal; the same command goes on from there")
-            if stopping or keep or step == stop_at:
+            if keep:
                 checkpoint()
                 saved = step
             if stopping:
-                return None
+                return say(f"stopped at step {step} by a signal; the same command goes on from there")
     if rank == 0:
-        save(vit.state_dict(), path("encoder.pt"))
+        save({key: value.cpu() for key, value in vit.state_dict().items()}, path("encoder.pt"))
     wait_for_all()
     return vit, step
 
 
 # --- evaluation and the command line ---------------------------------------------------------------------------------
 
-def evaluate(args, vit, step, ds, rank, device, started, say):
+def evaluate(args, vit, step, ds, test, rank, device, started, say):
     """k-NN and linear probe of the trained and of the random encoder: the closing table, and metrics.jsonl's last line."""
     import probe                                                    # here: probe.py imports this file
     path = os.path.join(args.out, "metrics.jsonl")
-    test = open_dataset(args.data, "test", args.image_size, args.classes)
-    if test is None or test.labels is None or ds.labels is None:
-        return say("no labels, so no k-NN and no linear probe")
     known = [line for line in map(json.loads, open(path)) if line.get("summary") and line["step"] == step]
     if known:
         summary = known[-1]
@@ -715,36 +737,54 @@ def run(args):
     rank, world, device = setup(args.device)
     say = lambda *words: print(*words, flush=True) if rank == 0 else None
     complete(args, world, device)
-    ds = open_dataset(args.data, "train", args.image_size, args.classes)
+    ds, test = open_splits(args.data, args.image_size, args.classes)
     if args.batch_size > len(ds):
         raise ValueError(f"--batch-size {args.batch_size} is more than the {len(ds)} images of {ds.name}")
+    if args.tokenizer:
+        check_tokenizer(kmeans.load_tokenizer(args.tokenizer), args.tokenizer, args)
+    if args.tokens:
+        check_tokens(kmeans.load_tokens(args.tokens), args.tokens, ds, args, args.vocab_size)
     last = os.path.join(args.out, "last.pt")
+    state = resume(last, args) if os.path.exists(last) and not args.fresh else None
+
+    # --- everything that can be checked was checked: now files may change
     if args.fresh and rank == 0:
-        for name in ("last.pt", "encoder.pt", "metrics.jsonl", "tokens.npy", "tokenizer.pt"):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(args.out, name))
+        start_over(args)
     wait_for_all()
-    state = resume(last, args) if os.path.exists(last) else None
     os.makedirs(args.out, exist_ok=True)
     say(f"{ds.name}: {len(ds)} images" + (f", {len(ds.classes)} classes" if ds.classes else "") + f"; run in {args.out}")
     tokens, vocab_size = get_tokens(args, ds, rank, device, say)
     if rank == 0:
         describe_codebook(tokens, ds, vocab_size, args.seed, say)
     done = train(args, ds, tokens, vocab_size, state, rank, world, device, say)
-    if done and args.probe:
-        evaluate(args, *done, ds, rank, device, started, say)
-    if done:
-        say(f"\n{time.time() - started:.0f} s. In {args.out}: encoder.pt (the ViT, timm's names), last.pt, tokenizer.pt, "
-            "tokens.npy, metrics.jsonl")
-        say("next: " + "\n      ".join(next_commands(args)))
+    if not done:
+        return
+    if args.probe and test is None:
+        say("no labels, or no test split: no k-NN and no linear probe")
+    elif args.probe:
+        evaluate(args, *done, ds, test, rank, device, started, say)
+    say(f"\n{time.time() - started:.0f} s. In {args.out}: {', '.join(sorted(os.listdir(args.out)))}; encoder.pt is the ViT, "
+        "with timm's names")
+    say("next: " + "\n      ".join(next_commands(args)))
+
+
+def start_over(args):
+    """Remove what an earlier run left in --out, but not a file that the command line hands in."""
+    handed_in = [os.path.abspath(path) for path in (args.tokenizer, args.tokens) if path]
+    for name in ("last.pt", "encoder.pt", "metrics.jsonl", "tokens.npy", "tokenizer.pt"):
+        path = os.path.abspath(os.path.join(args.out, name))
+        if os.path.exists(path) and path not in handed_in:
+            os.remove(path)
 
 
 def next_commands(args):
-    others = [name for name in objectives.OBJECTIVES if name != args.objective]
     data = "" if args.data == "textures" else f" --data {args.data}"
-    return [f"python probe.py linear {args.out}{data}",
-            f"python objectives.py {args.objective} --patches 6 --cut 3",
-            f"torchrun --nproc_per_node 1 train.py --objective {others[0]}{data}"]
+    other = "mim" if args.objective == "mapet" else "mapet"
+    return [f"python objectives.py {args.objective} --patches 6 --cut 3       who may attend to whom",
+            f"python kmeans.py show --tokenizer {args.out}/tokenizer.pt{data} --out {args.out}       the codebook as a picture",
+            f"python train.py --objective {other}{data}       what another objective learns from the same tokens",
+            f"python train.py --objective {args.objective}{data} --features pixel-norm --out {args.out}-norm       "
+            "the same objective, better tokens"]
 
 
 def main(argv=None):
@@ -753,9 +793,13 @@ def main(argv=None):
     try:
         run(args)
     except (ValueError, OSError) as error:                          # bad input: one line, and nothing else
-        if rank == 0 or not isinstance(error, ValueError):
+        if rank == 0:
             print(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:                                       # before the first step; from then on see StopSignal
+        if rank == 0:
+            print("train.py: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
