@@ -482,7 +482,7 @@ def main(argv=None):
     p.add_argument("--assign", type=int, nargs="+", metavar="TOKEN", help="your own tokenizer: a token per point")
     p.add_argument("--c1", type=float, default=1., help="weight of the spectrum (%(default)s)")
     p.add_argument("--c2", type=float, help="weight of the labelling error (default: the number of classes)")
-    p.add_argument("--out", default="toy.png", help="picture (%(default)s)")
+    p.add_argument("--out", default="runs/toy.png", help="picture (%(default)s)")
     args = parser.parse_args(argv)
     try:
         if args.command == "toy":
