@@ -1,19 +1,19 @@
-"""K-means and the K-means tokenizer: images -> patch features -> the nearest centroid (ClusterMIM, arXiv:2407.09087, Sec. 3.2).
+"""K-means and the K-means tokenizer: images -> patch features -> nearest centroid (ClusterMIM, arXiv:2407.09087, Sec. 3.2).
 
-    t(x) = argmin_k ||f(x) - c_k||^2            f: raw pixels, HOG, or a frozen encoder (DINO, DeiT, MAE, CLIP, one of ours)
-         = argmax_k f(x).c_k - ||c_k||^2 / 2    since ||f(x)||^2 is the same for every k: one matrix product and an argmax
+    t(x) = argmin_k ||f(x) - c_k||^2            f: raw pixels, HOG, or a frozen encoder (DINO, DeiT, MAE, CLIP, ours)
+         = argmax_k f(x).c_k - ||c_k||^2 / 2    ||f(x)||^2 is the same for every k: one matrix product and an argmax
 
-    Lloyd: repeat   t_i = argmin_k ||x_i - c_k||^2,   c_k = mean of the x_i with t_i = k        (the inertia never rises)
+    Lloyd: repeat   t_i = argmin_k ||x_i - c_k||^2,   c_k = mean of the x_i with t_i = k     (the inertia never rises)
 
 The rows are read block by block and the scores of a block are gone after its argmax, so memory beyond the data is
 O(block K + K d). The same loop takes a tensor, a memory map or a stream, one process or many, one problem or a batch.
 
-python kmeans.py fit --out runs/tok                       embedded images, raw pixels, K = 64: about 20 s on two CPU cores
-python kmeans.py tokenize --tokenizer runs/tok/tokenizer.pt --out runs/tok     tokens.npy; killed, it goes on where it was
+python kmeans.py fit --out runs/tok                         embedded images, raw pixels, K = 64: half a minute
+python kmeans.py tokenize --tokenizer runs/tok/tokenizer.pt --out runs/tok     tokens.npy; goes on after a kill
 python kmeans.py show --tokenizer runs/tok/tokenizer.pt --out runs/tok         codebook.png, tokens.png
-torchrun --nproc_per_node 8 kmeans.py fit --data IMAGENET --features clip --k 8192 --init random --restarts 5 --max-iter 20
-                                                          k-CLIP, MaPeT's tokenizer (METHODS 1.7); --plan says what it takes
-python kmeans.py bench                                    seconds per Lloyd iteration over those of the bare product X C^T
+torchrun --nproc_per_node 8 kmeans.py fit --data IMAGENET --features clip --k 8192 --init random --restarts 5 \\
+    --max-iter 20                                           k-CLIP (MaPeT, METHODS 1.7); --plan says what it takes
+python kmeans.py bench                                      time of a Lloyd iteration over that of the product X C^T
 """
 import argparse
 import hashlib
@@ -55,17 +55,24 @@ UNSET = 65535                                           # no token: what is stil
 def nearest(x, w, bias):
     """argmax_k x.w_k + bias_k -> labels (r, b, m) int64, scores (r, b, m) float32; of equal scores the smallest k.
 
-    x (b, m, d): b problems of m rows, any dtype; w (r, b, k, d), bias (r, b, k) float32: r codebooks (restarts) for each.
+    x (b, m, d): b problems of m rows, any dtype; w (r, b, k, d), bias (r, b, k) float32: r codebooks (restarts) each.
     """
     if fused(x):
         return nearest_fused(x, w, bias)
-    scores = torch.baddbmm(rearrange(bias, "r b k -> b 1 (r k)"), x.float(), rearrange(w, "r b k d -> b d (r k)"))
+    x, w_of, bias_of = x.float(), rearrange(w, "r b k d -> b (r k) d"), rearrange(bias, "r b k -> b (r k)")
+    if len(x) == 1 and torch.backends.mkldnn.is_available():
+        # A 1x1 convolution is the same product, but by oneDNN: on AMD's CPUs twice as fast as MKL's matrix product.
+        image = rearrange(x[:, :, None], "b m one d -> b d m one")     # channels last, as the rows lie in memory
+        scores = F.conv2d(image, rearrange(w_of, "1 k d -> k d 1 1"), bias_of[0])
+        scores = rearrange(scores, "b k m 1 -> b m k")
+    else:
+        scores = torch.baddbmm(bias_of[:, None], x, w_of.transpose(1, 2))
     best, labels = rearrange(scores, "b m (r k) -> r b m k", r=len(w)).max(-1)
     return labels, best
 
 
 def add_rows(sums, counts, labels, x):
-    """Rows x (b, m, d) are added to sums (r, b, k, d) float32 and counted in counts (r, b, k) float64, by labels (r, b, m)."""
+    """Add rows x (b, m, d) to sums (r, b, k, d) float32, count them in counts (r, b, k) float64, by labels (r, b, m)."""
     if fused(x):
         return add_rows_fused(sums, counts, labels, x)
     x = x.float()
@@ -75,16 +82,16 @@ def add_rows(sums, counts, labels, x):
 
 
 def fold(c, origin, scale, shift):
-    """w, bias such that x.w_k + bias_k = (x' - o).(c_k - o) - ||c_k - o||^2 / 2, where x' = scale x + shift is clustered.
+    """w, bias with x.w_k + bias_k = (x' - o).(c_k - o) - ||c_k - o||^2 / 2, where x' = scale x + shift is clustered.
 
-    Any origin o gives the same labels. The data's mean keeps the numbers small: float32 then tells near centroids apart.
+    Any origin o gives the same labels. The data's mean keeps the numbers small: float32 tells near centroids apart.
     """
     c = c.double() - origin[..., None, :]
     bias = (c * (shift - origin)[..., None, :]).sum(-1) - c.square().sum(-1) / 2
     return (c * scale).float(), bias.float()
 
 
-# --- the same two steps on CUDA: no score reaches memory, no two programs add to the same number -----------------------
+# --- the same two steps on CUDA: no score reaches memory, no two programs add to the same number ---------------------
 
 def fused(x):
     return triton is not None and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
@@ -144,7 +151,7 @@ if triton is not None:
 
     @triton.jit
     def segment_kernel(x, order, starts, sums, m, k, d, b, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-        """One program: sums += the rows order[starts[code]:starts[code + 1]], those of one cluster, in WIDTH columns."""
+        """One program: sums += rows order[starts[code]:starts[code + 1]], those of one cluster, in WIDTH columns."""
         code, problem = tl.program_id(0), tl.program_id(2).to(tl.int64)
         column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
         start = tl.load(starts + problem * (k + 1) + code)
@@ -172,8 +179,8 @@ def power_of_two(x):
 def nearest_fused(x, w, bias):
     """`nearest` without a matrix of scores. Wide uint8 and 16-bit rows use float16 products, all others tf32 x 3.
 
-    uint8 - 128 is exact in float16, and so are the 8 bits of bfloat16 once a power of two has moved them into its range:
-    only w is rounded, to 11 bits (bfloat16 has 8). Over 256 columns and more the errors average out far below 1e-4.
+    uint8 - 128 is exact in float16, and so are bfloat16's 8 bits once a power of two has moved them into its range: only
+    w is rounded, to 11 bits (bfloat16 has 8). Over 256 columns and more the errors average out far below 1e-4.
     """
     (r, b, k, d), m = w.shape, x.shape[1]
     x, half, centre, shrink, unit = x.contiguous(), x.dtype != torch.float32 and d >= 256, 0., 1., 1.
@@ -186,8 +193,9 @@ def nearest_fused(x, w, bias):
         w = (w / unit).half()
     labels = torch.empty(r, b, m, dtype=torch.int32, device=x.device)
     scores = torch.empty(r, b, m, device=x.device)
-    nearest_kernel[triton.cdiv(m, 128), r * b](x, w.contiguous(), bias.contiguous(), labels, scores, m, k, d, b, centre, shrink,
-                                               unit / shrink, half, 128, tile(k, 128), tile(d, 64 if half else 32), num_warps=8)
+    nearest_kernel[triton.cdiv(m, 128), r * b](
+        x, w.contiguous(), bias.contiguous(), labels, scores, m, k, d, b, centre, shrink, unit / shrink, half,
+        128, tile(k, 128), tile(d, 64 if half else 32), num_warps=8)
     return labels.long(), scores
 
 
@@ -195,7 +203,7 @@ def add_rows_fused(sums, counts, labels, x, one_hot=None):
     """`add_rows` without atomics: a one-hot matrix product for up to 256 codes, sums of sorted segments for more."""
     (r, b, k, d), m, x, labels = sums.shape, x.shape[1], x.contiguous(), labels.contiguous()
     if k <= 256 if one_hot is None else one_hot:
-        span, width = 16384, tile(d, 64)                                # < 65536 rows: float32 adds uint8 exactly
+        span, width = min(16384, triton.cdiv(m, 64) * 64), tile(d, 64)  # < 65536 rows: float32 adds uint8 exactly
         splits, half = triton.cdiv(m, span), x.dtype in (torch.uint8, torch.float16)
         part = torch.empty(r * b, splits, k, d, device=x.device)
         count = torch.empty(r * b, splits, k, device=x.device)
@@ -211,7 +219,7 @@ def add_rows_fused(sums, counts, labels, x, one_hot=None):
         counts += starts.diff().view_as(counts)
 
 
-# --- data: a tensor, an array or memory map, or a function that starts a stream ---------------------------------------
+# --- data: a tensor, an array or memory map, or a function that starts a stream --------------------------------------
 
 def place():
     """(rank, world) of the running process group; (0, 1) without one."""
@@ -226,8 +234,9 @@ def add_up(*tensors):
 
 
 def to_cuda(parts, device):
-    """CPU tensors -> tensors on `device`, in order: while one is worked on, the next is copied, from two pinned buffers."""
-    copier, pinned, copied, ahead = torch.cuda.Stream(device), [None, None], [torch.cuda.Event(), torch.cuda.Event()], None
+    """CPU tensors -> tensors on `device`, in order; while one is worked on, the next is copied, by two pinned buffers."""
+    copier, pinned, ahead = torch.cuda.Stream(device), [None, None], None
+    copied = [torch.cuda.Event(), torch.cuda.Event()]
     for i, part in enumerate(itertools.chain(parts, [None])):
         if part is not None:
             copied[i % 2].synchronize()                                 # the last copy out of this buffer is over
@@ -248,11 +257,11 @@ class Rows:
     """The rows to cluster; iterating yields them as blocks (b, m, d) on `device`, in order, as they enter the product.
 
     x   (n, d) or (b, n, d): tensor, array or memory map; or a function without arguments that yields (m, d) chunks
-    uint8 pixels stay 1 byte: what is clustered is a x + z, and `fold` moves a and z into the centroids. Only cosine needs
-    unit rows at once. mean, std: (channels,) on the scale 0..1, for rows whose last axis is the channel, as in patchify.
+    uint8 pixels stay 1 byte: what is clustered is a x + z, and `fold` moves a and z into the centroids. Only cosine
+    needs unit rows at once. mean, std: of 3 channels, scale 0..1, for rows in patchify's order (channel last).
     """
 
-    def __init__(self, x, metric="euclidean", mean=None, std=None, device=None, rows=None):
+    def __init__(self, x, k, metric="euclidean", mean=None, std=None, device=None, rows=None):
         self.parts, self.metric = x if callable(x) else lambda: [x], metric
         first = next(iter(self.parts()), None)
         if first is None or first.ndim not in (2, 3) or 0 in first.shape:
@@ -262,8 +271,10 @@ class Rows:
         self.b, self.d = first.shape[0] if self.batched else 1, first.shape[-1]
         self.resident = torch.is_tensor(first) and first.is_cuda
         self.device = first.device if self.resident else torch.device(device or "cpu")
-        # A CPU block and its scores should stay in the cache; a CUDA block should outlast the launch of its kernels.
-        self.rows = rows or (1024 if self.device.type == "cpu" else max(4096, min(1 << 19, (1 << 28) // (self.b * self.d))))
+        # On the CPU (and without Triton) a block's scores, k a row, should fit a cache. Fused kernels keep none, and
+        # large blocks hide their launches.
+        most = (1 << 28) // self.d if self.device.type == "cuda" and triton is not None else (1 << 23) // k
+        self.rows = rows or max(256, min(1 << 19 if self.device.type == "cuda" else 4096, most // self.b))
         unchanged = torch.ones(self.d, dtype=torch.float64), torch.zeros(self.d, dtype=torch.float64)
         pixels = tensor(first[..., :1, :]).dtype == torch.uint8
         self.standard = [v.to(self.device) for v in (pixel_scale(self.d, mean, std) if pixels else unchanged)]
@@ -277,7 +288,8 @@ class Rows:
                 yield tensor(part[..., start:start + self.rows, :]).view(self.b, -1, self.d)
 
     def __iter__(self):
-        for block in to_cuda(self.cut(), self.device) if self.device.type == "cuda" and not self.resident else self.cut():
+        copied = self.device.type == "cuda" and not self.resident
+        for block in to_cuda(self.cut(), self.device) if copied else self.cut():
             if self.metric == "cosine":
                 scale, shift = self.standard
                 block = F.normalize(block.float() * scale.float() + shift.float(), dim=-1)
@@ -311,7 +323,7 @@ def pixel_scale(d, mean, std):
 
 
 def survey(data):
-    """One pass: n of all processes, rows before this process's, mean (b, d), total squared distance to it (b,), float64."""
+    """One pass: n of all processes, rows before this one's, mean (b, d), total squared distance to it (b,), float64."""
     n, origin, sums, squares = 0, None, 0., 0.
     for block in data:
         x = data.values(block)
@@ -335,10 +347,10 @@ def survey(data):
 # --- K-means ---------------------------------------------------------------------------------------------------------
 
 def kmeans_plusplus(x, u):
-    """Greedy k-means++ (Arthur & Vassilvitskii 2007; trials as in scikit-learn): rows (b, m, d) -> seeds (b, k), indices.
+    """Greedy k-means++ (Arthur & Vassilvitskii 2007; trials as in scikit-learn): rows (b, m, d) -> indices (b, k).
 
-    Each new seed is the best of some rows drawn with probability proportional to the squared distance to the nearest seed
-    so far. u (b, k, trials), uniform in [0, 1), makes every choice.
+    Each new seed is the best of some rows drawn with probability proportional to the squared distance to the nearest
+    seed so far. u (b, k, trials), uniform in [0, 1), makes every choice.
     """
     problem = torch.arange(len(x), device=x.device)
     x = x - x.mean(1, keepdim=True)                                     # small numbers round less
@@ -362,14 +374,14 @@ def kmeans_plusplus(x, u):
 
 
 def labelled(data, c, origin):
-    """Blocks x (b, m, d) with the labels and the scores (r, b, m) of their rows, for centroids c (r, b, k, d): the E step."""
+    """The E step: blocks x (b, m, d) with the labels and scores (r, b, m) of their rows, for centroids c (r, b, k, d)."""
     w, bias = fold(c, origin, data.a, data.z)
     for block in data:
         yield block, *nearest(block, w, bias)
 
 
 def lloyd_pass(data, c, origin):
-    """E step and sums of the M step: c (r, b, k, d) -> sums, counts (r, b, k), total score (r, b), float64, all processes'."""
+    """E step and sums of the M step: c (r, b, k, d) -> sums, counts (r, b, k), total score (r, b) of all processes."""
     sums, part = torch.zeros_like(c, dtype=torch.float64), torch.zeros_like(c)
     counts, total = torch.zeros_like(sums[..., 0]), torch.zeros_like(sums[..., 0, 0])
     added = 0
@@ -387,7 +399,7 @@ def lloyd_pass(data, c, origin):
 
 
 def squared_distances(data, block, c, labels):
-    """||x - c_label||^2 by its definition, hence without cancellation: block (b, m, d), labels (r, b, m) -> (r, b, m)."""
+    """||x - c_label||^2 by definition, so without cancellation: block (b, m, d), labels (r, b, m) -> (r, b, m)."""
     own = c.gather(2, labels[..., None].expand(-1, -1, -1, c.shape[-1]))
     return (data.values(block) - own).square_().sum(-1)
 
@@ -431,13 +443,13 @@ class KMeans:
 
     k, metric   number of clusters; "euclidean", or "cosine": rows have unit length, and so have the centroids
     init        "k-means++" on a seeded sample of max(16384, 4 k) rows, "random" rows, or a tensor (k, d)
-    tol         stop when the centroids move (squared distance, summed) less than tol times the mean variance of a column
+    tol         stop when the centroids move (squared, summed) less than tol times the mean variance of a column
     restarts    seedings that run side by side as a batch; the one with the least inertia is kept
     mean, std   of uint8 pixels, see Rows; device: where arrays and streams are worked on; rows: block size
 
-    Afterwards: centroids (k, d) float32, counts (k,) int64 (0: a dead code), inertia (sum of squared distances), n_iter,
-    history (the inertia at each iteration). For a batch of problems all have b in front. With torch.distributed initialised
-    every process passes its own rows and ends with the same centroids, those of one process on all rows.
+    Afterwards: centroids (k, d) float32, counts (k,) int64 (0: a dead code), inertia (sum of squared distances),
+    n_iter, history (the inertia at each iteration). For a batch of problems all have b in front. With torch.distributed
+    initialised every process passes its own rows and ends with the centroids of one process on all rows.
     """
 
     def __init__(self, k, metric="euclidean", init="k-means++", max_iter=100, tol=1e-4, seed=0, restarts=1, mean=None,
@@ -470,7 +482,7 @@ class KMeans:
         return torch.stack([sample.gather(1, index) for index in seeds])
 
     def fit(self, x):
-        data = Rows(x, **self.input)
+        data = Rows(x, self.k, **self.input)
         n, start, mean, scatter = survey(data)
         if self.k > n:
             raise ValueError(f"{self.k} clusters of {n} rows: there must be at least as many rows as clusters")
@@ -492,7 +504,8 @@ class KMeans:
         counts, inertia = census(data, c, mean)
         best = inertia.argmin(0), torch.arange(data.b, device=c.device)  # the best restart of each problem
         keep = (lambda v: v[best]) if data.batched else (lambda v: v[best][0])
-        self.centroids, self.counts, self.inertia, self.n_iter = keep(c), keep(counts).long(), keep(inertia), keep(n_iter)
+        self.centroids, self.counts = keep(c), keep(counts).long()
+        self.inertia, self.n_iter = keep(inertia), keep(n_iter)
         self.history = torch.stack([keep(v) for v in history], -1)
         if not data.batched:
             self.inertia, self.n_iter = self.inertia.item(), self.n_iter.item()
@@ -508,7 +521,7 @@ def assign(x, centroids, metric="euclidean", mean=None, std=None, device=None, r
 
     x and the other arguments as in KMeans and Rows; centroids (k, d), or (b, k, d) of a batch. Never holds (n, k).
     """
-    data = Rows(x, metric, mean, std, device or centroids.device, rows)
+    data = Rows(x, centroids.shape[-2], metric, mean, std, device or centroids.device, rows)
     if centroids.shape[-1] != data.d or centroids.ndim == 3 and len(centroids) != data.b:
         raise ValueError(f"rows {tuple(data.shape)} do not fit centroids {tuple(centroids.shape)}")
     c = centroids.to(data.device).float().expand(1, data.b, *centroids.shape[-2:])
@@ -518,7 +531,7 @@ def assign(x, centroids, metric="euclidean", mean=None, std=None, device=None, r
     return (labels, distances) if data.batched else (labels[0], distances[0])
 
 
-# --- features of patches ---------------------------------------------------------------------------------------------------
+# --- features of patches ---------------------------------------------------------------------------------------------
 
 def hog(images, p):
     """Histograms of oriented gradients as in MaskFeat (METHODS 7): (b, 3, S, S) normalised -> (b, n, 27 (p/8)^2).
@@ -588,7 +601,7 @@ def load_clip():
     try:
         state = torch.jit.load(path, map_location="cpu").state_dict()
     except RuntimeError:
-        raise ValueError(f"{path}: not OpenAI's TorchScript archive of RN50x64; remove it, it is fetched again") from None
+        raise ValueError(f"{path}: not OpenAI's TorchScript archive of RN50x64: remove it to fetch it anew") from None
     trunk = CLIPTrunk()
     trunk.load_state_dict({key.removeprefix("visual."): v.float() for key, v in state.items()
                            if key.startswith("visual.") and "attnpool" not in key})
@@ -596,9 +609,9 @@ def load_clip():
 
 
 class PatchFeatures(nn.Module):
-    """Normalised images (b, 3, S, S) -> rows (b, n, d) float32, one a patch: the f of the docstring above. Never trained.
+    """Normalised images (b, 3, S, S) -> rows (b, n, d) float32, one a patch: f of the first docstring. Never trained.
 
-    name   "pixel", "pixel-norm" (each patch standardised), "hog", "clip", "dino", "deit", "mae", or what vit.from_weights takes
+    name   pixel, pixel-norm (each patch standardised), hog, clip, dino, deit, mae, or what vit.from_weights takes
     """
 
     def __init__(self, name, patch_size, image_size):
@@ -615,7 +628,7 @@ class PatchFeatures(nn.Module):
         elif name not in ("pixel", "pixel-norm", "hog"):
             self.encoder = from_weights(ENCODERS.get(name, name), image_size)
             if self.encoder.patch_size != patch_size:
-                raise ValueError(f"{name} has patches of {self.encoder.patch_size} pixels, the tokenizer of {patch_size}")
+                raise ValueError(f"{name} has patches of {self.encoder.patch_size} pixels, not {patch_size}")
         self.eval().requires_grad_(False)
 
     def train(self, mode=True):
@@ -637,7 +650,7 @@ class PatchFeatures(nn.Module):
             return rearrange(self.encoder(images), "b d y x -> b (y x) d").float()
 
 
-# --- the tokenizer -----------------------------------------------------------------------------------------------------------
+# --- the tokenizer ---------------------------------------------------------------------------------------------------
 
 class KMeansTokenizer(nn.Module):
     """images (b, 3, S, S) -> tokens (b, n) int64. uint8 images are normalised here, float images already are.
@@ -706,8 +719,8 @@ def read(ds, indices, batch_size, workers):
 def patch_stream(tokenizer, ds, keep, seed, batch_size, workers, device):
     """(function that starts a stream of this process's rows, their number): `keep` patches of each image.
 
-    Images come in a seeded order over the whole set: sorted by class, as folders are, they would seed k-means++ with one
-    class (METHODS 4.4). Which patches are kept depends on (seed, image) alone.
+    Images come in a seeded order over the whole set: sorted by class, as folders are, they would seed k-means++ with
+    one class (METHODS 4.4). Which patches are kept depends on (seed, image) alone.
     """
     rank, world = place()
     order = torch.randperm(len(ds), generator=torch.Generator().manual_seed(seed))
@@ -736,11 +749,11 @@ def room(device):
 def fit_tokenizer(ds, features="pixel", k=64, metric="euclidean", patch_size=16, image_size=None, fraction=None,
                   init="k-means++", max_iter=100, tol=1e-4, restarts=1, seed=0, batch_size=64, workers=0, device="cpu",
                   progress=False):
-    """K-means on the patches of `ds`: a KMeansTokenizer on `device`, the same on every process; .kmeans is the fitted KMeans.
+    """K-means on the patches of `ds`: a KMeansTokenizer, the same on every process; its .kmeans is the fitted KMeans.
 
     fraction   of each image's patches, at least one; None: all of them, but k-CLIP's 5 % for clip
-    The rows are computed once and kept (pixels: 1 byte a value, others float16 on CUDA) if `room` says they fit, otherwise
-    they are streamed from the images in every pass.
+    The rows are computed once and kept (pixels: 1 byte a value, others float16 on CUDA) if `room` says they fit,
+    otherwise they are streamed from the images in every pass.
     """
     device, image_size = torch.device(device), image_size or ds.image_size
     mean, std = CLIP if features == "clip" else IMAGENET if features in ENCODERS else (ds.mean, ds.std)
@@ -752,7 +765,7 @@ def fit_tokenizer(ds, features="pixel", k=64, metric="euclidean", patch_size=16,
     kind = torch.float16 if device.type == "cuda" and first.dtype == torch.float32 else first.dtype
     if n * first.shape[1] * kind.itemsize < room(device):
         data, at = torch.empty(n, first.shape[1], dtype=kind, device=device), 0
-        for x in tqdm(stream(), desc="patches", unit=" batches", total=-(-n // (keep * batch_size)), disable=not progress):
+        for x in tqdm(stream(), desc="patches", unit=" batches", disable=not progress):
             data[at:at + len(x)] = x
             at += len(x)
     else:
@@ -774,7 +787,7 @@ def load_tokens(path):
 
 
 def check_tokens(path, tokenizer, ds):
-    """The complete tokens at `path`, after a look at three images: they must be this tokenizer's and of this data set."""
+    """The complete tokens at `path`, after a look at three images: they must be of this tokenizer and data set."""
     tokens, shape = load_tokens(path), (len(ds), tokenizer.n_patches)
     if tokens.shape != shape:
         raise ValueError(f"{path} holds tokens of shape {tokens.shape}, {ds.name} with this tokenizer needs {shape}: "
@@ -782,15 +795,15 @@ def check_tokens(path, tokenizer, ds):
     some = sorted({0, len(ds) // 2, len(ds) - 1})
     anew = tokenizer(next(read(ds, some, len(some), 0)).to(tokenizer.centroids.device)).cpu().numpy()
     if (anew == tokens[some]).mean() < .9:                              # other hardware may break a near-tie otherwise
-        raise ValueError(f"{path} was made by another tokenizer or from other images: remove the file or choose another folder")
+        raise ValueError(f"{path} is of another tokenizer or of other images: remove it or choose another folder")
     return tokens
 
 
 def tokenize(tokenizer, ds, path, batch_size=64, workers=0, device="cpu", progress=False):
     """Tokens of all images in the data set's own order: writes `path`, returns it as a memory map (images, n) uint16.
 
-    Rows go into a file beside it that starts out as UNSET; a killed run is taken up by asking for the rows with UNSET left
-    in them, and the file gets its name when none is. Several processes share the missing rows (and the file system).
+    Rows go into a file beside it that starts out as UNSET; a killed run is taken up at the rows with UNSET left in them,
+    and the file gets its name when there is none. Several processes share the missing rows (and the file system).
     """
     tokenizer = tokenizer.to(device)
     if tokenizer.vocab_size > UNSET:
@@ -800,7 +813,7 @@ def tokenize(tokenizer, ds, path, batch_size=64, workers=0, device="cpu", progre
     rank, world = place()
     wait = dist.barrier if world > 1 else lambda: None
     made_of = tokenizer.centroids.cpu().numpy().tobytes() + f"{ds.name} {len(ds)} {tokenizer.features}".encode()
-    partial = f"{path}.{hashlib.sha256(made_of).hexdigest()[:8]}.partial"   # another tokenizer's rows are never mixed in
+    partial = f"{path}.{hashlib.sha256(made_of).hexdigest()[:8]}.partial"  # another tokenizer's rows are never mixed in
     if rank == 0 and not os.path.exists(partial):
         fresh = np.lib.format.open_memmap(f"{partial}.new", "w+", np.uint16, (len(ds), tokenizer.n_patches))
         fresh[:] = UNSET
@@ -811,7 +824,8 @@ def tokenize(tokenizer, ds, path, batch_size=64, workers=0, device="cpu", progre
     missing = np.flatnonzero((tokens == UNSET).any(1))
     wait()                                                              # nobody writes before everybody has looked
     mine = missing[rank * len(missing) // world:(rank + 1) * len(missing) // world]
-    with tqdm(total=len(ds), initial=len(ds) - len(missing), desc="tokens", unit=" images", disable=not progress) as bar:
+    bar = tqdm(total=len(ds), initial=len(ds) - len(missing), desc="tokens", unit=" images", disable=not progress)
+    with bar:
         for at, images in zip(range(0, len(mine), batch_size), read(ds, mine, batch_size, workers)):
             tokens[mine[at:at + batch_size]] = tokenizer(images.to(device)).cpu().numpy()
             bar.update(len(images) * world)
@@ -823,7 +837,7 @@ def tokenize(tokenizer, ds, path, batch_size=64, workers=0, device="cpu", progre
     return load_tokens(path)
 
 
-# --- command line ----------------------------------------------------------------------------------------------------------
+# --- command line ----------------------------------------------------------------------------------------------------
 
 def draw_codebook(tokenizer, ds, path, rows=16, columns=12, images=400):
     """PNG: one row for each of the most used codes: its centroid (pixels only), then the patches nearest to it."""
@@ -856,57 +870,56 @@ def draw_tokens(tokenizer, ds, path, images=6):
     save_image(make_grid(torch.cat([x / 255, maps]), nrow=len(x), padding=4, pad_value=1.), path)
 
 
-def seconds(function, repeats=5):
-    """Median time of a call, device work included."""
-    times = []
-    for _ in range(repeats + 1):                                        # the first one warms up
+def seconds(*functions, repeats=7):
+    """The least time of a call of each, device work included; they take turns, so that noise strikes all of them."""
+    best = [math.inf] * len(functions)
+    for i in list(range(len(functions))) * (repeats + 1):             # the first round warms up, and is never the least
         start = time.perf_counter()
-        function()
+        functions[i]()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return sorted(times[1:])[repeats // 2]
+        best[i] = min(best[i], time.perf_counter() - start)
+    return best
 
 
 def bench_cpu(n, d, ks, say):
     import resource                                                     # not on Windows
-    torch.manual_seed(0)
-    x = torch.randn(n, d)
-    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1 << 20)
+    x = torch.randn(n, d, generator=torch.Generator().manual_seed(0))
+    unit = 1 << 10 if sys.platform == "linux" else 1 << 20              # Linux counts in kB, macOS in bytes
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     before = peak()
     KMeans(max(ks), max_iter=2).fit(x)
     say(f"peak memory of a fit beyond the data, n = {n}, d = {d}, K = {max(ks)}: {peak() - before:.0f} MB")
     say(f"{'K':>6} {'product ms':>10} {'iteration ms':>12} {'ratio':>6}")
-    data = Rows(x)
+    origin = x.mean(0, keepdim=True).double()
     for k in ks:
-        c, origin, out = x[:k].clone(), x.mean(0, keepdim=True).double(), torch.empty(n, k)
-        product = seconds(lambda: torch.mm(x, c.T, out=out))
-        iteration = seconds(lambda: lloyd_pass(data, c[None, None], origin))
+        c, data = x[:k].clone(), Rows(x, k)
+        product, iteration = seconds(lambda: x @ c.T, lambda: lloyd_pass(data, c[None, None], origin))
         say(f"{k:>6} {1e3 * product:>10.0f} {1e3 * iteration:>12.0f} {iteration / product:>6.2f}")
 
 
 def bench_cuda(device, say):
     a = torch.empty(1 << 30, dtype=torch.uint8, device=device)
     b = torch.empty_like(a)
-    bandwidth = 2 * a.numel() / seconds(lambda: b.copy_(a))
+    bandwidth = 2 * a.numel() / seconds(lambda: b.copy_(a))[0]
     a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
-    rate = 2 * 8192 ** 3 / seconds(lambda: a @ b)
+    rate = 2 * 8192 ** 3 / seconds(lambda: a @ b)[0]
     say(f"copy {bandwidth / 1e12:.2f} TB/s read + written, bfloat16 product {rate / 1e12:.0f} TFLOP/s")
     for n, d, k, kind in ((24_800_000, 768, 100, torch.uint8), (4_200_000, 1024, 8192, torch.bfloat16)):
         x = torch.empty(n, d, dtype=kind, device=device)
         for part in x.split(1 << 18):
-            part.copy_(torch.randint(256, part.shape, device=device) if kind == torch.uint8 else torch.randn(part.shape, device=device))
-        data = Rows(x)
+            part.random_(256) if kind == torch.uint8 else part.normal_()
+        data = Rows(x, k)
         c = data.values(x[None, :k])[None]
         origin = c.double().mean((0, 2))
-        t = seconds(lambda: lloyd_pass(data, c, origin))
-        say(f"n = {n}, d = {d}, K = {k}, {kind}: {t:.4f} s an iteration; reads the data at {x.nbytes / t / bandwidth:.0%} of the "
-            f"copy bandwidth, multiplies at {2 * n * d * k / t / rate:.0%} of the bfloat16 rate")
+        t = seconds(lambda: lloyd_pass(data, c, origin))[0]
+        say(f"n = {n}, d = {d}, K = {k}, {kind}: {t:.4f} s an iteration: the data at {x.nbytes / t / bandwidth:.0%} of "
+            f"the copy bandwidth, products at {2 * n * d * k / t / rate:.0%} of the bfloat16 rate")
         labels, sums = torch.randint(k, (1, 1, 1 << 19), device=device), torch.zeros_like(c)
         counts = torch.zeros(1, 1, k, dtype=torch.float64, device=device)
         for one_hot in (True, False)[k > 256:]:
-            t = seconds(lambda: add_rows_fused(sums, counts, labels, x[None, :1 << 19], one_hot))
-            say(f"    centroid sums of 2^19 rows by {'one-hot product' if one_hot else 'sorted segments'}: {1e3 * t:.2f} ms")
+            t = seconds(lambda: add_rows_fused(sums, counts, labels, x[None, :1 << 19], one_hot))[0]
+            say(f"    sums of 2^19 rows by {'one-hot product' if one_hot else 'sorted segments'}: {1e3 * t:.2f} ms")
         del x, data
 
 
@@ -919,23 +932,23 @@ def plan(args, images, patch_size, image_size, k, device, say):
     each = rows * d * (1 if args.features == "pixel" else 2 if device.type == "cuda" else 4) / world
     have = args.memory_gb * .8e9 if args.memory_gb else room(device)
     flops = 2 * rows * d * k * args.restarts
-    say(f"{images} images of {n} patches -> {rows} rows of {d} values, K = {k}, {args.restarts} seedings, {world} processes")
+    say(f"{images} images, {rows} of {images * n} patches: rows of {d} values, K = {k}, {world} processes")
     say(f"data {each / 1e9:.2f} GB a process, room for {have / 1e9:.2f}: " +
         ("kept in memory" if each < have else "STREAMED: the images are read, and encoded, again in every iteration"))
-    say(f"codebook {k * d * 4 / 1e6:.1f} MB, sums {k * d * 12 * args.restarts / 1e6:.1f} MB, tokens.npy {2e-6 * images * n:.1f} MB")
+    say(f"codebook {k * d * 4e-6:.1f} MB, tokens.npy {2e-6 * images * n:.1f} MB")
     gpu = max(flops / world / 400e12, 2 * each / 2.5e12)
-    say(f"{flops:.2e} FLOP an iteration, at most {args.max_iter}: {gpu:.3g} s each at 400 TFLOP/s and 2.5 TB/s a process "
-        f"(assumed), {flops / world / 150e9:.3g} s at 150 GFLOP/s (two CPU cores)")
+    say(f"at most {args.max_iter} iterations of {flops:.2e} FLOP: {gpu:.3g} s each at 400 TFLOP/s and 2.5 TB/s a process "
+        f"(assumed), {flops / world / 300e9:.3g} s on two CPU cores at 300 GFLOP/s")
 
 
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], prog="kmeans.py")
     commands = parser.add_subparsers(dest="command", required=True)
     fit, tokens, show, bench = (commands.add_parser(name, help=line, description=line) for name, line in (
-        ("fit", "patches -> OUT/tokenizer.pt"), ("tokenize", "images -> OUT/tokens.npy; the same command goes on after a kill"),
-        ("show", "OUT/codebook.png and OUT/tokens.png"), ("bench", "time per Lloyd iteration over that of the bare product")))
+        ("fit", "patches -> OUT/tokenizer.pt"), ("tokenize", "images -> OUT/tokens.npy; goes on after a kill"),
+        ("show", "OUT/codebook.png, OUT/tokens.png"), ("bench", "time per Lloyd iteration over the bare product's")))
     for command in (fit, tokens, show):
-        command.add_argument("--data", default="textures", help="textures, a torchvision name or a folder (see train.py)")
+        command.add_argument("--data", default="textures", help="textures, a torchvision name or a folder")
         command.add_argument("--classes", help="file of class folders to keep, e.g. ImageNet-100's")
         command.add_argument("--out", default="runs/tokenizer", help="folder for what is written (%(default)s)")
         command.add_argument("--batch-size", type=int, default=64, help="images a process at a time (%(default)s)")
@@ -947,13 +960,13 @@ def build_parser():
         command.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     fit.add_argument("--image-size", type=int, help="pixels a side (textures 48, otherwise 224)")
     fit.add_argument("--patch-size", type=int, help="pixels a side (textures 8, otherwise 16)")
-    fit.add_argument("--features", default="pixel", help="pixel, pixel-norm, hog, dino, deit, mae, clip or a ViT's file")
-    fit.add_argument("--k", "--vocab-size", type=int, help="codebook size (textures 64, otherwise ClusterMIM's best: 50 for "
-                     "pixels, 100 for features)")
+    fit.add_argument("--features", default="pixel", help="pixel, pixel-norm, hog, dino, deit, mae, clip, a ViT file")
+    fit.add_argument("--k", "--vocab-size", type=int,
+                     help="codebook size (textures 64, otherwise ClusterMIM's best: 50 for pixels, 100 for features)")
     fit.add_argument("--metric", default="euclidean", choices=["euclidean", "cosine"])
     fit.add_argument("--init", default="k-means++", choices=["k-means++", "random"], help="k-CLIP: random")
     fit.add_argument("--max-iter", type=int, default=100, help="passes over the patches (100; k-CLIP 20)")
-    fit.add_argument("--tol", type=float, default=1e-4, help="movement of the centroids that is called none (%(default)s)")
+    fit.add_argument("--tol", type=float, default=1e-4, help="movement that counts as none (%(default)s)")
     fit.add_argument("--restarts", type=int, default=1, help="seedings, of which the best is kept (1; k-CLIP 5)")
     fit.add_argument("--fraction", type=float, help="share of each image's patches that is used (1; clip .05)")
     fit.add_argument("--seed", type=int, default=0)
@@ -964,24 +977,25 @@ def build_parser():
     show.add_argument("--images", type=int, default=400, help="images to look for patches in (%(default)s)")
     bench.add_argument("--n", type=int, default=100_000, help="rows, CPU only (%(default)s)")
     bench.add_argument("--d", type=int, default=768, help="their width, CPU only (%(default)s)")
-    bench.add_argument("--k", type=int, nargs="+", default=[50, 100, 1000], help="codebook sizes, CPU only (%(default)s)")
+    bench.add_argument("--k", type=int, nargs="+", default=[50, 100, 1000], help="codebook sizes, CPU only")
     return parser
 
 
 def run_fit(args, open_dataset, device, rank, say):
     textures, clip = args.data == "textures", args.features == "clip"
-    p, k = args.patch_size or (8 if textures else 16), args.k or (64 if textures else 50 if args.features == "pixel" else 100)
-    size = args.image_size or (48 if textures else 224)
+    size, p = args.image_size or (48 if textures else 224), args.patch_size or (8 if textures else 16)
+    k = args.k or (64 if textures else 50 if args.features == "pixel" else 100)
     ds = open_dataset(args.data, "train", size * (1 + clip), classes=args.classes)       # CLIP sees twice the pixels
     if args.plan:
         return plan(args, len(ds), p, size, k, device, say)
     start = time.perf_counter()
-    tokenizer = fit_tokenizer(ds, args.features, k, args.metric, p, size, args.fraction, args.init, args.max_iter, args.tol,
-                              args.restarts, args.seed, args.batch_size, args.workers, device, rank == 0 and sys.stderr.isatty())
+    tokenizer = fit_tokenizer(
+        ds, args.features, k, args.metric, p, size, args.fraction, args.init, args.max_iter, args.tol, args.restarts,
+        args.seed, args.batch_size, args.workers, device, progress=rank == 0 and sys.stderr.isatty())
     found, path = tokenizer.kmeans, os.path.join(args.out, "tokenizer.pt")
     share = found.counts / found.counts.sum()
-    say(f"{found.counts.sum()} patches, K = {k}: {found.n_iter} iterations, {time.perf_counter() - start:.1f} s, squared distance "
-        f"{found.history[0] / found.counts.sum():.4g} -> {found.inertia / found.counts.sum():.4g} a patch")
+    say(f"{found.counts.sum()} patches, K = {k}: {found.n_iter} iterations, {time.perf_counter() - start:.1f} s, "
+        f"squared distance {found.history[0] / found.counts.sum():.4g} -> {found.inertia / found.counts.sum():.4g} a patch")
     say(f"{(share > 0).sum()} of {k} codes used, perplexity {torch.special.entr(share).sum().exp():.1f}, "
         f"shares {share.min():.2%} to {share.max():.2%}")
     if rank == 0:
@@ -1007,7 +1021,8 @@ def main(argv=None):
         ds = open_dataset(args.data, args.split, tokenizer.input_size, classes=args.classes)
         if args.command == "tokenize":
             path = os.path.join(args.out, "tokens.npy")
-            tokens = tokenize(tokenizer, ds, path, args.batch_size, args.workers, device, rank == 0 and sys.stderr.isatty())
+            progress = rank == 0 and sys.stderr.isatty()
+            tokens = tokenize(tokenizer, ds, path, args.batch_size, args.workers, device, progress)
             say(f"{path}: {tokens.shape[0]} images x {tokens.shape[1]} tokens of {tokenizer.vocab_size}")
         elif rank == 0:
             draw_codebook(tokenizer, ds, os.path.join(args.out, "codebook.png"), args.rows, images=args.images)

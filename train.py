@@ -228,7 +228,8 @@ def open_splits(spec, image_size=None, classes=None):
 def open_named(name, split, image_size):
     kind, train, test = NAMED[name]
     try:
-        pictures = kind("data", download=True, **(train if split == "train" else test))
+        with first_on_each_machine():
+            pictures = kind("data", download=True, **(train if split == "train" else test))
     except (OSError, RuntimeError) as error:                     # torchvision says why: no network, a broken archive
         raise ValueError(f"--data {name}: not in data/ and cannot be fetched ({str(error).splitlines()[0]})") from None
     labels = next((getattr(pictures, key) for key in ("targets", "labels", "_labels") if hasattr(pictures, key)), None)
@@ -259,7 +260,7 @@ def open_folder(folder, split, image_size, classes_file=None):
     else:
         if classes_file:
             raise ValueError(f"--classes {classes_file}: {root or folder} has no class folders")
-        found = (os.path.join(at, name) for at, _, files in os.walk(root or folder) for name in files)
+        found = (os.path.join(at, name) for at, _, files in os.walk(root or folder, followlinks=True) for name in files)
         paths, labels, names = sorted(path for path in found if path.lower().endswith(IMG_EXTENSIONS)), None, None
     if not paths:
         raise ValueError(f"--data {root or folder}: no pictures in it ({', '.join(IMG_EXTENSIONS)})")
@@ -347,15 +348,30 @@ def setup(device=None):
     """(rank, world, torch.device): joins torchrun's processes (NCCL on CUDA, gloo on the CPU); alone under plain python."""
     rank, world, local = (int(os.environ.get(key, value))
                           for key, value in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:              # an unknown name, or not on this machine
+        raise ValueError(f"--device {device}: {str(error)[:70].splitlines()[0]}") from None
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError("--device cuda: this machine, or this build of torch, has no CUDA")
         device = torch.device("cuda", local if device.index is None else device.index)
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
+
+
+@contextlib.contextmanager
+def first_on_each_machine():
+    """One process of each machine goes first, the others follow: for downloads, which they then find done."""
+    follows = int(os.environ.get("LOCAL_RANK", 0)) > 0
+    if follows:
+        wait_for_all()
+    try:
+        yield
+    finally:
+        if not follows:
+            wait_for_all()
 
 
 def wait_for_all():
@@ -721,8 +737,8 @@ def complete(args, world, device):
     args.compile = device.type == "cuda" if args.compile is None else args.compile
     if args.workers is None:
         args.workers = 0 if args.data == "textures" else min(8, (os.cpu_count() or 1) // max(1, torch.cuda.device_count()))
-    for key in ("batch_size", "epochs", "lr", "log_every", "save_every"):
-        if not getattr(args, key):
+    for key in ("batch_size", "epochs", "lr", "log_every", "save_every", "steps", "micro_batch"):
+        if getattr(args, key) == 0:
             raise ValueError(f"--{key.replace('_', '-')} must be more than 0")
     micro = args.micro_batch or args.batch_size // world or 1
     if args.batch_size % (micro * world):
