@@ -1,4 +1,4 @@
-"""K-means and the K-means tokenizer: images -> patch features -> nearest centroid (ClusterMIM, arXiv:2407.09087, Sec. 3.2).
+"""K-means and the K-means tokenizer: images -> patch features -> nearest centroid (ClusterMIM, arXiv:2407.09087).
 
     t(x) = argmin_k ||f(x) - c_k||^2            f: raw pixels, HOG, or a frozen encoder (DINO, DeiT, MAE, CLIP, ours)
          = argmax_k f(x).c_k - ||c_k||^2 / 2    ||f(x)||^2 is the same for every k: one matrix product and an argmax
@@ -72,7 +72,7 @@ def nearest(x, w, bias):
 
 
 def add_rows(sums, counts, labels, x):
-    """Add rows x (b, m, d) to sums (r, b, k, d) float32, count them in counts (r, b, k) float64, by labels (r, b, m)."""
+    """Add rows x (b, m, d) to sums (r, b, k, d) float32, and 1 to counts (r, b, k) float64, by labels (r, b, m)."""
     if fused(x):
         return add_rows_fused(sums, counts, labels, x)
     x = x.float()
@@ -179,7 +179,7 @@ def power_of_two(x):
 def nearest_fused(x, w, bias):
     """`nearest` without a matrix of scores. Wide uint8 and 16-bit rows use float16 products, all others tf32 x 3.
 
-    uint8 - 128 is exact in float16, and so are bfloat16's 8 bits once a power of two has moved them into its range: only
+    uint8 - 128 is exact in float16, and so are bfloat16's 8 bits once a power of two has moved them into range: only
     w is rounded, to 11 bits (bfloat16 has 8). Over 256 columns and more the errors average out far below 1e-4.
     """
     (r, b, k, d), m = w.shape, x.shape[1]
@@ -234,7 +234,7 @@ def add_up(*tensors):
 
 
 def to_cuda(parts, device):
-    """CPU tensors -> tensors on `device`, in order; while one is worked on, the next is copied, by two pinned buffers."""
+    """CPU tensors -> tensors on `device`, in order: two pinned buffers, one is copied while the other is used."""
     copier, pinned, ahead = torch.cuda.Stream(device), [None, None], None
     copied = [torch.cuda.Event(), torch.cuda.Event()]
     for i, part in enumerate(itertools.chain(parts, [None])):
@@ -374,7 +374,7 @@ def kmeans_plusplus(x, u):
 
 
 def labelled(data, c, origin):
-    """The E step: blocks x (b, m, d) with the labels and scores (r, b, m) of their rows, for centroids c (r, b, k, d)."""
+    """The E step: blocks (b, m, d) with labels and scores (r, b, m) of their rows, for centroids c (r, b, k, d)."""
     w, bias = fold(c, origin, data.a, data.z)
     for block in data:
         yield block, *nearest(block, w, bias)
@@ -711,8 +711,12 @@ def load_tokenizer(path):
 
 
 def read(ds, indices, batch_size, workers):
-    """uint8 images (b, 3, S, S) of the data set, in the order of `indices`."""
-    for images, *_ in DataLoader(ds, batch_size, sampler=[int(i) for i in indices], num_workers=workers):
+    """uint8 images (b, 3, S, S) of the data set, in the order of `indices`; damaged pictures are named by the data set."""
+    indices = [int(i) for i in indices]
+    note = getattr(ds, "note_unreadable", lambda wanted, read: None)
+    loader = DataLoader(ds, batch_size, sampler=indices, num_workers=workers)
+    for at, (images, _, really_read) in zip(range(0, len(indices), batch_size), loader):
+        note(torch.tensor(indices[at:at + batch_size]), really_read)
         yield images
 
 
@@ -802,7 +806,7 @@ def check_tokens(path, tokenizer, ds):
 def tokenize(tokenizer, ds, path, batch_size=64, workers=0, device="cpu", progress=False):
     """Tokens of all images in the data set's own order: writes `path`, returns it as a memory map (images, n) uint16.
 
-    Rows go into a file beside it that starts out as UNSET; a killed run is taken up at the rows with UNSET left in them,
+    Rows go into a file beside it that starts out as UNSET; a killed run is taken up at the rows that still have UNSET,
     and the file gets its name when there is none. Several processes share the missing rows (and the file system).
     """
     tokenizer = tokenizer.to(device)
@@ -937,8 +941,8 @@ def plan(args, images, patch_size, image_size, k, device, say):
         ("kept in memory" if each < have else "STREAMED: the images are read, and encoded, again in every iteration"))
     say(f"codebook {k * d * 4e-6:.1f} MB, tokens.npy {2e-6 * images * n:.1f} MB")
     gpu = max(flops / world / 400e12, 2 * each / 2.5e12)
-    say(f"at most {args.max_iter} iterations of {flops:.2e} FLOP: {gpu:.3g} s each at 400 TFLOP/s and 2.5 TB/s a process "
-        f"(assumed), {flops / world / 300e9:.3g} s on two CPU cores at 300 GFLOP/s")
+    say(f"at most {args.max_iter} iterations of {flops:.2e} FLOP: {gpu:.3g} s each at 400 TFLOP/s and 2.5 TB/s a "
+        f"process (assumed), {flops / world / 300e9:.3g} s on two CPU cores at 300 GFLOP/s")
 
 
 def build_parser():
@@ -993,9 +997,10 @@ def run_fit(args, open_dataset, device, rank, say):
         ds, args.features, k, args.metric, p, size, args.fraction, args.init, args.max_iter, args.tol, args.restarts,
         args.seed, args.batch_size, args.workers, device, progress=rank == 0 and sys.stderr.isatty())
     found, path = tokenizer.kmeans, os.path.join(args.out, "tokenizer.pt")
-    share = found.counts / found.counts.sum()
-    say(f"{found.counts.sum()} patches, K = {k}: {found.n_iter} iterations, {time.perf_counter() - start:.1f} s, "
-        f"squared distance {found.history[0] / found.counts.sum():.4g} -> {found.inertia / found.counts.sum():.4g} a patch")
+    n = int(found.counts.sum())
+    share = found.counts / n
+    say(f"{n} patches, K = {k}: {found.n_iter} iterations, {time.perf_counter() - start:.1f} s, squared distance "
+        f"a patch {found.history[0] / n:.4g} -> {found.inertia / n:.4g}")
     say(f"{(share > 0).sum()} of {k} codes used, perplexity {torch.special.entr(share).sum().exp():.1f}, "
         f"shares {share.min():.2%} to {share.max():.2%}")
     if rank == 0:
