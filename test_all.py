@@ -264,7 +264,10 @@ def test_download_checks_the_hash(tmp_path, monkeypatch):
             V.download(source.as_uri(), **wrong)
     path = V.download(source.as_uri(), md5=hashlib.md5(b"weights").hexdigest()[:6])
     assert open(path, "rb").read() == b"weights" and path.startswith(str(tmp_path / "hub"))
-    with pytest.raises(ValueError, match="put the file at"):
+    open(path, "ab").write(b"more")                                       # the cached file is checked as well
+    with pytest.raises(ValueError, match="md5"):
+        V.download(source.as_uri(), md5=hashlib.md5(b"weights").hexdigest()[:6])
+    with pytest.raises(ValueError, match="put the right file at"):
         V.download((tmp_path / "missing.pth").as_uri())
 
 

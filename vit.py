@@ -274,20 +274,28 @@ MODELS = {f.__name__: f for f in (vit_micro, vit_tiny, vit_small, vit_base, vit_
 def download(url, sha256="", md5=""):
     """The local path of `url` in torch.hub's cache, fetched at the first call; a hash (prefix) that differs is an error."""
     path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
-    if not os.path.exists(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        fetched = f"{path}.{os.getpid()}"                     # several ranks may fetch at once: each its own file
-        try:
-            torch.hub.download_url_to_file(url, fetched, hash_prefix=sha256 or None, progress=False)
-            with open(fetched, "rb") as file:
-                if not hashlib.md5(file.read()).hexdigest().startswith(md5):
-                    raise RuntimeError(f"its md5 does not start with {md5}")
-            os.replace(fetched, path)
-        except (urllib.error.URLError, OSError, RuntimeError) as error:
-            if os.path.exists(fetched):
-                os.remove(fetched)
-            raise ValueError(f"cannot fetch {url} ({error}): put the file at {path} yourself") from None
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    fetched = path if os.path.exists(path) else f"{path}.{os.getpid()}"       # several ranks may fetch: each its own file
+    try:
+        if fetched != path:
+            torch.hub.download_url_to_file(url, fetched, progress=False)
+        for kind, wanted in (("sha256", sha256), ("md5", md5)):
+            if wanted and not file_hash(fetched, kind).startswith(wanted):
+                raise OSError(f"the {kind} of {fetched} does not begin with {wanted}")
+        os.replace(fetched, path)
+    except (urllib.error.URLError, OSError) as error:
+        if fetched != path and os.path.exists(fetched):
+            os.remove(fetched)
+        raise ValueError(f"cannot fetch {url} ({error}): put the right file at {path} yourself") from None
     return path
+
+
+def file_hash(path, kind):
+    digest = hashlib.new(kind)
+    with open(path, "rb") as file:
+        while part := file.read(1 << 24):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def read_checkpoint(path):
