@@ -785,7 +785,7 @@ def test_kmeans_command_line(tmp_path, capsys):
     kmeans.main(["show", *data, "--out", out, "--tokenizer", out + "/tokenizer.pt", "--rows", "4"])
     assert kmeans.load_tokens(out + "/tokens.npy").shape == (12, 16)
     assert images.open(out + "/codebook.png").size == (13 * 36 + 4, 4 * 36 + 4)        # a centroid and 12 patches a row
-    assert images.open(out + "/tokens.png").size[1] == 2 * 36 + 4                       # images over token maps
+    assert images.open(out + "/tokens.png").size == (6 * 164 + 4, 3 * 164 + 4)          # images, token maps, rebuilt
     kmeans.main(["bench", "--n", "3000", "--d", "8", "--k", "4", "9", "--device", "cpu"])
     assert "not run" in (bench := capsys.readouterr().out) and "ratio" in bench and "peak memory" in bench
     before = open(out + "/tokenizer.pt", "rb").read()
@@ -1216,7 +1216,7 @@ def test_score_command(dots, tmp_path):
         shutil.copytree(dots / "val" / one, tmp_path / "swapped" / "val" / other)
     code, out, err = command("score", "--data", tmp_path / "swapped", "--tokenizer", dots / "k8.pt", "--images", 30)
     swapped, *_, random = table(out)
-    assert code == 0 and swapped[1][5] < .1 and swapped[1][3] != k8[1][3]
+    assert code == 0 and swapped[1][5] < .1 and swapped[1][2:5] != k8[1][2:5]           # 30 images, not 40
     assert random[1][1] == 8 and random[1][2] > 7                   # all K codes, evenly
 
 
@@ -1898,64 +1898,432 @@ def blobs(n, spread, seed=0):
     return centres[y] + spread * torch.randn(n, 8, generator=generator), y
 
 
+def shuffled(y, seed=0):
+    return y[torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))]
+
+
+@pytest.fixture(scope="session")
+def small_run(folder, tmp_path_factory):
+    """A run of train.py on the ants and bees, without its closing table."""
+    out = str(tmp_path_factory.mktemp("probe") / "run")
+    run_small(folder, out, "--epochs", 1, "--no-probe")
+    return out
+
+
+def probed(*argv):
+    return probe.main([str(a) for a in (*argv, "--device", "cpu")])
+
+
+def lines_of(run):
+    return [json.loads(line) for line in open(os.path.join(run, "probe.jsonl"))]
+
+
 def test_linear_probe():
     x, y = blobs(600, .1)
     more, wanted = blobs(200, .1, seed=1)
     assert probe.linear(x, y, more, wanted) == 1
-    shuffled = y[torch.randperm(600, generator=torch.Generator().manual_seed(0))]
-    assert probe.linear(*blobs(600, 1.)[:1], shuffled, *blobs(600, 1., seed=1)) < .5
+    assert probe.linear(blobs(600, 1.)[0], shuffled(y), *blobs(600, 1., seed=1)) < .5
     assert probe.linear(x, y, more, wanted) == probe.linear(x, y, more, wanted)
 
 
 def test_knn_equals_brute_force():
     (x, y), (asked, wanted) = blobs(150, 3.), blobs(70, 3., seed=1)
-    correct = 0
-    for point, label in zip(asked, wanted):
-        similarity = torch.stack([point @ other / point.norm() / other.norm() for other in x])
-        votes = torch.zeros(3)
-        for j in similarity.argsort(descending=True)[:20]:
-            votes[y[j]] += math.exp(similarity[j] / .07)
-        correct += votes.argmax() == label
-    assert probe.knn(x, y, asked, wanted, chunk=32) == pytest.approx(correct.item() / 70)
+    by_hand = {}
+    for k in (1, 7, 20):
+        correct = 0
+        for point, label in zip(asked, wanted):
+            similarity = torch.stack([point @ other / point.norm() / other.norm() for other in x])
+            votes = torch.zeros(3)
+            for j in similarity.argsort(descending=True)[:k]:
+                votes[y[j]] += math.exp(similarity[j] / .07)
+            correct += (votes.argmax() == label).item()
+        by_hand[k] = correct / 70
+    assert len(set(by_hand.values())) > 1
+    assert probe.knn(x, y, asked, wanted, chunk=32) == pytest.approx(by_hand[20])
+    assert probe.knn(x, y, asked, wanted, k=[1, 7, 20]) == pytest.approx(by_hand)
+    assert probe.knn(x, y, asked, wanted, k=[20, 1], chunk=1) == pytest.approx({20: by_hand[20], 1: by_hand[1]})
     assert probe.knn(x[:5], y[:5], asked, wanted) > .3                     # k larger than the bank
 
 
-def test_features_are_class_token_and_mean_of_patches(folder):
+def test_features_of_every_block(folder):
     ds, vit = train.open_dataset(folder, "train", 24), tiny(drop_path=.5).train()
     before = probe.fingerprint(vit)
     features, labels = probe.extract(vit, ds, torch.device("cpu"), batch_size=7)
+    assert probe.fingerprint(vit) == before and labels.tolist() == ds.labels.tolist()
     images = train.normalise(torch.stack([ds[i][0] for i in (0, 39)]), ds)
+    outputs = []
+    for block in vit.eval().blocks:
+        block.register_forward_hook(lambda _, __, x: outputs.append(x))
     with torch.no_grad():
-        tokens = vit.eval()(images)
+        tokens = vit(images)
+        of_layers = probe.pooled(vit, images)
     torch.testing.assert_close(features[[0, 39]], torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1))
-    assert labels.tolist() == ds.labels.tolist() and probe.fingerprint(vit) == before
-    vit.norm.bias.data[0] += 1e-6
-    assert probe.fingerprint(vit) != before
+    torch.testing.assert_close(of_layers[:, 0], torch.stack([outputs[0][:, 0], outputs[0][:, 1:].mean(1)], 1))
+    torch.testing.assert_close(of_layers[:, 1].flatten(1), features[[0, 39]])
+    torch.testing.assert_close(probe.pooled(vit, images, final_norm=False)[:, 1, 0], outputs[1][:, 0])
+    torch.testing.assert_close(probe.extract_layers(vit, ds, torch.device("cpu"))[[0, 39]], of_layers)
+    assert probe.pooled(tiny(cls_token=False), images).shape == (2, 2, 1, 32)
+
+
+def test_a_change_of_the_frozen_encoder_is_noticed():
+    vit = tiny()
+    vit.register_buffer("running", torch.zeros(1))
+    with probe.frozen(vit):
+        vit(torch.zeros(1, 3, 24, 24))
+    for value in (vit.norm.bias, vit.running):                             # a weight, a buffer
+        with pytest.raises(RuntimeError, match="changed"), probe.frozen(vit):
+            value.data[0] += 1e-6
 
 
 def test_views_are_crops_that_depend_on_the_seed(folder):
     ds = train.open_dataset(folder, "train", 24)
     crop = torchvision.transforms.v2.RandomResizedCrop(24, scale=(.3, .5), antialias=True)
     a, b, c = (probe.View(ds, crop, 0, view)[3][0] for view in (1, 1, 2))
-    assert torch.equal(a, b) and not torch.equal(a, c) and a.shape == (3, 24, 24)
-    result = probe.evaluate(tiny(), ds, train.open_dataset(folder, "test", 24), torch.device("cpu"), views=2)
-    assert result["linear"] > .9 and result["knn"] > .9
+    assert torch.equal(a, b) and not torch.equal(a, c) and a.shape == (3, 24, 24) and a.dtype == torch.uint8
+    epochs = [probe.View(ds, crop, 0)[epoch, 3][0] for epoch in (0, 0, 1)]
+    assert torch.equal(epochs[0], epochs[1]) and not torch.equal(epochs[0], epochs[2])
+    assert len(probe.View(ds, crop, 0)) == 40 and ds[3][0].shape == (3, 24, 24)    # the data set itself is as before
 
 
-def test_probe_commands(folder, tmp_path, capsys):
-    out = str(tmp_path / "run")
-    summary = run_small(folder, out, "--epochs", 1)[-1]
-    for what in ("knn", "linear"):
-        for where in (out, os.path.join(out, "encoder.pt")):
-            assert probe.main([what, where, "--device", "cpu"])[what] == summary[what]     # --data: the run's own
-        assert probe.main([what, out, "--random-init", "--device", "cpu"])[what] == summary[what + "_random"]
-    probe.main(["knn", "--random-init", "--image-size", "24", "--data", folder, "--device", "cpu"])
-    assert "random vit_micro" in capsys.readouterr().out
+def test_pictures_of_the_papers(folder):
+    """Test pictures are the centre 224 of 256, from the whole picture; crops for training stay inside it."""
+    ds = train.open_dataset(folder, "test", 56)                            # files are 40 x 48
+    view = probe.View(ds, probe.augmentation(ds, "test"))[0][0]
+    with Image.open(ds.names[0]) as image:
+        resized = image.resize((76, 64), Image.Resampling.BICUBIC)         # 56 * 256 / 224 = 64
+    wanted = np.asarray(resized)[4:60, 10:66].transpose(2, 0, 1)
+    assert np.array_equal(view.numpy(), wanted)
+    crop = probe.SingleDraw(24, (.08, 1))
+    torch.manual_seed(0)
+    areas = []
+    for _ in range(300):
+        box = crop.make_params([torch.zeros(3, 40, 48)])
+        assert 0 <= box["top"] <= 40 - box["height"] and 0 <= box["left"] <= 48 - box["width"]
+        areas.append(box["height"] * box["width"] / (40 * 48))
+    assert .05 < min(areas) < .15 and .9 < max(areas) <= 1
+    recipe = probe.complete(probe.RECIPES["mapet"], probe.parse(["finetune", "x"]))
+    strong = probe.View(ds, probe.augmentation(ds, "finetune", recipe), 0)
+    images = torch.stack([strong[e, 0][0] for e in range(8)])
+    assert images.dtype == torch.float32 and images.shape == (8, 3, 56, 56)
+    textures = train.open_dataset("textures", "val")
+    moved = probe.View(textures, probe.augmentation(textures, "fast"), 0)[0][0]
+    around = F.pad(textures[0][0][None].float(), (4, 4, 4, 4), mode="reflect")[0].to(torch.uint8)
+    assert any(torch.equal(moved, around[:, y:y + 48, x:x + 48]) for y in range(9) for x in range(9))
+
+
+def test_grid_equals_one_by_one():
+    """Every head of the grid = the same head alone: its own linear layer, its own AdamW."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(70, 3, 2, 5, generator=generator), torch.randint(4, (70,), generator=generator)
+    mean, std = torch.randn(3, 2, 5, generator=generator), 1 + torch.rand(3, 2, 5, generator=generator)
+    grid, pools, rows = [(.01, .1), (.03, 1.)], [[1, 0], [0, 1], [1, 1]], torch.arange(3, 67)
+    heads = probe.HeadGrid(grid, 3, pools, 5, 4).fit(x, y, rows, (mean, std), epochs=4, batch_size=16, seed=3)
+    logits = heads.logits((x - mean) / std)                                # (b, l, grid * pooling, c)
+    assert logits.shape == (70, 3, 6, 4)
+    for layer, (i, (lr, decay)), (j, pool) in itertools.product(range(3), enumerate(grid), enumerate(pools)):
+        alone = ((x - mean) / std)[:, layer][:, torch.tensor(pool).bool()].flatten(1)
+        head = nn.Linear(alone.shape[1], 4)
+        nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
+        optimiser = torch.optim.AdamW(head.parameters(), lr, weight_decay=decay)
+        shuffle = torch.Generator().manual_seed(3)
+        for epoch in range(4):
+            order = rows[torch.randperm(64, generator=shuffle)]
+            for k in range(4):
+                batch = order[16 * k:16 * k + 16]
+                step = 4 * epoch + k
+                optimiser.param_groups[0]["lr"] = lr * .5 * (1 + math.cos(math.pi * step / 16))
+                optimiser.zero_grad()
+                F.cross_entropy(head(alone[batch]), y[batch]).backward()
+                optimiser.step()
+        torch.testing.assert_close(logits[:, layer, 3 * i + j], head(alone), atol=1e-5, rtol=0)
+
+
+def layered(n, seed=0):
+    """Features (n, 3 layers, 2, 8) of which only the patch mean of layer 2 knows the label."""
+    x, y = blobs(n, .5, seed)
+    noise = torch.randn(n, 3, 2, 8, generator=torch.Generator().manual_seed(9 + seed))
+    noise[:, 1, 1] = x
+    return noise, y
+
+
+def test_fast_probe_chooses_without_the_test_split():
+    (x, y), (asked, wanted) = layered(400), layered(200, 1)
+    how = dict(rates=(1e-4, 1e-2), decays=(0., .1), epochs=20, batch_size=64)
+    found = probe.choose_head(x, y, 400, asked, wanted, **how)
+    assert found["linear"] == 1 and found["held_out"] == 1 and found["heads"] == 36
+    assert found["chosen"]["layer"] == 2 and found["chosen"]["pooling"] in ("patch mean", "both")
+    other = probe.choose_head(x, y, 400, asked, shuffled(wanted), **how)
+    assert other["linear"] < .5 and {**other, "linear": 0} == {**found, "linear": 0}
+    chance = probe.choose_head(x, shuffled(y), 400, asked, wanted, **how)
+    assert abs(chance["linear"] - 1 / 3) < .15
+
+
+def test_no_view_of_a_held_out_image_is_trained_on():
+    """128 numbers tell 100 images apart: a head that had seen a view of an image would know its random label."""
+    x = torch.randn(100, 1, 2, 64, generator=torch.Generator().manual_seed(0))
+    y = torch.randint(3, (100,), generator=torch.Generator().manual_seed(1))
+    found = probe.choose_head(torch.cat([x, x]), y.repeat(2), 100, x, y, rates=(.01,), decays=(0.,), batch_size=20)
+    assert found["held_out"] < .8 and found["linear"] == 1                 # in the end it is trained on all of them
+
+
+def test_lars_by_hand():
+    """Two steps of one matrix and one bias, computed with plain numbers."""
+    w, b = torch.tensor([[3., 4.]], requires_grad=True), torch.tensor([1.], requires_grad=True)
+    optimiser = probe.LARS([w, b], lr=.5, weight_decay=.1)
+    w.grad, b.grad = torch.tensor([[.3, -.4]]), torch.tensor([2.])
+    optimiser.step()
+    # g = grad + .1 w = (.6, 0), |w| = 5, |g| = .6: q = .001 * 5 / .6; v = q g = (.005, 0); w -= .5 v
+    assert torch.allclose(w, torch.tensor([[3 - .0025, 4.]]), atol=1e-7) and b.item() == 0
+    w.grad, b.grad = torch.tensor([[0., 1.]]), torch.tensor([2.])
+    before = w.detach().clone()
+    optimiser.step()
+    g = torch.tensor([[0., 1.]]) + .1 * before
+    v = .9 * torch.tensor([[.005, 0.]]) + .001 * before.norm() / g.norm() * g
+    torch.testing.assert_close(w.detach(), before - .5 * v)
+    assert b.item() == pytest.approx(0 - .5 * (.9 * 2 + 2))                # 1-D: plain momentum, no decay
+    zero = torch.zeros(2, 2, requires_grad=True)
+    zero.grad = torch.ones(2, 2)
+    probe.LARS([zero], lr=.5).step()
+    assert torch.equal(zero, torch.full((2, 2), -.5))                      # a zero matrix has no norm to go by
+
+
+def test_layer_decay_by_hand():
+    model = probe.Classifier(tiny(layer_scale=.1), 4)
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {names[id(p)]: (group["scale"], group["weight_decay"])
+             for group in probe.layer_groups(model, .05, .65) for p in group["params"]}
+    assert found.keys() == set(names.values())
+    for name, (scale, decay) in found.items():                             # depth 2: L + 1 = 3
+        wanted = {"encoder.cls_token": .274625, "encoder.pos_embed": .274625, "encoder.patch_embed": .274625,
+                  "encoder.blocks.0": .4225, "encoder.blocks.1": .65, "fc_norm": 1., "head": 1.}
+        key = next(key for key in wanted if name.startswith(key))
+        assert scale == pytest.approx(wanted[key]), name
+        matrix = name.endswith("weight") and "norm" not in name
+        assert decay == (.05 if matrix else 0), name
+
+
+def test_recipes_of_the_papers_for_probes():
+    """METHODS 1.8 and 4.5."""
+    mae, beit = probe.PROTOCOLS["mae"], probe.PROTOCOLS["beit"]
+    assert [mae[key] for key in ("optimiser", "blr", "batch_size", "epochs", "warmup_epochs", "weight_decay")] == \
+        ["lars", .1, 16384, 90, 10, 0]
+    assert (beit["optimiser"], beit["lr"], beit["batch_size"], beit["epochs"], beit["weight_decay"]) == \
+        ("adamw", 4e-3, 1024, 50, 1e-4)
+    row = lambda paper, width: {**probe.RECIPES[paper], **probe.BY_WIDTH.get((paper, width), {})}
+    for width, lr, epochs, decay in ((192, 2.5e-4, 300, 1), (384, 5e-3, 200, .65), (768, 5e-4, 100, .65)):
+        recipe = row("mapet", width)
+        assert (recipe["lr"], recipe["epochs"], recipe["layer_decay"]) == (lr, epochs, decay)
+        assert [recipe[key] for key in ("warmup_epochs", "warmup_lr", "min_lr", "batch_size")] == [20, 1e-6, 1e-6, 1024]
+    base, large = row("mae", 768), row("mae", 1024)
+    assert [base[key] for key in ("blr", "epochs", "layer_decay", "drop_path", "warmup_epochs")] == [5e-4, 100, .65, .1, 5]
+    assert (large["blr"], large["epochs"], large["layer_decay"], large["drop_path"]) == (1e-3, 50, .75, .2)
+    for recipe in (base, large, recipe):
+        assert (recipe["mixup"], recipe["cutmix"], recipe["smoothing"], recipe["erase"], recipe["randaugment"],
+                recipe["weight_decay"]) == (.8, 1, .1, .25, 9, .05)
+    args = probe.argparse.Namespace(micro_batch=None, steps=None)
+    plan = probe.plan(probe.argparse.Namespace(**base), 5000, args, False)
+    assert plan.lr == pytest.approx(5e-4 * 1024 / 256) and plan.steps == 400 and plan.warmup == 20
+
+
+def test_mixup_and_cutmix():
+    x, y = torch.arange(4.)[:, None, None, None].expand(4, 3, 8, 8), torch.tensor([0, 1, 2, 2])
+    recipe = probe.argparse.Namespace(mixup=.8, cutmix=1.)
+    kinds = set()
+    for seed in range(12):
+        mixed, shares = probe.mixed_up(x, y, 3, recipe, seed)
+        again, _ = probe.mixed_up(x, y, 3, recipe, seed)
+        assert torch.equal(mixed, again) and torch.allclose(shares.sum(1), torch.ones(4))
+        # Each image's mean value is the same mixture of the two images as its label is of the two classes.
+        kinds.add(len(mixed[1].unique()))
+        share = shares[1, 1]
+        assert mixed[1].mean().item() == pytest.approx((1 * share + 0 * (1 - share)).item(), abs=1e-5)
+    assert kinds >= {1, 2}                                                 # both kinds came
+    same, labels = probe.mixed_up(x, y, 3, probe.argparse.Namespace(mixup=0., cutmix=0.), 0)
+    assert same is x and labels is y
+
+
+def test_probe_commands(folder, small_run, tmp_path, capsys):
+    summary = run_small(folder, str(tmp_path / "run"), "--epochs", 1)[-1]
+    run = str(tmp_path / "run")
+    before = open(os.path.join(run, "encoder.pt"), "rb").read()
+    for where in (run, os.path.join(run, "encoder.pt")):
+        result = probed("knn", where, "--k", 20, 5, 1)                     # --data: the run's own
+        assert result["knn"] == summary["knn"] and result["floor"]["knn"] == summary["knn_random"]
+        assert set(result["k"]) == {20, 5, 1} and "floor" in capsys.readouterr().out
+    assert probed("knn", run, "--random-init")["knn"] == summary["knn_random"]
+    fast = probed("linear", run, "--views", 2)
+    printed = capsys.readouterr().out
+    assert fast["linear"] > .9 and "'layer'" in printed
+    assert {"layer", "pooling", "lr", "weight_decay"} == fast["chosen"].keys()
+    assert fast["chosen"]["lr"] in probe.RATES and fast["floor"]["linear"] <= 1
+    on_disk = probed("linear", run, "--memory", 1e-9, "--lr", .01, "--weight-decay", 0, "--no-floor")
+    assert on_disk["linear"] > .9 and on_disk["heads"] == 4 * 3 and on_disk["floor"] is None
+    lines = lines_of(run)
+    assert [line["what"] for line in lines] == ["knn"] * 3 + ["linear"] * 2
+    assert lines[-1] == json.loads(json.dumps(on_disk)) and lines[0]["k"]["5"] == result["k"][5]
+    assert not os.path.exists(os.path.join(run, "features.npy"))
+    assert open(os.path.join(run, "encoder.pt"), "rb").read() == before
+    probed("knn", "--random-init", "--image-size", 24, "--data", folder, "--out", tmp_path / "floor")
+    assert "random vit_micro" in capsys.readouterr().out and lines_of(tmp_path / "floor")[0]["floor"] is None
+
+
+def test_protocols_of_the_papers(folder, small_run, tmp_path, monkeypatch):
+    """What they report, and how often the encoder runs: that is what `fast` saves."""
+    seen, pooled = [], probe.pooled
+    monkeypatch.setattr(probe, "pooled", lambda vit, x, **how: seen.append(len(x)) or pooled(vit, x, **how))
+    same = ["--data", folder, "--out", tmp_path / "out", "--no-floor", "--batch-size", 10]
+    beit = probed("linear", small_run, "--protocol", "beit", "--epochs", 6, *same)
+    assert sum(seen) == 6 * 40 + 40 and len(beit["by_layer"]) == 4
+    assert beit["best_layer"] == max(beit["by_layer"]) and beit["linear"] == beit["by_layer"][-1] > .9
+    seen.clear()
+    probed("linear", small_run, *same)
+    assert sum(seen) == 40 + 40
+    mae = probed("linear", small_run, "--protocol", "mae", "--epochs", 10, "--lr", 40, "--warmup-epochs", 1, *same)
+    assert mae["linear"] > .8 and "best_layer" not in mae
+    saved = torch.load(tmp_path / "out" / "linear-mae.pt", weights_only=True)["model"]
+    assert sorted(saved) == ["heads.0.bias", "heads.0.weight", "norms.0.num_batches_tracked", "norms.0.running_mean",
+                             "norms.0.running_var"]
+
+
+FINETUNE = ["--epochs", 4, "--batch-size", 16, "--lr", 1e-3, "--warmup-epochs", 1]
+
+
+def test_finetune_starts_from_the_weights_and_resumes(folder, small_run, tmp_path, capsys):
+    out = tmp_path / "a"
+    probed("finetune", small_run, "--no-floor", "--out", out, "--lr", 1e-9, "--batch-size", 16, "--steps", 1)
+    begun = torch.load(out / "finetune.pt", weights_only=True)["model"]
+    trained = torch.load(os.path.join(small_run, "encoder.pt"), weights_only=True)
+    for name, value in trained.items():
+        assert name.startswith("norm.") or torch.allclose(begun[f"encoder.{name}"], value, atol=1e-5)
+    assert not any(name.startswith("encoder.norm.") for name in begun) and begun["fc_norm.weight"].shape == (96,)
+
+    whole = probed("finetune", small_run, *FINETUNE, "--out", tmp_path / "whole")
+    assert whole["finetune"] > .7 and whole["top5"] == 1 and whole["floor"]["finetune"] <= 1
+    for steps in (3, 100):
+        result = probed("finetune", small_run, *FINETUNE, "--out", tmp_path / "parts", "--steps", steps, "--no-floor")
+        assert (result is None) == (steps == 3)
+    assert "going on" in capsys.readouterr().out
+    a, b = (torch.load(tmp_path / name / "finetune.pt", weights_only=True)["model"] for name in ("whole", "parts"))
+    assert all(torch.equal(a[key], b[key]) for key in a)                   # bit for bit
+    assert result["finetune"] == whole["finetune"]
+    again = ["finetune", small_run, *FINETUNE, "--lr", 2e-3, "--out", tmp_path / "parts", "--device", "cpu"]
+    refused(probe.main, again, capsys, "--lr 0.001 there, 0.002 here", "--fresh")
+    few = probed("finetune", small_run, *FINETUNE, "--out", tmp_path / "few", "--labelled", 16, "--no-floor")
+    assert few["labelled"] == 16
+
+
+def test_probes_of_two_processes_equal_one(folder, small_run, tmp_path):
+    """Odd numbers of images, so that a padded or a lost image would show."""
+    odd = make_folder(tmp_path / "odd", per_class=9, classes=("ant", "bee", "cat"))           # 27 + 27
+    os.remove(os.path.join(odd, "val", "cat", "008.png"))
+    base = ["--data", odd, "--no-floor", "--device", "cpu"]
+    commands = [["knn", small_run, *base, "--k", 3, 9], ["linear", small_run, *base, "--lr", .01, "--weight-decay", .1],
+                ["linear", small_run, *base, "--protocol", "mae", "--batch-size", 16, "--epochs", 3],
+                ["finetune", small_run, *base, *FINETUNE]]
+    driver = tmp_path / "driver.py"
+    driver.write_text(f"import sys; sys.path.insert(0, {HERE!r}); import probe\n"
+                      "probe.dist.destroy_process_group = lambda: None    # one group for all the commands\n"
+                      f"for argv in {[[str(a) for a in argv] for argv in commands]!r}:\n"
+                      f"    probe.main(argv + ['--out', {str(tmp_path / 'two')!r}])\n")
+    process = script(driver, processes=2)
+    for argv in commands:
+        probe.main([str(a) for a in (*argv, "--out", tmp_path / "one")])
+    finished(process)
+    one, two = (lines_of(tmp_path / name) for name in ("one", "two"))
+    strip = lambda line: {key: value for key, value in line.items() if key not in ("seconds", "held_out")}
+    assert len(one) == len(two) == 4
+    for a, b in zip(one, two):
+        assert strip(a) == strip(b) and "26 images" in a["tested_on"]
+    for name in ("linear-mae.pt", "finetune.pt"):
+        a, b = (torch.load(tmp_path / where / name, weights_only=True)["model"] for where in ("one", "two"))
+        for key in a:
+            torch.testing.assert_close(a[key], b[key], atol=1e-5, rtol=1e-4)
+
+
+def test_tokens_alone(folder, small_run, tmp_path, capsys):
+    run = str(tmp_path / "run")
+    shutil.copytree(small_run, run)
+    how = ["--epochs", 30, "--batch-size", 10, "--lr", 1e-2]
+    by_mlp = probed("tokens", run, *how)
+    assert by_mlp["tokens"] > .9 and by_mlp["floor"]["tokens"] == .5 and by_mlp["vocab_size"] == 6
+    assert "40 images" in by_mlp["tested_on"] and lines_of(run)[-1]["tokens"] == by_mlp["tokens"]
+    test_tokens = kmeans.load_tokens(os.path.join(run, "tokens-images-test.npy"))
+    tokenizer, ds = kmeans.load_tokenizer(os.path.join(run, "tokenizer.pt")), train.open_dataset(folder, "test", 24)
+    assert np.array_equal(test_tokens[:4], tokenizer(torch.stack([ds[i][0] for i in range(4)])).numpy())
+    alone = probed("tokens", os.path.join(run, "tokens.npy"), "--data", folder, "--out", tmp_path / "alone", *how)
+    assert "8 images" in alone["tested_on"] and "held-out" in alone["tested_on"] and alone["tokens"] > .6
+    vit = probed("tokens", run, "--head", "vit_micro", "--epochs", 8, "--batch-size", 10, "--lr", 1e-3)
+    assert vit["tokens"] > .6 and vit["head"] == "vit_micro"
+    np.save(tmp_path / "short.npy", np.zeros((39, 9), np.uint16))
+    refused(probe.main, ["tokens", tmp_path / "short.npy", "--data", folder], capsys, "short.npy", "39", "40")
+    refused(probe.main, ["tokens", tmp_path / "no.pt", "--data", folder], capsys, "no.pt", "no such file")
+
+
+def test_token_mlp_is_a_bag_and_token_vit_is_not():
+    torch.manual_seed(0)
+    tokens = torch.randint(6, (2, 9))
+    mlp = probe.TokenMLP(6, 3)
+    literal = mlp.head(F.relu(mlp.hidden(mlp.table(tokens))).mean(1))      # METHODS 9, patch by patch
+    torch.testing.assert_close(mlp(tokens)[:, 0], literal)
+    torch.testing.assert_close(mlp(tokens), mlp(tokens.flip(1)))
+    assert mlp(tokens).shape == (2, 1, 3) and mlp.table.weight.shape == (6, 192)
+    model = probe.token_vit("vit_micro", 6, 9, 3, 0.).eval()
+    assert model(tokens).shape == (2, 1, 3) and not torch.allclose(model(tokens), model(tokens.flip(1)))
+
+
+def test_show(folder, small_run, tmp_path):
+    path = probed("show", small_run, "--images", 3, "--out", tmp_path / "p")["show"]
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture).astype(int)
+    side = 24 * (160 // 24)
+    assert pixels.shape[:2] == (3 * side + 4 * 2 * (160 // 24), 3 * side + 4 * 2 * (160 // 24)) and pixels.std() > 10
+    vit, images = tiny().eval(), torch.randn(2, 3, 24, 24)
+    x = vit.blocks[0](vit.embed(images))
+    q, k, _ = vit.blocks[1].attn.qkv(vit.blocks[1].norm1(x)).chunk(3, -1)
+    heads = []
+    for part in (slice(0, 16), slice(16, 32)):
+        heads.append((q[:, 0, None, part] * k[..., part]).sum(-1).div(4).softmax(-1))
+    torch.testing.assert_close(probe.cls_attention(vit, images), torch.stack(heads).mean(0)[:, 1:])
+    colours = probe.feature_colours(vit, images)
+    assert colours.shape == (2, 9, 3) and colours.min() == 0 and colours.max() == 1
+
+
+def test_files_of_others_through_the_command_line(folder, small_run, tmp_path, capsys):
+    """timm, DeiT and MAE, DINO's backbone and its full checkpoint: the same weights give the same result."""
+    state = torch.load(os.path.join(small_run, "encoder.pt"), weights_only=True)
+    dino = {f"module.backbone.{key}": value for key, value in state.items()}
+    other = {key: torch.zeros_like(value) for key, value in dino.items()}
+    layouts = {"timm": {**state, "head.weight": torch.zeros(10, 96), "head.bias": torch.zeros(10)},
+               "mae": {"model": {**state, "mask_token": torch.zeros(1, 1, 8),
+                                 "decoder_blocks.0.norm1.weight": torch.zeros(8)}},
+               "dino": {"teacher": {**dino, "module.head.mlp.0.weight": torch.zeros(2, 2)}, "student": other,
+                        "epoch": 3, "args": probe.argparse.Namespace(lr=1)}}
+    base = ["--data", folder, "--no-floor", "--out", tmp_path / "out"]
+    wanted = probed("knn", small_run, *base)["knn"]
+    for name, layout in layouts.items():
+        torch.save(layout, tmp_path / f"{name}.pth")
+        assert probed("knn", tmp_path / f"{name}.pth", *base)["knn"] == wanted
+    wrong = {key: value for key, value in state.items() if key != "norm.weight"}
+    torch.save(wrong | {"blocks.0.extra": torch.zeros(1)}, tmp_path / "wrong.pth")
+    refused(probe.main, ["linear", tmp_path / "wrong.pth", *base], capsys, "wrong.pth", "norm.weight missing",
+            "blocks.0.extra unknown")
+    floor = probed("knn", tmp_path / "timm.pth", "--data", folder, "--out", tmp_path / "out")["floor"]
+    assert 0 <= floor["knn"] <= 1
+
+
+def test_probes_refuse_in_one_line(folder, small_run, tmp_path, capsys):
     refused(probe.main, ["knn"], capsys, "--random-init")
     refused(probe.main, ["knn", tmp_path / "no.pt", "--data", folder], capsys, "no.pt", "no such file")
-    refused(probe.main, ["linear", out, "--data", os.path.join(folder, "train", "ant")], capsys, "labels")
+    refused(probe.main, ["linear", small_run, "--data", os.path.join(folder, "train", "ant")], capsys, "labels")
     torch.save({"a": torch.zeros(2)}, tmp_path / "a.pt")
     refused(probe.main, ["linear", tmp_path / "a.pt", "--data", folder], capsys, "a.pt", "no ViT weights")
+    refused(probe.main, ["linear", small_run, "--lr", "nan"], capsys, "--lr")
+    refused(probe.main, ["knn", small_run, "--k", "0"], capsys, "--k")
+    refused(probe.main, ["linear", small_run, "--protocol", "beit", "--lr", "1", "2"], capsys, "--lr", "fast")
+    torch.save(tiny(cls_token=False).state_dict(), tmp_path / "plain.pt")
+    refused(probe.main, ["linear", tmp_path / "plain.pt", "--data", folder, "--protocol", "mae", "--out", tmp_path / "o"],
+            capsys, "class token", "beit")
+    assert not os.path.exists(os.path.join(small_run, "probe.jsonl"))
 
 
 # --- README.md ----------------------------------------------------------------------------------------------------

@@ -610,7 +610,7 @@ def train(args, ds, tokens, vocab_size, state, rank, world, device, say):
                         loss, logs = net(normalise(images, ds), targets, order=order[rows], noise=noise[:, rows])
                     (loss / accumulate).backward()
                 sums += torch.stack([loss.detach(), logs["accuracy"], torch.ones_like(loss)])
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm or math.inf)
             stopping = stop.came_anywhere()
             log = (step + 1) % args.log_every == 0 or step + 1 in (1, stop_at)
             keep = (step + 1) % args.save_every == 0 or step + 1 == stop_at or stopping
@@ -708,7 +708,7 @@ def parse(argv):
     add("--warmup-epochs", type=float, help="linear warm-up (paper 10)")
     add("--weight-decay", type=float, help="AdamW, on matrices only (paper 0.05)")
     add("--beta2", type=float, help="AdamW (paper 0.999)")
-    add("--clip-norm", type=float, help="gradient norm (paper 3.0)")
+    add("--clip-norm", type=float, help="largest gradient norm, 0 = any (paper 3.0)")
     add = parser.add_argument_group("run").add_argument
     add("--out", metavar="FOLDER", help="of the run (default: runs/OBJECTIVE-DATA)")
     add("--seed", type=int, default=0)
