@@ -54,7 +54,7 @@ PROTOCOLS = {"mae": dict(ADAMW, optimiser="lars", blr=.1, weight_decay=0., batch
 STRONG = dict(ADAMW, batch_size=1024, weight_decay=.05, layer_decay=.65, epochs=100., min_lr=1e-6, smoothing=.1,
               mixup=.8, cutmix=1., drop_path=.1, erase=.25, randaugment=9., head_std=.02)
 # Ours, for the embedded data: its class is an orientation and a period, so nothing may turn, flip or zoom the picture.
-# Chosen on the third stream with 500 labelled images, where the untrained network does best, too.
+# Chosen on the third stream with 500 labelled images, where an untrained network does (nearly) best with it, too.
 TEXTURES = dict(STRONG, lr=2e-3, layer_decay=1., epochs=10., batch_size=64, warmup_epochs=1., mixup=0., cutmix=0.,
                 erase=0., randaugment=0., drop_path=0.)
 RECIPES = {"mapet": dict(STRONG, lr=5e-4, warmup_epochs=20., warmup_lr=1e-6),
