@@ -766,6 +766,8 @@ def test_the_triton_kernels_in_the_interpreter():
     pytest.importorskip("triton")
     process = run(TRITON, TRITON_INTERPRET="1")
     errors = process.communicate(timeout=120)[1]
+    if "interpreter.py" in errors and "only 0-dimensional arrays can be converted" in errors:
+        pytest.skip("this Triton's interpreter (3.6) does not work with numpy 2.4 and newer; its compiler does")
     assert process.returncode == 0, errors
 
 

@@ -799,6 +799,7 @@ def next_commands(args):
     other = "mim" if args.objective == "mapet" else "mapet"
     return [f"python objectives.py {args.objective} --patches 6 --cut 3       who may attend to whom",
             f"python kmeans.py show --tokenizer {args.out}/tokenizer.pt{data} --out {args.out}       the codebook as a picture",
+            f"python probe.py linear {args.out}{data}       the best of many linear heads; also finetune, tokens, show",
             f"python train.py --objective {other}{data}       what another objective learns from the same tokens",
             f"python train.py --objective {args.objective}{data} --features pixel-norm --out {args.out}-norm       "
             "the same objective, better tokens"]
