@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 import kmeans
 import train
+from kmeans import place
 from vit import MODELS, ViT, from_weights, read_checkpoint
 
 # --- recipes: an explicit flag beats the recipe ---------------------------------------------------------------------
@@ -70,10 +71,6 @@ SMALL_TOKENS = dict(batch_size=128, epochs=20., warmup_epochs=1.)               
 # The grid of the fast linear probe: every pair, on every block and pooling.
 RATES, DECAYS = (3e-3, 1e-2, 3e-2, .1), (1e-4, .1)
 POOLINGS = {2: ("class token", "patch mean", "both"), 1: ("patch mean",)}        # by the number of pooled tokens
-
-
-def place():
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 # --- pictures -----------------------------------------------------------------------------------------------------

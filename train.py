@@ -440,14 +440,12 @@ def at_size(ds, args, size):
     return ds if size == ds.image_size else open_dataset(args.data, "train", size, args.classes)
 
 
-def get_tokenizer(args, ds, rank, device, say):
-    """The K-means tokenizer in OUT/tokenizer.pt: a copy of --tokenizer, or fitted on the training images at the first run."""
+def get_tokenizer(args, ds, tokenizer, rank, device, say):
+    """The K-means tokenizer in OUT/tokenizer.pt: `tokenizer` (--tokenizer), or fitted on the training images at first."""
     path = os.path.join(args.out, "tokenizer.pt")
-    if args.tokenizer:
-        tokenizer = kmeans.load_tokenizer(args.tokenizer)
-    elif os.path.exists(path):
+    if tokenizer is None and os.path.exists(path):
         return check_tokenizer(kmeans.load_tokenizer(path), path, args).to(device)
-    else:
+    if tokenizer is None:
         say(f"fitting a K-means tokenizer: {args.features} features, K = {args.vocab_size}, 5 % of the patches")
         clip = args.features == "clip"
         images = at_size(ds, args, args.image_size * (1 + clip))
@@ -462,16 +460,12 @@ def get_tokenizer(args, ds, rank, device, say):
     return tokenizer.to(device)
 
 
-def get_tokens(args, ds, rank, device, say):
-    """Tokens (images, n) uint16, memory-mapped, in the data set's order, and K: --tokens, or OUT/tokens.npy made now."""
-    if args.tokens:
-        path, tokens, vocab_size = args.tokens, kmeans.load_tokens(args.tokens), args.vocab_size
-    else:
-        tokenizer = get_tokenizer(args, ds, rank, device, say)
-        path, vocab_size = os.path.join(args.out, "tokens.npy"), tokenizer.vocab_size
-        tokens = kmeans.tokenize(tokenizer, at_size(ds, args, tokenizer.input_size), path, device=device, workers=args.workers,
-                                 progress=rank == 0 and sys.stderr.isatty())
-    return tokens, check_tokens(tokens, path, ds, args, vocab_size)
+def make_tokens(args, ds, tokenizer, rank, device, say):
+    """OUT/tokens.npy: (images, n) uint16, memory-mapped, in the data set's order; and the number of codes."""
+    tokenizer, path = get_tokenizer(args, ds, tokenizer, rank, device, say), os.path.join(args.out, "tokens.npy")
+    tokens = kmeans.tokenize(tokenizer, at_size(ds, args, tokenizer.input_size), path, device=device, workers=args.workers,
+                             progress=rank == 0 and sys.stderr.isatty())
+    return tokens, check_tokens(tokens, path, ds, args, tokenizer.vocab_size)
 
 
 def describe_codebook(tokens, ds, vocab_size, seed, say):
@@ -757,10 +751,12 @@ def run(args):
     ds, test = open_splits(args.data, args.image_size, args.classes)
     if args.batch_size > len(ds):
         raise ValueError(f"--batch-size {args.batch_size} is more than the {len(ds)} images of {ds.name}")
+    tokenizer, tokens, vocab_size = None, None, None
     if args.tokenizer:
-        check_tokenizer(kmeans.load_tokenizer(args.tokenizer), args.tokenizer, args)
+        tokenizer = check_tokenizer(kmeans.load_tokenizer(args.tokenizer), args.tokenizer, args)
     if args.tokens:
-        check_tokens(kmeans.load_tokens(args.tokens), args.tokens, ds, args, args.vocab_size)
+        tokens = kmeans.load_tokens(args.tokens)
+        vocab_size = check_tokens(tokens, args.tokens, ds, args, args.vocab_size)
     last = os.path.join(args.out, "last.pt")
     state = resume(last, args) if os.path.exists(last) and not args.fresh else None
 
@@ -770,7 +766,8 @@ def run(args):
     wait_for_all()
     os.makedirs(args.out, exist_ok=True)
     say(f"{ds.name}: {len(ds)} images" + (f", {len(ds.classes)} classes" if ds.classes else "") + f"; run in {args.out}")
-    tokens, vocab_size = get_tokens(args, ds, rank, device, say)
+    if tokens is None:
+        tokens, vocab_size = make_tokens(args, ds, tokenizer, rank, device, say)
     if rank == 0:
         describe_codebook(tokens, ds, vocab_size, args.seed, say)
     done = train(args, ds, tokens, vocab_size, state, rank, world, device, say)
