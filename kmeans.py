@@ -30,12 +30,12 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from einops import rearrange, reduce, repeat
+from einops import rearrange, repeat
 from torch.utils.data import DataLoader
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from vit import download, from_weights, patchify, read_checkpoint, unpatchify
+from vit import PATCH_FEATURES, download, from_weights, patchify, read_checkpoint, unpatchify
 
 try:
     import triton
@@ -585,21 +585,6 @@ def to_cuda(parts, device):
 
 # --- features of patches ---------------------------------------------------------------------------------------------
 
-def hog(images, p):
-    """Histograms of oriented gradients as in MaskFeat (METHODS 7): (b, 3, S, S) normalised -> (b, n, 27 (p/8)^2).
-
-    9 hard bins of unsigned orientation over cells of 8x8 pixels; the 9 bins of each cell and channel have unit length.
-    """
-    sobel = torch.tensor([[1., 0., -1.], [2., 0., -2.], [1., 0., -1.]], device=images.device)
-    images = F.pad(images, (1, 1, 1, 1), mode="reflect")
-    gx, gy = (F.conv2d(images, kernel.repeat(3, 1, 1, 1), groups=3) for kernel in (sobel, sobel.T))
-    bins = (torch.atan2(gx, gy) / math.pi * 9).floor().long() % 9       # x first: the angle is measured from the y axis
-    votes = torch.zeros(*bins.shape[:2], 9, *bins.shape[2:], device=images.device)
-    votes.scatter_(2, bins[:, :, None], torch.hypot(gx, gy)[:, :, None])
-    cells = F.normalize(reduce(votes, "b c o (y i) (x j) -> b c o y x", "sum", i=8, j=8), dim=2)
-    return rearrange(cells, "b c o (y i) (x j) -> b (y x) (c o i j)", i=p // 8, j=p // 8)
-
-
 def conv_norm(width_in, width, side, stride=1):
     return nn.Conv2d(width_in, width, side, stride, padding=side // 2, bias=False), nn.BatchNorm2d(width)
 
@@ -671,13 +656,11 @@ class PatchFeatures(nn.Module):
         self.name, self.patch_size, self.image_size, self.encoder = name, patch_size, image_size, None
         if image_size % patch_size:
             raise ValueError(f"image size {image_size} is not a multiple of patch size {patch_size}")
-        if name == "hog" and patch_size % 8:
-            raise ValueError(f"hog has cells of 8 pixels: patch size {patch_size} is not a multiple of 8")
         if name == "clip" and patch_size != 16:
             raise ValueError(f"clip has one feature for every 16 pixels: patch size {patch_size} does not fit")
         if name == "clip":
             self.encoder = load_clip()
-        elif name not in ("pixel", "pixel-norm", "hog"):
+        elif name not in PATCH_FEATURES:
             self.encoder = from_weights(ENCODERS.get(name, name), image_size)
             if self.encoder.patch_size != patch_size:
                 raise ValueError(f"{name} has patches of {self.encoder.patch_size} pixels, not {patch_size}")
@@ -687,13 +670,8 @@ class PatchFeatures(nn.Module):
         return super().train(False)                                     # CLIP's batch norm would move with the images
 
     def forward(self, images):
-        if self.name == "hog":
-            return hog(images, self.patch_size)
         if self.encoder is None:
-            x = patchify(images, self.patch_size)
-            if self.name == "pixel-norm":                               # MAE's target: unbiased variance, eps 1e-6
-                x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-6).sqrt()
-            return x
+            return PATCH_FEATURES[self.name](images, self.patch_size)
         with torch.autocast("cuda", torch.float16, enabled=images.is_cuda):
             if self.name != "clip":
                 return self.encoder(images)[:, self.encoder.prefix:].float()
@@ -754,6 +732,12 @@ def room(device):
     return .5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / place()[1]
 
 
+def blank_tokenizer(ds, features, patch_size, image_size=None, k=1, metric="euclidean"):
+    """A tokenizer before its fit: it knows the features of the images of `ds` (`rows`), but no centroids."""
+    mean, std = CLIP if features == "clip" else IMAGENET if features in ENCODERS else (ds.mean, ds.std)
+    return KMeansTokenizer(features, torch.zeros(k, 1), metric, patch_size, image_size or ds.image_size, mean, std)
+
+
 def fit_tokenizer(ds, features="pixel", k=64, metric="euclidean", patch_size=16, image_size=None, fraction=None,
                   init="k-means++", max_iter=100, tol=1e-4, restarts=1, seed=0, batch_size=64, workers=0, device="cpu",
                   progress=False):
@@ -765,9 +749,9 @@ def fit_tokenizer(ds, features="pixel", k=64, metric="euclidean", patch_size=16,
     Time: textures with the defaults of `fit` (432 000 rows, K = 64) takes all 100 iterations, 14 s on two CPU cores.
     On a quarter of the rows the inertia was 0.5 % higher after 10 iterations and 0.2 % after 20: --max-iter 20.
     """
-    device, image_size = torch.device(device), image_size or ds.image_size
-    mean, std = CLIP if features == "clip" else IMAGENET if features in ENCODERS else (ds.mean, ds.std)
-    tokenizer = KMeansTokenizer(features, torch.zeros(k, 1), metric, patch_size, image_size, mean, std).to(device)
+    device = torch.device(device)
+    tokenizer = blank_tokenizer(ds, features, patch_size, image_size, k, metric).to(device)
+    mean, std = tokenizer.mean, tokenizer.std
     keep = patches_kept(fraction, features, tokenizer.n_patches)
     stream, n = patch_stream(tokenizer, ds, keep, seed, batch_size, workers, device)
     first = next(stream())

@@ -15,7 +15,6 @@ Every image is counted once, however many processes share the work: torchrun --n
 """
 import argparse
 import contextlib
-import copy
 import hashlib
 import itertools
 import json
@@ -76,30 +75,22 @@ POOLINGS = {2: ("class token", "patch mean", "both"), 1: ("patch mean",)}       
 # --- pictures -----------------------------------------------------------------------------------------------------
 
 class View(Dataset):
-    """`ds` through another transform of its pictures; what is random in it is a function of (seed, key) alone.
+    """`ds` through another transform of its (whole) pictures; what is random in it is a function of (seed, key) alone.
 
-    Keys are indices i or (epoch, i). Pictures from files are handed over whole, not as their centre square.
+    Keys are indices i or (epoch, i).
     """
 
     def __init__(self, ds, augment, *seed):
-        self.seed, self.read = seed, ds.__getitem__
+        self.seed, self.read = seed, train.cropped(ds, augment).__getitem__
         self.name, self.labels, self.classes, self.image_size = ds.name, ds.labels, ds.classes, ds.image_size
-        self.mean, self.std, self.note_unreadable, self.augment = ds.mean, ds.std, ds.note_unreadable, augment
-        if hasattr(ds, "crop"):
-            whole = copy.copy(ds)
-            whole.crop = v2.Compose([augment, v2.PILToTensor()])
-            self.augment, self.read = nn.Identity(), whole.__getitem__
+        self.mean, self.std, self.note_unreadable = ds.mean, ds.std, ds.note_unreadable
 
     def __len__(self):
         return len(self.labels)
 
-    def item(self, i):
-        image, label, j = self.read(i)
-        return self.augment(image), label, j
-
     def __getitem__(self, key):
         key = key if isinstance(key, tuple) else (key,)
-        return train.augmented(key[-1], self.item, *self.seed, *key)
+        return train.augmented(key[-1], self.read, *self.seed, *key)
 
 
 class SingleDraw(v2.RandomResizedCrop):
@@ -116,7 +107,7 @@ class SingleDraw(v2.RandomResizedCrop):
 
 def augmentation(ds, kind, recipe=None):
     """The transform of one picture: "test"; "mae", "beit" or "fast", of linear probes; "finetune", by the recipe."""
-    size, files, bicubic = ds.image_size, hasattr(ds, "crop"), InterpolationMode.BICUBIC
+    size, files, bicubic = ds.image_size, hasattr(ds, "names"), InterpolationMode.BICUBIC
     if kind == "test":                                              # the papers': 224 of 256
         steps = [v2.Resize(size * 256 // 224, bicubic), v2.CenterCrop(size)] if files else []
     elif files:
@@ -765,7 +756,7 @@ def run_protocol(args, vit, train_ds, test_ds, tag):
 
 def run_finetune(args, vit, train_ds, test_ds, tag):
     rows = torch.randperm(len(train_ds), generator=torch.Generator().manual_seed(args.seed))[:args.labelled].tolist()
-    paper = "mae" if args.objective in ("mae", "clustermim") else "mapet"
+    paper = "mae" if args.objective in ("mae", "maskfeat", "clustermim") else "mapet"
     kind = args.recipe or ("textures" if args.data == "textures" else paper)
     recipe = complete({**RECIPES[kind], **BY_WIDTH.get((kind, vit.width), {})}, args)
     weights, classes = fingerprint(vit)[:16], n_classes(train_ds)

@@ -5,7 +5,9 @@ pytest test_all.py -k two_stream_mask   one idea; every function that a student 
 
 References are written out slowly and literally here, so that they can be compared with the paper line by line.
 """
+import argparse
 import contextlib
+import copy
 import functools
 import hashlib
 import io
@@ -127,6 +129,46 @@ def test_patchify():
     assert patches[1, 4, 5] == images[1, 2, 2, 3]
     square = torch.randn(2, 3, 6, 6)
     assert torch.equal(V.unpatchify(V.patchify(square, 2), 2), square)
+
+
+def test_hog_is_the_slow_loop():
+    images, p = torch.randn(2, 3, 16, 32, generator=torch.Generator().manual_seed(0)), 16
+    padded = F.pad(images, (1, 1, 1, 1), mode="reflect").double()
+    out = torch.zeros(2, 2, 3, 9, 2, 2, dtype=torch.float64)         # image, patch, channel, bin, cell row and column
+    for b in range(2):
+        for c in range(3):
+            for y in range(16):
+                for x in range(32):
+                    w = padded[b, c, y:y + 3, x:x + 3]
+                    gx = (w[0, 0] + 2 * w[1, 0] + w[2, 0] - w[0, 2] - 2 * w[1, 2] - w[2, 2]).item()
+                    gy = (w[0, 0] + 2 * w[0, 1] + w[0, 2] - w[2, 0] - 2 * w[2, 1] - w[2, 2]).item()
+                    bin = math.floor(math.atan2(gx, gy) / math.pi * 9) % 9
+                    out[b, x // 16, c, bin, y // 8, x % 16 // 8] += math.hypot(gx, gy)
+    out = (out / out.norm(dim=3, keepdim=True)).flatten(2)
+    torch.testing.assert_close(V.hog(images, p).double(), out, rtol=1e-4, atol=1e-5)
+    assert out.shape == (2, 2, 108) and (V.hog(torch.zeros(1, 3, 16, 16), p) == 0).all()
+
+
+@pytest.mark.parametrize("p, cells", [(4, 1), (8, 1), (12, 4), (14, 4), (16, 4)])
+def test_hog_of_any_patch_size(p, cells):
+    images = torch.randn(2, 3, 3 * p, 3 * p)
+    x = V.hog(images, p)
+    assert x.shape == (2, 9, 27 * cells)
+    bins = x.view(2, 9, 3, 9, cells)
+    torch.testing.assert_close(bins.square().sum(3), torch.ones(2, 9, 3, cells))
+
+
+def test_mae_init():
+    """Uniform in +-sqrt(6 / (in + out)); the patch projection counts as one linear layer of 3 p p inputs."""
+    torch.manual_seed(0)
+    vit = V.ViT(**{**TINY, "init": "mae", "width": 64, "heads": 2})
+    for weight, fan in ((vit.patch_embed.proj.weight, 3 * 64 + 64), (vit.blocks[0].mlp.fc1.weight, 64 + 256),
+                        (vit.blocks[1].attn.qkv.weight, 64 + 192)):
+        bound = math.sqrt(6 / fan)
+        assert .98 * bound < weight.abs().max() <= bound and abs(weight.std() - bound / math.sqrt(3)) < .05 * bound
+    assert not vit.blocks[0].mlp.fc1.bias.any() and .01 < vit.cls_token.std() < .03
+    with pytest.raises(ValueError, match="init"):
+        tiny(init="lecun")
 
 
 def test_sincos_positions():
@@ -410,7 +452,6 @@ def test_empty_clusters_move_to_the_farthest_rows():
     (lambda: KMeans(2, init="best"), "best"),
     (lambda: assign(torch.randn(9, 3), torch.randn(2, 4)), r"\(9, 3\).*\(2, 4\)"),
     (lambda: kmeans.PatchFeatures("pixel", 7, 16), "16 is not a multiple of patch size 7"),
-    (lambda: kmeans.PatchFeatures("hog", 4, 16), "8 pixels"),
     (lambda: kmeans.PatchFeatures("clip", 8, 16), "16 pixels"),
     (lambda: kmeans.PatchFeatures("no-such-file.pt", 8, 16), "no-such-file.pt"),
     (lambda: toy_tokenizer()(torch.zeros(1, 3, 24, 24)), r"\(b, 3, 16, 16\), not \(1, 3, 24, 24\)"),
@@ -496,24 +537,6 @@ def test_no_matrix_of_all_scores_is_ever_made():
         km = KMeans(k, max_iter=2).fit(x)
         km.predict(x)
     assert largest.size < x.shape[0] * k                                 # bytes: not even one of a byte a score
-
-
-def test_hog_is_the_slow_loop():
-    images, p = torch.randn(2, 3, 16, 32, generator=torch.Generator().manual_seed(0)), 16
-    padded = F.pad(images, (1, 1, 1, 1), mode="reflect").double()
-    out = torch.zeros(2, 2, 3, 9, 2, 2, dtype=torch.float64)         # image, patch, channel, bin, cell row and column
-    for b in range(2):
-        for c in range(3):
-            for y in range(16):
-                for x in range(32):
-                    w = padded[b, c, y:y + 3, x:x + 3]
-                    gx = (w[0, 0] + 2 * w[1, 0] + w[2, 0] - w[0, 2] - 2 * w[1, 2] - w[2, 2]).item()
-                    gy = (w[0, 0] + 2 * w[0, 1] + w[0, 2] - w[2, 0] - 2 * w[2, 1] - w[2, 2]).item()
-                    bin = math.floor(math.atan2(gx, gy) / math.pi * 9) % 9
-                    out[b, x // 16, c, bin, y // 8, x % 16 // 8] += math.hypot(gx, gy)
-    out = (out / out.norm(dim=3, keepdim=True)).flatten(2)
-    torch.testing.assert_close(kmeans.hog(images, p).double(), out, rtol=1e-4, atol=1e-5)
-    assert out.shape == (2, 2, 108) and (kmeans.hog(torch.zeros(1, 3, 16, 16), p) == 0).all()
 
 
 def test_pixel_features():
@@ -1285,6 +1308,87 @@ def test_order_of_tokenizers_on_textures(seed):
 
 # --- objectives.py ------------------------------------------------------------------------------------------------
 
+TOKEN_OBJECTIVES = ["clustermim", "cae", "beit", "mim", "pim", "mapet"]
+# Every objective in every form: (name, target)
+FORMS = [("mae", "pixel"), ("mae", "pixel-norm"), ("maskfeat", "hog"), ("maskfeat", "features")]
+FORMS += [(name, None) for name in TOKEN_OBJECTIVES]
+
+
+def example(name, target=None, b=2, k=11, **how):
+    """A small objective, and images (b, 3, 24, 24), what it needs (tokens, features, nothing), and an order for it."""
+    model = objectives.make(name, tiny(), k if model_needs(name, target) else None, target=target, **how)
+    images, order = torch.randn(b, 3, 24, 24), objectives.random_order(b, 9)
+    given = {"tokens": torch.randint(k, (b, 9)), "features": torch.randn(b, 9, k), None: None}[model.needs]
+    return model, images, given, order
+
+
+def model_needs(name, target):
+    return "features" if target == "features" else None if target else "tokens"
+
+
+def literal_blocks(rng, n, grid=14, least=16):
+    """METHODS 2.3, patch by patch, before any fix-up: the mask (grid, grid) and the number of blocks."""
+    mask, blocks = np.zeros((grid, grid), bool), 0
+    while mask.sum() < n:
+        remaining, new = n - mask.sum(), 0
+        for _ in range(10):
+            area = rng.uniform(least, remaining) if remaining >= least else rng.uniform(remaining, least)
+            aspect = math.exp(rng.uniform(math.log(.3), math.log(1 / .3)))
+            h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if h < grid and w < grid:
+                top, left = rng.integers(0, grid - h + 1), rng.integers(0, grid - w + 1)
+                cells = [(y, x) for y in range(top, top + h) for x in range(left, left + w) if not mask[y, x]]
+                if 1 <= len(cells) <= remaining:
+                    for y, x in cells:
+                        mask[y, x] = True
+                    new = len(cells)
+                    break
+        if not new:
+            break
+        blocks += 1
+    return mask, blocks
+
+
+def boundary(mask):
+    """How many neighbouring pairs of patches are parted by the edge of the mask (m, g, g): few, if it is made of blocks."""
+    return float(((mask[:, 1:] != mask[:, :-1]).sum() + (mask[:, :, 1:] != mask[:, :, :-1]).sum()) / len(mask))
+
+
+@pytest.mark.parametrize("n", [75, 98])
+def test_block_masks_are_methods_2_3(n):
+    """The same distribution as the literal algorithm: hidden patches, how often exactly n, where, and how ragged."""
+    rng = np.random.default_rng(0)
+    slow = torch.tensor(np.array([literal_blocks(rng, n)[0] for _ in range(1500)]))
+    fast = objectives.blockwise_mask(6000, 14, n, generator=torch.Generator().manual_seed(0), exact=False).view(-1, 14, 14)
+    count = lambda mask: mask.sum((1, 2)).float()
+    assert abs(count(fast).mean() - count(slow).mean()) < .15 and abs(count(fast).mean() - (n - .5)) < .1
+    assert count(fast).max() == n and n - 20 <= count(fast).min() <= n - 6
+    share = lambda mask: float((count(mask) == n).float().mean())
+    assert abs(share(fast) - share(slow)) < .045 and .64 < share(fast) < .73      # METHODS: 68.5 and 71 % of 1500 draws
+    assert (fast.float().mean(0) - slow.float().mean(0)).abs().max() < .06        # the centre is hidden more often
+    assert abs(boundary(fast) - boundary(slow)) < .03 * boundary(slow)
+    random = objectives.random_order(1500, 196).argsort(1).view(-1, 14, 14) < n
+    assert boundary(fast) < .5 * boundary(random)
+
+
+def test_block_masks_are_exact_on_every_grid():
+    for grid, n in [(14, 75), (14, 98), (14, 1), (14, 196), (6, 18), (3, 5), (2, 3), (1, 1)]:
+        mask = objectives.blockwise_mask(50, grid, n)
+        assert mask.shape == (50, grid ** 2) and (mask.sum(1) == n).all()
+    blocks = objectives.blockwise_mask(300, 14, 75, exact=False, generator=torch.Generator().manual_seed(1))
+    exact = objectives.blockwise_mask(300, 14, 75, generator=torch.Generator().manual_seed(1))
+    assert (exact | ~blocks).all()                                        # the fix-up only adds to the blocks
+
+
+def test_orders_of_blocks():
+    model = objectives.make("beit", V.ViT(image_size=112, patch_size=8, width=32, depth=1, heads=1), 8)
+    order = model.draw_order(64, seed=3)
+    assert torch.equal(order.sort(1).values, torch.arange(196).expand(64, -1)) and model.targets == 75
+    hidden = torch.zeros(64, 196).bool().scatter(1, order[:, model.cut - 1:], True)
+    assert boundary(hidden.view(-1, 14, 14)) < 100
+    assert torch.equal(order, model.draw_order(64, seed=3)) and not torch.equal(order, model.draw_order(64, seed=4))
+
+
 def literal_masks(n, cut, rank, positions=True):
     """METHODS 1.3, cell by cell, in *raster* order: content (1+n+T, 1+n+T) and query (T, 1+n+T), True = may attend.
 
@@ -1348,10 +1452,18 @@ def test_amount_of_masking():
                     dict(cut=50, mask_ratio=.5)):
             with pytest.raises(ValueError):
                 amount("mapet", **how)
+        assert amount("mae") == amount("clustermim", mask_ratio=.75) == amount("maskfeat") == 147
+        assert amount("cae") == 98 and amount("beit") == 75
+        with pytest.raises(ValueError, match="out of range"):
+            amount("cae", cut=0)
     with pytest.raises(ValueError, match="class token"):
         objectives.make("mapet", tiny(cls_token=False), 16)
-    with pytest.raises(ValueError, match="vocab_size"):
-        objectives.make("mim", tiny())
+    for name in TOKEN_OBJECTIVES:
+        with pytest.raises(ValueError, match="vocab_size"):
+            objectives.make(name, tiny())
+    for name, target, says in (("mae", "hog", "pixel-norm"), ("maskfeat", "pixel", "features"), ("mim", "pixel", "choose from tokens")):
+        with pytest.raises(ValueError, match=says):
+            objectives.make(name, tiny(), 16, target=target)
     with pytest.raises(ValueError, match="mapet"):
         objectives.make("nonsense", tiny(), 16)
 
@@ -1411,6 +1523,183 @@ def test_mim_equals_masking_in_raster_order():
     torch.testing.assert_close(model(images, tokens, order)[0], F.cross_entropy(logits, tokens[masked]))
 
 
+def literal_autoencoder(model, images, given, order):
+    """MAE, MaskFeat, ClusterMIM in raster order, image by image: the visible patches, a full-size decoder input, a loop."""
+    vit, n, loss, entries = model.encoder, order.shape[1], 0., 0
+    decoder_pos = V.sincos_positions(3, model.pos.shape[-1])
+    for i in range(len(images)):
+        visible = sorted(order[i, :model.cut - 1].tolist())
+        x = vit.patch_embed(images[i:i + 1]) + vit.pos_embed[:, 1:]
+        x = torch.cat([vit.cls_token + vit.pos_embed[:, :1], x[:, visible]], 1)
+        for block in vit.blocks:
+            x = block(x)
+        x = model.narrow(vit.norm(x))
+        full = model.mask_token.expand(1, n, -1).clone()
+        full[:, visible] = x[:, 1:]                                       # unshuffle
+        x = torch.cat([x[:, :1], full], 1) + decoder_pos
+        for block in model.decoder.blocks:
+            x = block(x)
+        x = model.decoder.head(model.decoder.norm(x))[0, 1:]
+        for j in set(range(n)) - set(visible):
+            if model.needs == "tokens":
+                loss, entries = loss - x[j].log_softmax(0)[given[i, j]], entries + 1
+                continue
+            y, z = divmod(j, 3)
+            patch = images[i, :, 8 * y:8 * y + 8, 8 * z:8 * z + 8].permute(1, 2, 0).flatten()
+            if model.target == "pixel-norm":
+                patch = (patch - patch.mean()) / (patch.var() + 1e-6) ** .5
+            elif model.target == "hog":
+                patch = V.hog(images[i:i + 1], 8)[0, j]
+            elif model.target == "features":
+                patch = given[i, j] / given[i, j].norm()
+            loss, entries = loss + (x[j] - patch).square().sum(), entries + len(patch)
+    return loss / entries
+
+
+@pytest.mark.parametrize("name, target", FORMS[:5])
+def test_masked_autoencoders_equal_raster_order(name, target):
+    model, images, given, order = example(name, target, cut=4, decoder_depth=2)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=.2)
+    loss, logs = model(images, given, order)
+    torch.testing.assert_close(loss, literal_autoencoder(model, images, given, order), atol=1e-5, rtol=1e-5)
+    if target:                                                            # beside the mean of all hidden patches
+        _, wanted = model.predict(images, given, order)
+        constant = F.mse_loss(wanted.mean((0, 1)).expand_as(wanted), wanted)
+        torch.testing.assert_close(logs["explained"], 1 - loss.detach() / constant)
+
+
+def test_decoders_are_those_of_the_paper():
+    """METHODS 4.1: ViT-S 256 wide, 8 heads; ViT-B and L 512, 16 heads; 8 blocks. CAE: 4 + 4 of the encoder's width."""
+    with torch.device("meta"):
+        for build, width, heads in ((V.vit_small, 256, 8), (V.vit_base, 512, 16), (V.vit_large, 512, 16)):
+            model = objectives.make("clustermim", build(pos="sincos"), 50)
+            assert model.narrow.weight.shape == (width, model.encoder.width) and len(model.decoder.blocks) == 8
+            assert model.decoder.blocks[0].attn.heads == heads and model.decoder.head.weight.shape == (50, width)
+        assert objectives.make("mae", V.vit_base()).decoder.head.out_features == 768
+        assert objectives.make("maskfeat", V.vit_base()).decoder.head.out_features == 108
+        assert objectives.make("maskfeat", V.vit_base(), 384, target="features").decoder.head.out_features == 384
+        cae = objectives.make("cae", V.vit_small(), 50)
+        assert len(cae.regressor) == len(cae.decoder.blocks) == 4
+        assert cae.decoder.head.in_features == 384 and cae.regressor[0].heads == cae.decoder.blocks[0].attn.heads == 6
+
+
+@pytest.mark.parametrize("name", ["mae", "clustermim", "cae"])
+def test_encoder_runs_on_visible_patches_only(name):
+    model, images, given, order = example(name, cut=4)
+    rows = []
+    for block in model.encoder.blocks:
+        block.register_forward_hook(lambda module, args, out: rows.append(args[0].shape[1]))
+    model(images, given, order)
+    assert rows == [4, 4]
+
+
+def literal_cae(model, images, tokens, order):
+    """CAE by METHODS 3, written out for one image at a time, heads and softmax by hand."""
+    vit, losses, alignments = model.encoder, [], []
+    layer = lambda norm, x: F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, 1e-6)
+    for i in range(len(images)):
+        visible, hidden = order[i, :model.cut - 1], order[i, model.cut - 1:]
+
+        def encode(net, which):
+            patches = net.patch_embed(images[i:i + 1])[0] + net.pos_embed[0, 1:]
+            x = torch.cat([(net.cls_token + net.pos_embed[:, :1])[0], patches[which]])[None]
+            for block in net.blocks:
+                x = block(x)
+            return net.norm(x)[0, 1:]
+        latent, target = encode(vit, visible), encode(model.teacher, hidden).detach()
+        pos, pos_visible = vit.pos_embed[0, 1 + hidden], vit.pos_embed[0, 1 + visible]
+        x = model.mask_token[0].expand(len(hidden), -1)
+        for block in model.regressor:
+            both, where = torch.cat([latent, x]), torch.cat([pos_visible, pos])
+            q = block.q(layer(block.norm_q, x + pos))
+            k, v = block.k(layer(block.norm_k, both + where)), block.v(layer(block.norm_v, both))
+            heads = []
+            for q_h, k_h, v_h in zip(q.chunk(block.heads, 1), k.chunk(block.heads, 1), v.chunk(block.heads, 1)):
+                heads.append((q_h @ k_h.T / math.sqrt(q_h.shape[1])).softmax(1) @ v_h)
+            x = layer(block.norm2, x + block.ls1.gamma * block.proj(torch.cat(heads, 1)))
+            x = x + block.ls2.gamma * block.mlp(x)                        # x, not what went into the norm
+        guess = layer(model.regressor_norm, x)
+        x = (guess + pos)[None]
+        for block in model.decoder.blocks:
+            x = block(x)
+        logits = model.decoder.head(model.decoder.norm(x))[0]
+        losses += [-logits[t].log_softmax(0)[tokens[i, j]] for t, j in enumerate(hidden.tolist())]
+        alignments.append((guess - target).square().mean())
+    return torch.stack(losses).mean(), torch.stack(alignments).mean()
+
+
+def strong_cae(**how):
+    torch.manual_seed(0)
+    model = objectives.make("cae", V.ViT(**TINY, layer_scale=.3, pos="sincos"), 11, cut=5, decoder_depth=2, **how)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "teacher" not in name:
+            nn.init.normal_(parameter, std=.2)
+    return model
+
+
+def test_cae_equals_its_description():
+    """And its target is the encoder of one step before: at first the initial one, then that of the first step."""
+    model = strong_cae()
+    initial = copy.deepcopy(model.teacher)
+    images, tokens, order = torch.randn(2, 3, 24, 24), torch.randint(11, (2, 9)), objectives.random_order(2, 9)
+    for _ in range(3):
+        cross_entropy, alignment = literal_cae(model, images, tokens, order)
+        before = {key: value.clone() for key, value in model.encoder.state_dict().items()}
+        loss, logs = model(images, tokens, order)
+        torch.testing.assert_close(loss, cross_entropy + 2 * alignment)
+        torch.testing.assert_close(logs["alignment"], alignment.detach())
+        assert all(torch.equal(value, before[key]) for key, value in model.teacher.state_dict().items())
+        loss.backward()
+        with torch.no_grad():
+            for parameter in model.encoder.parameters():
+                parameter += .05 * torch.randn_like(parameter)
+    assert not torch.equal(initial.norm.weight, model.teacher.norm.weight)
+    teacher = copy.deepcopy(model.teacher.state_dict())
+    model.completes_step = False                                          # an earlier part of an accumulated step
+    model(images, tokens, order)
+    model.completes_step = True
+    model.eval()(images, tokens, order)
+    assert all(torch.equal(value, teacher[key]) for key, value in model.teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("name, target", [form for form in FORMS if form[0] in ("mae", "maskfeat", "clustermim", "cae")])
+def test_no_hidden_pixel_reaches_encoder_or_gradient(name, target):
+    model, images, given, order = example(name, target, b=1, cut=4, decoder_depth=2)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=.3)
+    images.requires_grad_()
+    wanted = torch.zeros(9).bool()
+    wanted[order[0, :3]] = True
+    seen = lambda output: V.patchify(torch.autograd.grad(output, images, retain_graph=True)[0], 8)[0].abs().sum(-1) > 0
+    prediction, target = model.predict(images, given, order)
+    for row in prediction[0]:
+        assert torch.equal(seen(row.square().sum()), wanted)
+    assert not target.requires_grad
+    loss, _ = model(images, given, order)
+    assert torch.equal(seen(loss), wanted)                                # the target does not lead back to the pixels
+    loss.backward()
+    if name == "cae":
+        assert all(p.grad is None and not p.requires_grad for p in model.teacher.parameters())
+        assert all(p.grad is not None for p in model.encoder.parameters() if p.requires_grad)
+
+
+def test_label_smoothing():
+    for name in TOKEN_OBJECTIVES:
+        model, images, given, order = example(name, cut=4)
+        nn.init.normal_((model.head if hasattr(model, "head") else model.decoder.head).weight)
+        smooth = copy.deepcopy(model)
+        smooth.smoothing = .1
+        logits, wanted = model.predict(images, given, order)
+        logp = logits.log_softmax(-1)
+        right = logp.gather(-1, wanted[..., None])[..., 0]
+        by_hand = -(.9 * right + .1 * logp.mean(-1)).mean()               # METHODS 4.2
+        difference = smooth(images, given, order)[0] - model(images, given, order)[0]
+        torch.testing.assert_close(difference, by_hand + right.mean(), atol=1e-5, rtol=1e-4)
+        assert objectives.make(name, tiny(), 11, label_smoothing=.1).smoothing == .1
+
+
 def strong(name, depth, cut):
     """An objective whose attention is far from uniform, so that a leak of any size shows."""
     model = objectives.make(name, tiny(depth=depth), 11, cut=cut)
@@ -1463,47 +1752,92 @@ def test_mapet_contains_mim():
                                    revealed.predict(images, tokens, order)[0][:, 0])
 
 
-@pytest.mark.parametrize("name", ["mapet", "pim", "mim"])
+@pytest.mark.parametrize("name", TOKEN_OBJECTIVES)
 def test_every_target_counts_once_and_untrained_loss_is_ln_k(name):
-    model = objectives.make(name, tiny(), 50, cut=4)
-    images, tokens, order = torch.randn(64, 3, 24, 24), torch.randint(50, (64, 9)), objectives.random_order(64, 9)
-    loss, logs = model(images, tokens, order)
-    assert abs(loss.item() - math.log(50)) < .05
+    model, images, tokens, order = example(name, b=64, k=50, cut=4)
     logits, wanted = model.predict(images, tokens, order)
     assert torch.equal(wanted, tokens.gather(1, order[:, 3:]))
     by_hand = -logits.log_softmax(-1).gather(-1, wanted[..., None]).sum() / (64 * 6)
-    torch.testing.assert_close(loss, by_hand)
-    assert logs["accuracy"].ndim == 0
+    assert abs(by_hand.item() - math.log(50)) < .05
+    loss, logs = model(images, tokens, order)
+    torch.testing.assert_close(loss - 2 * logs.get("alignment", torch.zeros(())), by_hand)
+    assert set(logs) == set(model.logs) and all(value.ndim == 0 and not value.requires_grad for value in logs.values())
+    torch.testing.assert_close(logs["accuracy"], (logits.argmax(-1) == wanted).float().mean())
 
 
-@pytest.mark.parametrize("name", ["mapet", "pim", "mim"])
-def test_overfits_8_images(name):
-    model = objectives.make(name, tiny(), 6, cut=4)
-    images, tokens = torch.randn(8, 3, 24, 24), torch.randint(6, (8, 9))
-    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    order = objectives.random_order(8, 9)
-    for _ in range(120):
-        loss, _ = model(images, tokens, order)
+@pytest.mark.parametrize("name, target", FORMS)
+def test_overfits_8_images(name, target):
+    cut = 7 if name == "mae" else 4                        # 24 patches of noise: a head 32 wide cannot paint many more
+    model, images, given, order = example(name, target, b=8, k=6, cut=cut, decoder_depth=1)
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    for _ in range(120 if model.needs == "tokens" else 250):
+        loss, logs = model(images, given, order)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    assert loss.item() < .1
+    assert logs["explained"] > .9 if "explained" in logs else loss - 2 * logs.get("alignment", 0) < .1
 
 
-def test_every_parameter_learns():
+@pytest.mark.parametrize("name, target", FORMS)
+def test_every_parameter_learns(name, target):
     """DDP needs it, and a stream that is cut off would show here."""
-    for name in objectives.OBJECTIVES:
-        model = objectives.make(name, tiny(layer_scale=.1), 6, cut=4)
-        model(torch.randn(4, 3, 24, 24), torch.randint(6, (4, 9)))[0].backward()
-        idle = [key for key, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
-        assert not idle, (name, idle)
+    model, images, given, order = example(name, target, b=4, cut=4)
+    model(images, given, order)[0].backward()
+    idle = [key for key, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert idle == [key for key in idle if key.endswith("k.bias")]        # softmax cannot see a bias on keys
+
+
+@pytest.mark.parametrize("name, target", FORMS)
+def test_predictions_drawn(name, target, tmp_path, monkeypatch):
+    """A perfect prediction draws the target; what was hidden is grey in the second row."""
+    model, images, given, order = example(name, target, b=3, k=6, cut=5)
+    pixels, mean, std, patch_of = images.sigmoid(), (.5, .4, .3), (.2, .3, .25), torch.rand(6, 192)
+    order, predict = model.draw_order(3, 0), model.predict
+
+    def perfect(*args):
+        assert torch.equal(args[2], order)
+        _, wanted = predict(*args)
+        return (F.one_hot(wanted, 6).float() if model.needs == "tokens" else wanted), wanted
+    monkeypatch.setattr(model, "predict", perfect)
+    objectives.draw_predictions(model, pixels, mean, std, str(tmp_path / "p.png"), given, patch_of)
+    picture = torch.from_numpy(np.asarray(Image.open(tmp_path / "p.png")) / 255).permute(2, 0, 1)
+    rows, side = 3 if name == "mae" else 4, (picture.shape[2] - 4) // 3 - 4
+    assert picture.shape == (3, 4 + rows * (side + 4), 4 + 3 * (side + 4)) and side % 24 == 0 and 3 * side >= 900
+    tiles = [[picture[:, 4 + y * (side + 4):, 4 + x * (side + 4):][:, :side, :side][:, ::side // 24, ::side // 24]
+              for x in range(3)] for y in range(rows)]
+    hidden = torch.zeros(3, 9).bool().scatter(1, order[:, 4:], True)
+    for x in range(3):
+        near = lambda a, b: torch.testing.assert_close(a.float(), b.float(), atol=.6 / 255 + 1e-3, rtol=0)
+        patches = [V.patchify(tiles[y][x][None], 8)[0] for y in range(rows)]
+        own = V.patchify(pixels[x:x + 1], 8)[0]
+        near(patches[0], own)
+        near(patches[1], torch.where(hidden[x, :, None], torch.tensor(.5), own))
+        if name == "mae":
+            near(patches[2], own)
+        else:
+            near(patches[2], patches[3])
+        if model.needs == "tokens":
+            near(patches[3], torch.where(hidden[x, :, None], patch_of[given[x]], own))
+        elif target:
+            assert patches[-1].std() > .02
+
+
+def test_hog_strokes_run_along_the_edges():
+    """The picture of the HOG of stripes is a stroke along them: bright near the line of equal phase through the middle."""
+    y, x = torch.meshgrid(torch.arange(24.) - 11.5, torch.arange(24.) - 11.5, indexing="ij")
+    stripes = {"lying": y, "upright": x, "rising": (x + y) / 2 ** .5, "falling": (x - y) / 2 ** .5}
+    for name, phase in stripes.items():
+        image = torch.sin(1.1 * phase).expand(1, 3, -1, -1)
+        middle = objectives.hog_picture(V.hog(image, 8), 8)[0, 4].view(8, 8, 3)[..., 0]
+        width = {other: float((middle * v[8:16, 8:16] ** 2).sum()) for other, v in stripes.items()}
+        assert min(width, key=width.get) == name
 
 
 def test_masks_printed_and_drawn(tmp_path, capsys):
     objectives.main(["mapet", "--patches", "6", "--cut", "3", "--out", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
     order = [int(word[1:]) for word in re.search(r"order z: (.*); cut", lines[0])[1].split()]
-    mask, rows, keys = objectives.named_mask("mapet", order, 3)
+    (_, mask, rows, keys), = objectives.stages("mapet", order, 3)
     head = next(i for i, line in enumerate(lines) if line.endswith("keys"))
     assert lines[head].split()[:-1] == keys and len(rows) == 15
     for row, name, line in zip(mask, rows, lines[head + 1:]):
@@ -1519,6 +1853,14 @@ def test_masks_printed_and_drawn(tmp_path, capsys):
         white = (picture[2 * cell + y * cell + 6, 2 * cell + x * cell + 6] == 255).all()
         assert white != mask[y, x].item()
     refused(objectives.main, ["mapet", "--patches", 6, "--cut", 7], capsys, "--cut 7", "1 to 6")
+    objectives.main(["--out", str(tmp_path / "all")])
+    assert sorted(os.listdir(tmp_path / "all")) == [
+        "beit.png", "cae-decoder.png", "cae-encoder.png", "cae-regressor.png", "clustermim-decoder.png", "clustermim-encoder.png",
+        "mae-decoder.png", "mae-encoder.png", "mapet.png", "maskfeat-decoder.png", "maskfeat-encoder.png", "mim.png", "pim.png"]
+    capsys.readouterr()
+    objectives.main(["cae", "--out", str(tmp_path / "cae")])
+    blocks = [line.split() for line in capsys.readouterr().out.splitlines()[-14:]]
+    assert sum(line.count("#") for line in blocks) == 98 and all(len(line) == 14 for line in blocks)
 
 
 # --- train.py -----------------------------------------------------------------------------------------------------
@@ -1693,6 +2035,27 @@ def test_recipes_of_the_paper():
     assert train.recipe("mapet", "/imagenet", "vit_small")["mask_ratio"] == .75
     assert train.recipe("mapet", "/imagenet", "vit_base")["mask_ratio"] == .7
     assert train.recipe("mim", "/imagenet")["mask_ratio"] == 75 / 196
+    assert {train.recipe(name, "/imagenet")["epochs"] for name in ("cae", "beit", "mim", "pim", "mapet")} == {300}
+    assert train.recipe("cae", "/imagenet")["mask_ratio"] == .5 and train.recipe("beit", "/imagenet")["mask_ratio"] == 75 / 196
+    for name, features, k in (("clustermim", "pixel", 50), ("mae", "pixel", None), ("maskfeat", "hog", None)):
+        for model in ("vit_small", "vit_base", "vit_large"):              # ClusterMIM Sec. 4.1, METHODS 4.5: the same for all
+            args = train.parse(["--data", "/imagenet", "--objective", name, "--model", model])
+            train.complete(args, 8, torch.device("cpu"))
+            assert (args.batch_size, args.epochs, args.warmup_epochs, args.weight_decay) == (4096, 200, 40, .05)
+            assert args.lr == pytest.approx(1.5e-4 * 16) and (args.min_lr, args.warmup_lr, args.beta2) == (0, 0, .95)
+            assert (args.crop, args.jitter, args.clip_norm, args.drop_path, args.layer_scale) == (.2, 0, 0, 0, 0)
+            assert (args.pos, args.init, args.mask_ratio, args.decoder_depth) == ("sincos", "mae", .75, 8)
+            assert (args.features, args.vocab_size) == (features, k)
+    halved = train.parse(["--data", "/imagenet", "--objective", "mae", "--batch-size", "2048"])
+    train.complete(halved, 8, torch.device("cpu"))
+    assert halved.lr == pytest.approx(1.2e-3)                             # the base rate is per 256 images
+    based = train.parse(["--base-lr", "1e-3", "--batch-size", "64"])
+    train.complete(based, 1, torch.device("cpu"))
+    assert based.lr == pytest.approx(2.5e-4)
+    for name, data in itertools.product(objectives.OBJECTIVES, ("textures", "cifar10", "stl10", "/imagenet")):
+        args = train.parse(["--objective", name, "--data", data])
+        train.complete(args, 1, torch.device("cpu"))                      # every recipe says everything, and fits
+        assert None not in [getattr(args, key) for key in train.TEXTURES if key != "base_lr"], (name, data)
     explicit = train.parse(["--lr", "3", "--cut", "20"])
     train.complete(explicit, 1, torch.device("cpu"))
     assert explicit.lr == 3 and explicit.cut == 20 and explicit.model == "vit_micro"
@@ -1708,7 +2071,7 @@ def test_a_run_from_pictures_to_table(folder, tmp_path, capsys):
     summary = lines[-1]
     assert summary["summary"] and {"linear", "linear_random", "knn", "knn_random", "seconds"} <= summary.keys()
     assert summary["linear"] > .9                                          # dark and light: easy
-    assert sorted(os.listdir(out)) == ["encoder.pt", "last.pt", "metrics.jsonl", "tokenizer.pt", "tokens.npy"]
+    assert sorted(os.listdir(out)) == ["encoder.pt", "last.pt", "metrics.jsonl", "predictions.png", "tokenizer.pt", "tokens.npy"]
     state = torch.load(os.path.join(out, "encoder.pt"), weights_only=True)
     assert list(state) == list(V.vit_micro(image_size=24, layer_scale=.1).state_dict())
     last = torch.load(os.path.join(out, "last.pt"), weights_only=True)
@@ -1720,6 +2083,124 @@ def test_a_run_from_pictures_to_table(folder, tmp_path, capsys):
     # Once more: it is complete, so nothing is trained and the same table is printed.
     again = run_small(folder, out)
     assert again == lines
+
+
+def small(data, out, name, *more):
+    """`run_small` for any objective: those that predict no tokens have no codebook."""
+    argv = ["--data", data, "--out", out, *SMALL_RUN, "--objective", name, *more]
+    if name in ("mae", "maskfeat"):
+        for flag in ("--features", "--vocab-size"):
+            at = argv.index(flag)
+            argv = argv[:at] + argv[at + 2:]
+    train.main([str(a) for a in argv])
+    return [json.loads(line) for line in open(os.path.join(out, "metrics.jsonl"))]
+
+
+@pytest.mark.parametrize("name", ["mae", "clustermim", "maskfeat", "beit", "mim", "pim", "cae"])
+def test_every_objective_from_pictures_to_table(folder, tmp_path, capsys, name):
+    out = str(tmp_path / name)
+    lines = small(folder, out, name, "--epochs", 6, "--decoder-depth", 1)
+    printed = capsys.readouterr().out
+    assert lines[-1]["summary"] and lines[-1]["linear"] > .9 and "held-out" in printed
+    first, last = lines[0], lines[-2]
+    assert last["loss"] < first["loss"] and math.isfinite(last["loss"])
+    assert ("explained" in last) == (name in ("mae", "maskfeat")) and ("alignment" in last) == (name == "cae")
+    assert ("tokens.npy" in os.listdir(out)) == (name in ("beit", "mim", "pim", "cae"))     # clustermim: of each crop
+    picture = Image.open(os.path.join(out, "predictions.png"))
+    assert picture.size[1] / picture.size[0] == pytest.approx((3 if name == "mae" else 4) / 8, rel=.05)
+    state = torch.load(os.path.join(out, "encoder.pt"), weights_only=True)
+    assert not [key for key in state if key.split(".")[0] not in ("cls_token", "pos_embed", "patch_embed", "blocks", "norm")]
+    last = torch.load(os.path.join(out, "last.pt"), weights_only=True)["model"]
+    assert not any("tokenizer" in key or "centroids" in key for key in last)
+
+
+def seen_by_the_model(monkeypatch):
+    """A list that fills with (normalised images, tokens or features) of each training step."""
+    seen, forward = [], objectives.Objective.forward
+    def noting(self, images, tokens=None, *rest, **how):
+        seen.append((images, tokens))
+        return forward(self, images, tokens, *rest, **how)
+    monkeypatch.setattr(objectives.Objective, "forward", noting)
+    return seen
+
+
+@pytest.mark.parametrize("name, features", [("clustermim", "pixel"), ("mapet", "hog"), ("clustermim", "vit")])
+def test_tokens_of_crops_are_made_as_they_come(folder, small_run, tmp_path, monkeypatch, name, features):
+    """Every token objective with crops: the tokens are the tokenizer's of the very crop that the model gets."""
+    seen, out = seen_by_the_model(monkeypatch), str(tmp_path / "run")
+    features = os.path.join(small_run, "encoder.pt") if features == "vit" else features
+    small(folder, out, name, "--crop", .3, "--jitter", .2, "--no-probe", "--epochs", 2, "--features", features)
+    tokenizer, ds = kmeans.load_tokenizer(os.path.join(out, "tokenizer.pt")), train.open_dataset(folder, "train", 24)
+    whole = train.normalise(torch.stack([ds[i][0] for i in range(len(ds))]), ds)
+    for images, tokens in seen[:10]:
+        pixels = (images * torch.tensor(ds.std).view(3, 1, 1) + torch.tensor(ds.mean).view(3, 1, 1)) * 255
+        assert (tokenizer(pixels.round().to(torch.uint8)) == tokens).all() and tokens.shape == (8, 9)
+        assert all((image - whole).abs().amax((1, 2, 3)).min() > .01 for image in images)      # no centre square
+    assert "tokens.npy" not in os.listdir(out)
+
+
+def test_crops_are_a_function_of_seed_epoch_and_image(folder):
+    args = argparse.Namespace(crop=.2, jitter=.4, seed=3)
+    ds = train.open_dataset(folder, "train", 24)
+    items, again = train.TrainingSet(ds, None, args), train.TrainingSet(ds, None, args)
+    assert torch.equal(items[0, 5][0], again[0, 5][0]) and items[0, 5][0].shape == (3, 24, 24)
+    assert not torch.equal(items[0, 5][0], items[1, 5][0]) and not torch.equal(items[0, 5][0], items[0, 6][0])
+    assert items[0, 5][1:] == (0, 5, 5)
+    with pytest.raises(ValueError, match="stored tokens"):
+        train.TrainingSet(ds, np.zeros((40, 9), np.uint16), args)
+    flipped = [train.TrainingSet(train.Textures("val"), None, argparse.Namespace(crop=.99, jitter=0, seed=s))[0, 0][0]
+               for s in range(8)]
+    original = train.Textures("val")[0][0].float()
+    nearer = [(f.float() - original).abs().mean() < (f.flip(2).float() - original).abs().mean() for f in flipped]
+    assert 0 < sum(nearer) < 8                                            # some are mirrored, some are not
+
+
+def test_features_of_a_teacher(folder, small_run, tmp_path, monkeypatch):
+    """maskfeat with continuous features: the teacher's, of the crop, with its own normalisation; unit length in the loss."""
+    seen, out, teacher = seen_by_the_model(monkeypatch), str(tmp_path / "run"), os.path.join(small_run, "encoder.pt")
+    lines = small(folder, out, "maskfeat", "--crop", .3, "--no-probe", "--features", teacher)
+    assert lines[-1]["explained"] > lines[0]["explained"]
+    vit, ds = V.from_weights(teacher), train.open_dataset(folder, "train", 24)
+    for images, features in seen[:3]:
+        torch.testing.assert_close(features, vit(images)[:, 1:].detach(), atol=2e-3, rtol=1e-3)
+    last = torch.load(os.path.join(out, "last.pt"), weights_only=True)["model"]
+    assert last["decoder.head.weight"].shape[0] == vit.width
+
+
+def test_cae_and_crops_resume_accumulate_and_share(folder, tmp_path):
+    """Killed and resumed, in micro-batches, on two processes: CAE's teacher and the tokens of crops stay the same."""
+    how = ["--no-probe", "--crop", .3, "--jitter", .2, "--drop-path", .2, "--decoder-depth", 1]
+    argv = ["train.py", "--data", folder, *SMALL_RUN, "--objective", "cae", *how]
+    two = script(*argv, "--out", tmp_path / "two", processes=2)
+    whole = small(folder, str(tmp_path / "whole"), "cae", *how)
+    for steps in (7, 20):
+        parts = small(folder, str(tmp_path / "parts"), "cae", *how, "--steps", steps)
+    assert [line["loss"] for line in whole] == [line["loss"] for line in parts]
+    assert same_encoder(str(tmp_path / "whole"), str(tmp_path / "parts"))
+    four = small(folder, str(tmp_path / "four"), "cae", *how, "--micro-batch", 2)
+    finished(two)
+    lines = [json.loads(line) for line in open(tmp_path / "two" / "metrics.jsonl")]
+    for a, b, c in zip(whole, four, lines, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], abs=2e-4) and c["loss"] == pytest.approx(a["loss"], abs=2e-4)
+        assert b["alignment"] == pytest.approx(a["alignment"], abs=2e-4)
+
+
+@pytest.mark.parametrize("name", ["maskfeat", "cae", "mapet"])
+def test_objectives_compile(name):
+    """One of each class: torch.compile's tracing gives the same loss and gradients (its code generator takes minutes)."""
+    model, images, given, order = example(name, dict(FORMS[::-1])[name], cut=4)
+    traced = copy.deepcopy(model)
+    traced.compile(backend="aot_eager")
+    for _ in range(2):                                                    # CAE's second step has another teacher
+        losses = [m(images, given, order)[0] for m in (model, traced)]
+        for loss, m in zip(losses, (model, traced)):
+            m.zero_grad()
+            loss.backward()
+        torch.testing.assert_close(*losses)
+    for a, b in zip(model.parameters(), traced.parameters()):
+        assert (a.grad is None) == (b.grad is None)
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4)
 
 
 def test_stop_resume_equals_unbroken(folder, tmp_path):
@@ -1862,6 +2343,15 @@ def test_bad_input_is_one_line_and_writes_nothing(folder, tmp_path, capsys):
     no(["--data", folder, "--lr", "nan"], "--lr")
     no(["--data", folder, "--objective", "jigsaw"], "jigsaw")
     no(["--data", folder, "--features", "nonsense"], "nonsense")
+    np.save(tmp_path / "stored.npy", np.zeros((40, 9), np.uint16))
+    no(["--data", folder, "--tokens", tmp_path / "stored.npy", "--crop", .2], "stored.npy", "moves the patches", "--crop 0")
+    no(["--data", folder, "--objective", "clustermim", "--tokens", tmp_path / "stored.npy"], "stored.npy", "--tokenizer")
+    no(["--data", folder, "--objective", "mae"], "--vocab-size", "mae")
+    no(["--data", folder, "--crop", 1.5], "--crop 1.5", "1")
+    no(["--data", folder, "--lr", 1, "--base-lr", 1], "--base-lr")
+    for name, features in (("mae", "hog"), ("maskfeat", "pixel"), ("maskfeat", "nonsense")):
+        refused(train.main, ["--data", folder, "--model", "vit_micro", "--image-size", 24, "--patch-size", 8, "--device", "cpu",
+                             "--batch-size", 8, "--out", out, "--objective", name, "--features", features], capsys, features)
     no(["--data", folder, "--tokenizer", tmp_path / "none.pt"], "none.pt", "no such file")
     no(["--data", folder, "--tokens", tmp_path / "none.npy"], "none.npy")
     assert not out.exists() or not os.listdir(out)

@@ -12,6 +12,7 @@ resumed run equals an unbroken one bit for bit (on the CPU), and 1, 2 or 8 proce
 """
 import argparse
 import contextlib
+import copy
 import json
 import math
 import os
@@ -33,33 +34,55 @@ from tqdm import tqdm
 import kmeans
 import objectives
 import tcas
-from vit import MODELS, read_checkpoint
+from vit import MODELS, patchify, read_checkpoint
 
 # --- recipes: an explicit flag beats the recipe ---------------------------------------------------------------------
 
-# MaPeT Table 7 (METHODS 1.8), for ImageNet and every other folder of images. The paper lists a cutting point for each of
-# ViT-T, S and B, but its digits are lost: B gets Table 6's best, 60 of 197 (70 %), T and S the released code's 50 (75 %).
-PAPER = dict(model="vit_base", image_size=224, patch_size=16, features="clip", vocab_size=8192, epochs=300.,
-             batch_size=2048, lr=1.5e-3, min_lr=1e-5, warmup_lr=1e-6, warmup_epochs=10., weight_decay=.05, beta2=.999,
-             clip_norm=3., drop_path=.1, layer_scale=.1, jitter=.4, save_every=1000)
-# Ours: the small pictures of torchvision, with raw-pixel tokens; no paper has a recipe for them.
-SMALL = dict(PAPER, model="vit_tiny", features="pixel", vocab_size=64, batch_size=512)
+# MaPeT Table 7 (METHODS 1.8), for ImageNet and every other folder of images; the rows of MaPeT's own tables. Not stated:
+# the cutting point's digits for ViT-T, S and B (B gets Table 6's best, 60 of 197 or 70 %, T and S the released code's 50,
+# 75 %), PIM's cutting point (MaPeT's), MIM's share of hidden patches (BEiT's), positions and initialisation of its CAE.
+MAPET = dict(model="vit_base", image_size=224, patch_size=16, pos="learned", init="timm", features="clip", vocab_size=8192,
+             epochs=300., batch_size=2048, lr=1.5e-3, base_lr=None, min_lr=1e-5, warmup_lr=1e-6, warmup_epochs=10.,
+             weight_decay=.05, beta2=.999, clip_norm=3., drop_path=.1, layer_scale=.1, crop=0., jitter=.4,
+             label_smoothing=0., decoder_depth=4, save_every=1000)
+# ClusterMIM Sec. 4.1 (METHODS 4.5), the rows of its tables: ViT-S, B and L alike. Not stated: base learning rate and
+# warm-up (MAE's: lr = 1.5e-4 * batch / 256), and whether its MAE row standardised the pixels (the code's default: no).
+CLUSTERMIM = dict(MAPET, pos="sincos", init="mae", features="pixel", vocab_size=50, epochs=200., batch_size=4096, lr=None,
+                  base_lr=1.5e-4, min_lr=0., warmup_lr=0., warmup_epochs=40., beta2=.95, clip_norm=0., drop_path=0.,
+                  layer_scale=0., crop=.2, jitter=0., decoder_depth=8)
+# What each objective is in these terms. MaskFeat as in ClusterMIM's tables; its own paper's recipe is for mask tokens in
+# the encoder (lr 2e-4 * batch / 256, warm-up 30, clip 0.02, crop 0.5, 40 % in blocks; METHODS 7).
+OBJECTIVES = {
+    "mae": dict(CLUSTERMIM, vocab_size=None, mask_ratio=.75),
+    "maskfeat": dict(CLUSTERMIM, vocab_size=None, mask_ratio=.75, features="hog"),
+    "clustermim": dict(CLUSTERMIM, mask_ratio=.75),
+    "cae": dict(MAPET, pos="sincos", mask_ratio=.5),
+    "beit": dict(MAPET, mask_ratio=75 / 196),
+    "mim": dict(MAPET, mask_ratio=75 / 196),
+    "pim": dict(MAPET, mask_ratio=.75),
+    "mapet": dict(MAPET, mask_ratio=.75),
+}
+# Ours: the small pictures of torchvision; no paper has a recipe for them.
+SMALL = dict(model="vit_tiny", batch_size=512)
 SMALL_SIZES = {"cifar10": (32, 4), "cifar100": (32, 4), "stl10": (96, 12)}
 # Ours: the embedded data set on two CPU cores; learning rate, cut and K were compared on its third stream.
-TEXTURES = dict(PAPER, model="vit_micro", image_size=48, patch_size=8, features="pixel", vocab_size=64, epochs=6.,
-                batch_size=32, warmup_epochs=.3, beta2=.95, clip_norm=1., drop_path=0., layer_scale=0., jitter=0.,
-                save_every=200)
+TEXTURES = dict(model="vit_micro", image_size=48, patch_size=8, pos="sincos", init="timm", epochs=6., batch_size=32,
+                lr=1.5e-3, base_lr=None, min_lr=1e-5, warmup_lr=1e-6, warmup_epochs=.3, beta2=.95, clip_norm=1.,
+                drop_path=0., layer_scale=0., crop=0., jitter=0., decoder_depth=1, save_every=200)
 
 
 def recipe(objective, data, model=None):
     """The settings of one objective on one data set, as a dict of flags; `model` as given on the command line or None."""
-    if data == "textures":
-        return dict(TEXTURES, mask_ratio=.5)
-    chosen = dict(PAPER)
+    chosen = dict(OBJECTIVES[objective])
+    if objective in ("pim", "mapet") and (model or chosen["model"]) == "vit_base":
+        chosen["mask_ratio"] = .7
     if data in SMALL_SIZES:
-        chosen = dict(SMALL, image_size=SMALL_SIZES[data][0], patch_size=SMALL_SIZES[data][1])
-    ratio = .7 if (model or chosen["model"]) == "vit_base" else .75
-    return dict(chosen, mask_ratio=75 / 196 if objective == "mim" else ratio)       # MIM: METHODS 2.2
+        chosen.update(SMALL, image_size=SMALL_SIZES[data][0], patch_size=SMALL_SIZES[data][1])
+    if data == "textures":
+        chosen.update(TEXTURES, mask_ratio=.75 if objective in ("mae", "maskfeat", "clustermim") else .5)
+    if chosen["vocab_size"] and (data in SMALL_SIZES or data == "textures"):
+        chosen.update(features="pixel", vocab_size=64)
+    return chosen
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
@@ -113,13 +136,13 @@ class Textures(Dataset):
         levels = [np.clip(np.rint((values / 7 + .5) * 255), 0, 255).astype(np.uint8) for values, _ in parts]
         self.images = torch.from_numpy(np.concatenate(levels))
         self.labels = np.concatenate([labels for _, labels in parts])
-        self.name = f"textures/{split}"
+        self.name, self.crop = f"textures/{split}", v2.Identity()
 
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, i):
-        return self.images[i], int(self.labels[i]), i
+        return self.crop(self.images[i]), int(self.labels[i]), i
 
     def note_unreadable(self, wanted, read):
         """Nothing here can be damaged; see Pictures."""
@@ -299,20 +322,35 @@ def ignore_interrupt(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-class TrainingSet(Dataset):
-    """Item (epoch, i): the augmented image, its tokens, i, and the index really read."""
+def cropped(ds, crop):
+    """`ds` with another transform in place of its centre square: of the whole picture to an image of its size."""
+    ds = copy.copy(ds)
+    ds.crop = v2.Compose([crop, v2.PILToTensor()])
+    return ds
 
-    def __init__(self, ds, tokens, jitter, seed):
-        self.ds, self.tokens, self.seed = ds, tokens, seed
-        # Colour only: a crop or a flip would move the patches away from the stored tokens (MaPeT Sec. 5.1).
-        self.augment = v2.ColorJitter(jitter, jitter, jitter) if jitter else None
+
+class TrainingSet(Dataset):
+    """Item (epoch, i): the augmented image, its stored tokens (0 without), i, and the index really read."""
+
+    def __init__(self, ds, tokens, args):
+        self.ds, self.tokens, self.seed = ds, tokens, args.seed
+        self.jitter = v2.ColorJitter(args.jitter, args.jitter, args.jitter) if args.jitter else None
+        self.random = args.jitter > 0 or args.crop > 0
+        if args.crop:
+            if tokens is not None:                       # MaPeT Sec. 5.1 changes colours only, for this reason
+                raise ValueError("a crop or a flip moves the patches away from their stored tokens")
+            self.ds = cropped(ds, v2.Compose([
+                v2.RandomResizedCrop(ds.image_size, (args.crop, 1), interpolation=InterpolationMode.BICUBIC),
+                v2.RandomHorizontalFlip()]))
 
     def __getitem__(self, key):
         epoch, i = key
+        image, j = augmented(i, self.item, self.seed, epoch, i) if self.random else self.item(i)
+        return image, 0 if self.tokens is None else torch.from_numpy(self.tokens[j].astype(np.int64)), i, j
+
+    def item(self, i):
         image, _, j = self.ds[i]
-        if self.augment:
-            image = augmented(image, self.augment, self.seed, epoch, i)
-        return image, torch.from_numpy(self.tokens[j].astype(np.int64)), i, j
+        return self.jitter(image) if self.jitter else image, j
 
 
 def schedule(n, batch, seed, start, stop, rows, accumulate):
@@ -460,25 +498,86 @@ def get_tokenizer(args, ds, tokenizer, rank, device, say):
     return tokenizer.to(device)
 
 
-def make_tokens(args, ds, tokenizer, rank, device, say):
-    """OUT/tokens.npy: (images, n) uint16, memory-mapped, in the data set's order; and the number of codes."""
-    tokenizer, path = get_tokenizer(args, ds, tokenizer, rank, device, say), os.path.join(args.out, "tokens.npy")
+def make_tokens(args, ds, tokenizer, rank, device):
+    """OUT/tokens.npy: (images, n) uint16, memory-mapped, in the data set's order."""
+    path = os.path.join(args.out, "tokens.npy")
     tokens = kmeans.tokenize(tokenizer, at_size(ds, args, tokenizer.input_size), path, device=device, workers=args.workers,
                              progress=rank == 0 and sys.stderr.isatty())
-    return tokens, check_tokens(tokens, path, ds, args, tokenizer.vocab_size)
+    check_tokens(tokens, path, ds, args, tokenizer.vocab_size)
+    return tokens
 
 
-def describe_codebook(tokens, ds, vocab_size, seed, say):
+class Targets:
+    """What a run's objective is given besides images.
+
+    stored     tokens (images, n) of the centre squares, extracted once; or None
+    make       function of the uint8 images of a step, as augmented: tokens (b, n), or features (b, n, size); or None.
+               The tokenizer or teacher behind it stays outside the model: no gradient, no weight decay, not in the
+               checkpoint, and no weight initialisation that would wipe it (METHODS 4.3)
+    size       codebook size, or values a patch
+    tokenizer  where the tokens come from, if it is known
+    """
+
+    def __init__(self, stored=None, make=None, size=None, tokenizer=None):
+        self.stored, self.make, self.size, self.tokenizer = stored, make, size, tokenizer
+
+    def of(self, images, indices=None):
+        """Of whole images (b, 3, S, S) uint8; None if not known. indices: where they stand in the training set, if they do."""
+        if self.make or self.tokenizer:
+            return (self.make or self.tokenizer)(images)
+        if self.stored is not None and indices is not None:
+            return torch.from_numpy(self.stored[indices].astype(np.int64)).to(images.device)
+
+
+def given_targets(args, ds, device):
+    """(Targets, tokenizer) as far as nothing must be written for them: files that were handed in, a teacher; else None."""
+    wants = needs(args)
+    if wants == "features":
+        teacher = kmeans.blank_tokenizer(ds, args.features, args.patch_size, args.image_size).to(device)
+        probe = torch.zeros(1, 3, args.image_size, args.image_size, dtype=torch.uint8, device=device)
+        return Targets(make=teacher.rows, size=teacher.rows(probe).shape[-1]), None
+    if wants is None:
+        return Targets(), None
+    tokenizer = None
+    if args.tokenizer:
+        tokenizer = check_tokenizer(kmeans.load_tokenizer(args.tokenizer), args.tokenizer, args).to(device)
+    if args.tokens:
+        tokens = kmeans.load_tokens(args.tokens)
+        size = check_tokens(tokens, args.tokens, ds, args, args.vocab_size)
+        return Targets(stored=tokens, size=size, tokenizer=tokenizer), None
+    return None, tokenizer
+
+
+def token_targets(args, ds, tokenizer, rank, device, say):
+    """Tokens of a tokenizer, fitted here if there is none: stored in OUT, or made of each crop in each step."""
+    tokenizer = get_tokenizer(args, ds, tokenizer, rank, device, say)
+    if args.crop:
+        return Targets(make=tokenizer, size=tokenizer.vocab_size, tokenizer=tokenizer)
+    return Targets(stored=make_tokens(args, ds, tokenizer, rank, device), size=tokenizer.vocab_size, tokenizer=tokenizer)
+
+
+def some_tokens(args, ds, targets, device):
+    """Yields up to 2000 training images, spread evenly: their indices, uint8 images, and tokens, all on the device."""
+    few = torch.arange(0, len(ds), math.ceil(len(ds) / 2000))
+    for some, (images, _, read) in zip(few.split(64), batches(ds, few, 64, args.workers, device)):
+        yield some, images, targets.of(images, read)
+
+
+def describe_codebook(args, ds, targets, device, say):
     """What the codebook is worth before any training: used codes, perplexity, and TCAS beside that of random tokens."""
-    labels = np.zeros(len(ds), np.int64) if ds.labels is None else ds.labels
-    count = lambda labels: tcas.cooccurrence(tokens, labels, vocab_size, 1 + int(labels.max()))
+    tokens, labels, k = targets.stored, ds.labels, targets.size
+    if tokens is None:
+        rows, _, tokens = zip(*some_tokens(args, ds, targets, device))
+        tokens, labels = torch.cat(tokens).cpu(), None if labels is None else labels[torch.cat(rows)]
+    labels = np.zeros(len(tokens), np.int64) if labels is None else labels
+    count = lambda labels: tcas.cooccurrence(tokens, labels, k, 1 + int(labels.max()))
     counts = count(labels)
     share = counts.sum(1) / counts.sum()
     entropy = torch.special.entr(share).sum().item()
-    say(f"codebook: {int((share > 0).sum())} of {vocab_size} codes used, perplexity {math.exp(entropy):.1f}; "
-        f"a uniform guess has loss ln {vocab_size} = {math.log(vocab_size):.3f}, one by code frequency {entropy:.3f}")
+    say(f"codebook: {int((share > 0).sum())} of {k} codes used, perplexity {math.exp(entropy):.1f}; "
+        f"a uniform guess has loss ln {k} = {math.log(k):.3f}, one by code frequency {entropy:.3f}")
     if len(np.unique(labels)) > 1:
-        random = count(np.random.default_rng(seed).permutation(labels))             # the same codes, unrelated to the class
+        random = count(np.random.default_rng(args.seed).permutation(labels))       # the same codes, unrelated to the class
         say(f"TCAS {tcas.tcas(counts):.3f}, of random tokens {tcas.tcas(random):.3f} (0: every token belongs to one class)")
 
 
@@ -503,12 +602,20 @@ def make_optimiser(model, args):
     return torch.optim.AdamW(groups, lr=args.lr, betas=(.9, args.beta2), fused=True)
 
 
-def build(args, vocab_size):
-    """The objective around a new ViT, initialised by the seed."""
+def build(args, size):
+    """The objective around a new ViT, initialised by the seed; size: of its codebook, or of its features."""
     torch.manual_seed(args.seed)
     vit = MODELS[args.model](image_size=args.image_size, patch_size=args.patch_size, drop_path=args.drop_path,
-                             layer_scale=args.layer_scale or None)
-    return objectives.make(args.objective, vit, vocab_size, args.cut, args.mask_ratio if args.cut is None else None)
+                             layer_scale=args.layer_scale or None, pos=args.pos, init=args.init)
+    target = dict(mae=args.features, maskfeat="hog" if args.features == "hog" else "features").get(args.objective)
+    return objectives.make(args.objective, vit, size, args.cut, args.mask_ratio if args.cut is None else None, target,
+                           args.label_smoothing, args.decoder_depth)
+
+
+def needs(args):
+    """What the objective is given besides images: "tokens", "features" or None. ValueError for sizes out of range."""
+    with torch.device("meta"):
+        return build(args, args.vocab_size or 2).needs
 
 
 class StopSignal:
@@ -537,8 +644,8 @@ class StopSignal:
         return flag.item() > 0
 
 
-def train(args, ds, tokens, vocab_size, state, rank, world, device, say):
-    """Pre-train from the checkpoint `state` (or None); returns (encoder, step), or None when a signal came.
+def train(args, ds, targets, state, rank, world, device, say):
+    """Pre-train from the checkpoint `state` (or None); returns (objective, step), or None when a signal came.
 
     Writes last.pt and metrics.jsonl as it goes, encoder.pt at the end.
     """
@@ -548,9 +655,10 @@ def train(args, ds, tokens, vocab_size, state, rank, world, device, say):
     path = lambda name: os.path.join(args.out, name)
 
     # --- model, optimiser, where we are
-    model = build(args, vocab_size).to(device)
+    model = build(args, targets.size).to(device)
     optimiser = make_optimiser(model, args)
-    step, seconds, sums = 0, 0., torch.zeros(3)                     # sums since the last log: loss, accuracy, how many
+    names = "loss", *model.logs
+    step, seconds, sums = 0, 0., torch.zeros(len(names) + 1)        # sums since the last log, and over how many
     if state:
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
@@ -565,15 +673,17 @@ def train(args, ds, tokens, vocab_size, state, rank, world, device, say):
     micro = args.micro_batch or share
     accumulate, first = share // micro, rank * share
     keys = schedule(len(ds), args.batch_size, args.seed, step, stop_at, slice(first, first + share), accumulate)
-    loader = iter(DataLoader(TrainingSet(ds, tokens, args.jitter, args.seed), batch_sampler=keys,
-                             num_workers=args.workers, pin_memory=device.type == "cuda",
-                             worker_init_fn=ignore_interrupt))
+    loader = iter(DataLoader(TrainingSet(ds, targets.stored, args), batch_sampler=keys, num_workers=args.workers,
+                             pin_memory=device.type == "cuda", worker_init_fn=ignore_interrupt))
     n, vit = model.encoder.n_patches, model.encoder
     if args.compile:
         model.compile()                                             # in place, so that parameter names stay
-    net = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None) if world > 1 else model
-    say(f"{args.objective}: {args.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, cut "
-        f"{model.cut}: {model.targets} of {n} patches are targets. {steps} steps of {args.batch_size} images ({world} "
+    net = model if world == 1 else DistributedDataParallel(
+        model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(f"{args.objective}: {args.model}, {trained / 1e6:.2f}M trained parameters, cut {model.cut}: {model.targets} of {n} "
+        f"patches are hidden, predicted are their {args.features if model.needs != 'tokens' else 'tokens'}. "
+        f"{steps} steps of {args.batch_size} images ({world} "
         f"processes x {accumulate} x {micro}), lr {args.lr:g}, {'bfloat16' if device.type == 'cuda' else 'float32'} on {device}")
 
     def checkpoint():
@@ -590,20 +700,23 @@ def train(args, ds, tokens, vocab_size, state, rank, world, device, say):
             lr = learning_rate(step, steps, warmup, args.lr, args.warmup_lr, args.min_lr)
             for group in optimiser.param_groups:
                 group["lr"] = lr
-            generator.manual_seed(mixed(args.seed, step))
-            order = objectives.random_order(args.batch_size, n, generator, device)
-            noise = torch.rand(2 * vit.depth, args.batch_size, generator=generator, device=device)
+            order = model.draw_order(args.batch_size, mixed(args.seed, step), device)
+            noise = torch.rand(2 * vit.depth, args.batch_size, device=device,
+                               generator=generator.manual_seed(mixed(args.seed, step, 1)))
             for m in range(accumulate):
-                images, targets, wanted, read = next(loader)
+                images, given, wanted, read = next(loader)
                 ds.note_unreadable(wanted, read)
                 rows = slice(first + m * micro, first + (m + 1) * micro)
-                images, targets = (x.to(device, non_blocking=True) for x in (images, targets))
+                images, given = (x.to(device, non_blocking=True) for x in (images, given))
+                if targets.stored is None:
+                    given = targets.make(images) if targets.make else None
+                model.completes_step = m == accumulate - 1
                 sync = contextlib.nullcontext() if world == 1 or m == accumulate - 1 else net.no_sync()
                 with sync:
                     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                        loss, logs = net(normalise(images, ds), targets, order=order[rows], noise=noise[:, rows])
+                        loss, logs = net(normalise(images, ds), given, order=order[rows], noise=noise[:, rows])
                     (loss / accumulate).backward()
-                sums += torch.stack([loss.detach(), logs["accuracy"], torch.ones_like(loss)])
+                sums += torch.stack([loss.detach(), *(logs[name] for name in model.logs), torch.ones_like(loss)])
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm or math.inf)
             stopping = stop.came_anywhere()
             log = (step + 1) % args.log_every == 0 or step + 1 in (1, stop_at)
@@ -623,14 +736,14 @@ def train(args, ds, tokens, vocab_size, state, rank, world, device, say):
             if log:
                 if world > 1:
                     dist.all_reduce(sums)
-                loss, accuracy = (sums[:2] / sums[2]).tolist()
+                logs = dict(zip(names, (sums[:-1] / sums[-1]).tolist()))
                 sums.zero_()
                 speed = (step - logged[0]) * args.batch_size / (time.time() - logged[1])
                 logged = step, time.time()
                 if rank == 0:
-                    metrics.write(step=step, epoch=step / per_epoch, loss=loss, lr=lr, accuracy=accuracy,
-                                  images_per_second=round(speed, 1))
-                    words = f"loss {loss:.3f} (ln K {math.log(vocab_size):.3f}) accuracy {accuracy:.3f}"
+                    metrics.write(step=step, epoch=step / per_epoch, lr=lr, **logs, images_per_second=round(speed, 1))
+                    words = "  ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in logs.items())
+                    words += f" (ln K {math.log(targets.size):.3f})" if model.needs == "tokens" else ""
                     bar.set_postfix_str(words)
                     if bar.disable:
                         say(f"step {step}/{steps}  {words}  lr {lr:.2e}  {speed:.3g} images/s")
@@ -642,10 +755,29 @@ def train(args, ds, tokens, vocab_size, state, rank, world, device, say):
     if rank == 0:
         save({key: value.cpu() for key, value in vit.state_dict().items()}, path("encoder.pt"))
     wait_for_all()
-    return vit, step
+    return model, step
 
 
 # --- evaluation and the command line ---------------------------------------------------------------------------------
+
+def draw_predictions(args, model, ds, test, targets, device, say):
+    """OUT/predictions.png: held-out images (training images if there are no others), what was hidden, what was predicted."""
+    held = ds if test is None else test
+    few = range(0, len(held), math.ceil(len(held) / 8))
+    images, _, read = next(batches(held, few, 8, 0, device))
+    patch_of, path = None, os.path.join(args.out, "predictions.png")
+    if model.needs == "tokens":        # a code's picture is the mean of its patches: of raw pixels that is the centroid
+        sums = torch.zeros(targets.size, 3 * args.patch_size ** 2, device=device)
+        counts = torch.zeros(targets.size, 1, device=device)
+        for _, some, tokens in some_tokens(args, ds, targets, device):
+            sums.index_add_(0, tokens.flatten(), patchify(some, args.patch_size).flatten(0, 1) / 255)
+            counts += tokens.flatten().bincount(minlength=targets.size)[:, None]
+        patch_of = torch.where(counts > 0, sums / counts.clamp(min=1), .5)
+    objectives.draw_predictions(model, images / 255, ds.mean, ds.std, path,
+                                targets.of(images, read if held is ds else None), patch_of, args.seed)
+    say(f"drawn in {path}, a column for each {'training' if held is ds else 'held-out'} image: the image, what was visible, "
+        "what was predicted" + (", the target" if args.objective != "mae" else ""))
+
 
 def evaluate(args, vit, step, ds, test, rank, device, started, say):
     """k-NN and linear probe of the trained and of the random encoder: the closing table, and metrics.jsonl's last line."""
@@ -669,19 +801,22 @@ def evaluate(args, vit, step, ds, test, rank, device, started, say):
 
 def parse(argv):
     parser = argparse.ArgumentParser(
-        description="Pre-train a ViT by MIM, PIM or MaPeT on visual tokens. What is not given comes from the recipe: the "
-                    "embedded default for --data textures, the paper's for a folder.")
+        description="Pre-train a ViT by any objective of the two papers. What is not given comes from the recipe: the "
+                    "embedded default for --data textures, the objective's paper's for a folder.")
     add = parser.add_argument_group("data").add_argument
     add("--data", default="textures", help="textures (embedded), a folder (ImageNet layout, or pictures without labels), or "
         f"one of {', '.join(NAMED)}")
     add("--classes", metavar="FILE", help="class folders to keep, one a line (ImageNet-100)")
     add("--image-size", type=int, help="pixels a side (paper 224)")
     add("--workers", type=int, help="loading processes per GPU (default: up to 8; 0 for textures)")
-    add("--jitter", type=float, help="colour jitter: brightness, contrast, saturation (paper 0.4)")
+    add("--jitter", type=float, help="colour jitter: brightness, contrast, saturation (MaPeT 0.4, ClusterMIM 0)")
+    add("--crop", type=float, metavar="AREA", help="least area of a random crop, as a share of the picture; half of the "
+        "crops are mirrored, and tokens are made of each crop as it comes. 0: the centre square (ClusterMIM 0.2, MaPeT 0)")
     add = parser.add_argument_group("tokens").add_argument
     add("--tokenizer", metavar="FILE", help="tokenizer.pt of kmeans.py fit (default: fitted first, kept in --out)")
     add("--tokens", metavar="FILE", help="tokens.npy of kmeans.py tokenize, (images, patches), in the data set's order")
-    add("--features", help="what the tokenizer clusters: pixel, pixel-norm, hog, dino, deit, mae, clip (paper: clip)")
+    add("--features", help="what the tokenizer clusters: pixel, pixel-norm, hog, dino, deit, mae, clip or a ViT's file (MaPeT: "
+        "clip; ClusterMIM: pixel, dino); what mae (pixel, pixel-norm) and maskfeat (hog, dino, ...) predict themselves")
     add("--vocab-size", type=int, metavar="K", help="codebook size (MaPeT 8192, ClusterMIM 50 to 100)")
     add = parser.add_argument_group("model and objective").add_argument
     add("--objective", default="mapet", choices=list(objectives.OBJECTIVES))
@@ -689,14 +824,20 @@ def parse(argv):
     add("--patch-size", type=int, help="pixels a side (paper 16)")
     add("--cut", type=int, help="cutting point, class token included (paper 50, ViT-B 60 of 197)")
     add("--mask-ratio", type=float, help="the same as a share of the patches that are targets (paper 0.75, ViT-B 0.7)")
+    add("--label-smoothing", type=float, help="of the cross-entropy with tokens (paper 0)")
+    add("--decoder-depth", type=int, metavar="BLOCKS", help="of mae, maskfeat, clustermim (paper 8); of cae's regressor and "
+        "of its decoder (paper 4 each)")
+    add("--pos", choices=["learned", "sincos"], help="positions (MaPeT learned; ClusterMIM, MAE, CAE sincos: fixed)")
+    add("--init", choices=["timm", "mae"], help="weights: std 0.02 (MaPeT) or Xavier (ClusterMIM, MAE)")
     add("--drop-path", type=float, help="stochastic depth of the last block (paper 0.1)")
     add("--layer-scale", type=float, help="initial LayerScale, 0 = none (paper 0.1)")
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=float, help="passes over the data; sets the length of the schedule (paper 300)")
     add("--steps", type=int, metavar="N", help="stop after N optimiser steps of that schedule")
-    add("--batch-size", type=int, help="images a step, over all processes and accumulation (paper 2048)")
+    add("--batch-size", type=int, help="images a step, over all processes and accumulation (MaPeT 2048, ClusterMIM 4096)")
     add("--micro-batch", type=int, metavar="N", help="images at once on one process; the rest of its share is accumulated")
-    add("--lr", type=float, help="peak learning rate, as used (paper 1.5e-3 at batch 2048)")
+    add("--lr", type=float, help="peak learning rate, as used (MaPeT 1.5e-3 at batch 2048)")
+    add("--base-lr", type=float, help="the same per 256 images: lr = base lr * batch / 256 (ClusterMIM 1.5e-4)")
     add("--min-lr", type=float, help="at the end of the cosine (paper 1e-5)")
     add("--warmup-lr", type=float, help="at the first step (paper 1e-6)")
     add("--warmup-epochs", type=float, help="linear warm-up (paper 10)")
@@ -717,30 +858,47 @@ def parse(argv):
     for key, value in vars(args).items():
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not 0 <= value < math.inf:
             parser.error(f"--{key.replace('_', '-')} {value}: a number from 0 up is wanted")
-    if args.cut is not None and args.mask_ratio is not None:
-        parser.error("--cut and --mask-ratio say the same thing: give one of them")
+    for a, b in (("cut", "mask_ratio"), ("lr", "base_lr")):
+        if getattr(args, a) is not None and getattr(args, b) is not None:
+            parser.error(f"--{a} and --{b.replace('_', '-')} say the same thing: give one of them")
     return args
 
 
 def complete(args, world, device):
     """Fill in what the recipe decides and check what can be checked before anything is read or written."""
-    handed_in = args.tokenizer or args.tokens                      # then the file says what the codebook is
-    for key, value in recipe(args.objective, args.data, args.model).items():
-        if getattr(args, key) is None and not (handed_in and key in ("features", "vocab_size")):
+    chosen = recipe(args.objective, args.data, args.model)
+    for key in ("tokenizer", "tokens", "vocab_size", "label_smoothing"):
+        if args.objective in ("mae", "maskfeat") and getattr(args, key) is not None:
+            raise ValueError(f"--{key.replace('_', '-')} is for tokens, which {args.objective} does not predict")
+    if args.tokenizer or args.tokens:                              # then the file says what the codebook is
+        chosen = {key: value for key, value in chosen.items() if key not in ("features", "vocab_size")}
+    if args.base_lr is not None:
+        chosen["lr"] = None
+    for key, value in chosen.items():
+        if getattr(args, key) is None:
             setattr(args, key, value)
+    if args.objective == "maskfeat" and args.features in ("pixel", "pixel-norm"):
+        raise ValueError(f"--features {args.features}: to predict pixels is --objective mae; maskfeat predicts hog or the "
+                         "features of an encoder")
+    needs(args)                                                    # sizes, --cut and --mask-ratio out of range
+    if args.tokens and args.crop:
+        raise ValueError(f"--tokens {args.tokens}: stored tokens are of whole images, and a crop or a flip (--crop "
+                         f"{args.crop:g}) moves the patches away from them; --crop 0, or --tokenizer to make tokens of each crop")
+    args.lr = args.base_lr * args.batch_size / 256 if args.lr is None else args.lr
     args.out = args.out or os.path.join("runs", f"{args.objective}-{os.path.basename(os.path.normpath(args.data))}")
     args.compile = device.type == "cuda" if args.compile is None else args.compile
     if args.workers is None:
         args.workers = 0 if args.data == "textures" else min(8, (os.cpu_count() or 1) // max(1, torch.cuda.device_count()))
-    for key in ("batch_size", "epochs", "lr", "log_every", "save_every", "steps", "micro_batch"):
+    for key in ("crop", "label_smoothing", "drop_path"):
+        if getattr(args, key) > 1:
+            raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key):g} is a share: from 0 to 1")
+    for key in ("batch_size", "epochs", "lr", "log_every", "save_every", "steps", "micro_batch", "decoder_depth"):
         if getattr(args, key) == 0:
             raise ValueError(f"--{key.replace('_', '-')} must be more than 0")
     micro = args.micro_batch or args.batch_size // world or 1
     if args.batch_size % (micro * world):
         raise ValueError(f"--batch-size {args.batch_size} is not a multiple of {world} processes" +
                          (f" x --micro-batch {micro}" if args.micro_batch else ""))
-    with torch.device("meta"):
-        build(args, args.vocab_size or 2)                          # sizes, --cut and --mask-ratio out of range
 
 
 def run(args):
@@ -751,12 +909,7 @@ def run(args):
     ds, test = open_splits(args.data, args.image_size, args.classes)
     if args.batch_size > len(ds):
         raise ValueError(f"--batch-size {args.batch_size} is more than the {len(ds)} images of {ds.name}")
-    tokenizer, tokens, vocab_size = None, None, None
-    if args.tokenizer:
-        tokenizer = check_tokenizer(kmeans.load_tokenizer(args.tokenizer), args.tokenizer, args)
-    if args.tokens:
-        tokens = kmeans.load_tokens(args.tokens)
-        vocab_size = check_tokens(tokens, args.tokens, ds, args, args.vocab_size)
+    targets, tokenizer = given_targets(args, ds, device)
     last = os.path.join(args.out, "last.pt")
     state = resume(last, args) if os.path.exists(last) and not args.fresh else None
 
@@ -766,17 +919,19 @@ def run(args):
     wait_for_all()
     os.makedirs(args.out, exist_ok=True)
     say(f"{ds.name}: {len(ds)} images" + (f", {len(ds.classes)} classes" if ds.classes else "") + f"; run in {args.out}")
-    if tokens is None:
-        tokens, vocab_size = make_tokens(args, ds, tokenizer, rank, device, say)
-    if rank == 0:
-        describe_codebook(tokens, ds, vocab_size, args.seed, say)
-    done = train(args, ds, tokens, vocab_size, state, rank, world, device, say)
+    targets = targets or token_targets(args, ds, tokenizer, rank, device, say)
+    if rank == 0 and needs(args) == "tokens":
+        describe_codebook(args, ds, targets, device, say)
+    done = train(args, ds, targets, state, rank, world, device, say)
     if not done:
         return
+    model, step = done
+    if rank == 0:
+        draw_predictions(args, model, ds, test, targets, device, say)
     if args.probe and test is None:
         say("no labels, or no test split: no k-NN and no linear probe")
     elif args.probe:
-        evaluate(args, *done, ds, test, rank, device, started, say)
+        evaluate(args, model.encoder, step, ds, test, rank, device, started, say)
     say(f"\n{time.time() - started:.0f} s. In {args.out}: {', '.join(sorted(os.listdir(args.out)))}; encoder.pt is the ViT, "
         "with timm's names")
     say("next: " + "\n      ".join(next_commands(args)))
@@ -785,7 +940,7 @@ def run(args):
 def start_over(args):
     """Remove what an earlier run left in --out, but not a file that the command line hands in."""
     handed_in = [os.path.abspath(path) for path in (args.tokenizer, args.tokens) if path]
-    for name in ("last.pt", "encoder.pt", "metrics.jsonl", "tokens.npy", "tokenizer.pt"):
+    for name in ("last.pt", "encoder.pt", "metrics.jsonl", "predictions.png", "tokens.npy", "tokenizer.pt"):
         path = os.path.abspath(os.path.join(args.out, name))
         if os.path.exists(path) and path not in handed_in:
             os.remove(path)
@@ -793,13 +948,17 @@ def start_over(args):
 
 def next_commands(args):
     data = "" if args.data == "textures" else f" --data {args.data}"
-    other = "mim" if args.objective == "mapet" else "mapet"
-    return [f"python objectives.py {args.objective} --patches 6 --cut 3       who may attend to whom",
-            f"python kmeans.py show --tokenizer {args.out}/tokenizer.pt{data} --out {args.out}       the codebook as a picture",
-            f"python probe.py linear {args.out}{data}       the best of many linear heads; also finetune, tokens, show",
-            f"python train.py --objective {other}{data}       what another objective learns from the same tokens",
-            f"python train.py --objective {args.objective}{data} --features pixel-norm --out {args.out}-norm       "
-            "the same objective, better tokens"]
+    objective, other = args.objective, "mim" if args.objective == "mapet" else "mapet"
+    lines = [f"python objectives.py {objective} --patches 6 --cut 3       who may attend to whom",
+             f"python probe.py linear {args.out}{data}       the best of many linear heads; also finetune, tokens, show",
+             f"python train.py --objective {other}{data}       what another objective learns from the same images"]
+    if os.path.exists(os.path.join(args.out, "tokenizer.pt")):
+        lines.insert(1, f"python kmeans.py show --tokenizer {args.out}/tokenizer.pt{data} --out {args.out}       "
+                     "the codebook as a picture")
+    if objective != "maskfeat" and args.features != "pixel-norm":
+        lines.append(f"python train.py --objective {objective}{data} --features pixel-norm --out {args.out}-norm       "
+                     "the same objective, patches standardised")
+    return lines
 
 
 def main(argv=None):

@@ -25,7 +25,7 @@ import zipfile
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, reduce
 from torch.utils.flop_counter import FlopCounterMode
 
 # Public weights: where, what they fit, and the hash that their authors published (DINO's published none).
@@ -51,6 +51,33 @@ def unpatchify(patches, p):
     """(b, n, p*p*3) -> (b, 3, H, W) of a square image: the inverse of `patchify`."""
     side = math.isqrt(patches.shape[1])
     return rearrange(patches, "b (y x) (p q c) -> b c (y p) (x q)", y=side, x=side, p=p, q=p)
+
+
+def standardised(images, p):
+    """`patchify`, each patch by its own mean and (unbiased) variance: MAE's normalised target, eps 1e-6."""
+    x = patchify(images, p)
+    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def hog(images, p):
+    """Histograms of oriented gradients as in MaskFeat (METHODS 7): (b, 3, S, S) normalised -> (b, n, 27 m^2).
+
+    9 hard bins of unsigned orientation over m x m cells in a patch, 8 pixels a side (or the largest divisor of p below
+    it); the 9 bins of each cell and channel have unit length. Values in (channel, bin, cell row, cell column) order.
+    """
+    cell = next(side for side in range(8, 0, -1) if p % side == 0)
+    sobel = torch.tensor([[1., 0., -1.], [2., 0., -2.], [1., 0., -1.]], device=images.device)
+    images = F.pad(images, (1, 1, 1, 1), mode="reflect")
+    gx, gy = (F.conv2d(images, kernel.repeat(3, 1, 1, 1), groups=3) for kernel in (sobel, sobel.T))
+    bins = (torch.atan2(gx, gy) / math.pi * 9).floor().long() % 9       # x first: the angle is measured from the y axis
+    votes = torch.zeros(*bins.shape[:2], 9, *bins.shape[2:], device=images.device)
+    votes.scatter_(2, bins[:, :, None], torch.hypot(gx, gy)[:, :, None])
+    cells = F.normalize(reduce(votes, "b c o (y i) (x j) -> b c o y x", "sum", i=cell, j=cell), dim=2)
+    return rearrange(cells, "b c o (y i) (x j) -> b (y x) (c o i j)", i=p // cell, j=p // cell)
+
+
+# What a patch can be described by without any network: function(images normalised, p) -> (b, n, values).
+PATCH_FEATURES = {"pixel": patchify, "pixel-norm": standardised, "hog": hog}
 
 
 def sincos_positions(grid, width, prefix=1):
@@ -171,13 +198,14 @@ class PatchEmbed(nn.Module):
 class ViT(nn.Module):
     """images (b, 3, S, S), normalised -> (b, prefix + n, d) after the final norm; class token first if there is one.
 
-    pos          "learned" (MaPeT, BEiT, timm) or "sincos" (MAE, ClusterMIM: fixed, never trained)
+    pos          "learned" (MaPeT, BEiT, timm) or "sincos" (MAE, ClusterMIM, CAE: fixed, never trained)
+    init         "timm" (MaPeT, timm: truncated normal, std 0.02) or "mae" (MAE, ClusterMIM: Xavier-uniform)
     layer_scale  initial value of LayerScale, None = without (timm's default; MaPeT 0.1)
     drop_path    stochastic-depth rate of the last block; earlier blocks rise linearly from 0
     """
 
     def __init__(self, image_size=224, patch_size=16, width=768, depth=12, heads=12, mlp_ratio=4, layer_scale=None,
-                 drop_path=0., pos="learned", cls_token=True):
+                 drop_path=0., pos="learned", cls_token=True, init="timm"):
         super().__init__()
         if image_size % patch_size:
             raise ValueError(f"image size {image_size} is not a multiple of patch size {patch_size}")
@@ -185,9 +213,11 @@ class ViT(nn.Module):
             raise ValueError(f"width {width} is not a multiple of {heads} heads")
         if pos not in ("learned", "sincos"):
             raise ValueError(f'pos must be "learned" or "sincos", not {pos!r}')
+        if init not in ("timm", "mae"):
+            raise ValueError(f'init must be "timm" or "mae", not {init!r}')
         self.image_size, self.patch_size, self.width, self.depth = image_size, patch_size, width, depth
         self.grid, self.prefix = image_size // patch_size, int(cls_token)
-        self.n_patches = self.grid ** 2
+        self.n_patches, self.layer_scale = self.grid ** 2, layer_scale
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if cls_token else None
         self.pos_embed = nn.Parameter(sincos_positions(self.grid, width, self.prefix) if pos == "sincos" else
                                       torch.zeros(1, self.prefix + self.n_patches, width), requires_grad=pos == "learned")
@@ -195,9 +225,9 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, layer_scale, drop_path * i / max(depth - 1, 1))
                                     for i in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.apply(init_weights)
+        self.apply(init_weights if init == "timm" else mae_init)
         if cls_token:
-            nn.init.normal_(self.cls_token, std=1e-6)
+            nn.init.normal_(self.cls_token, std=1e-6 if init == "timm" else .02)
         if pos == "learned":
             nn.init.trunc_normal_(self.pos_embed, std=.02)
 
@@ -244,6 +274,15 @@ def init_weights(module):
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=.02)
         nn.init.zeros_(module.bias)
+
+
+def mae_init(module):
+    """MAE's initialisation: linear layers Xavier-uniform, bias 0; the patch projection counts as a linear layer."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+    if isinstance(module, PatchEmbed):
+        nn.init.xavier_uniform_(module.proj.weight.data.flatten(1))     # a view: the weight itself is filled
 
 
 def vit_micro(**over):          # the embedded default: trains on two CPU cores
