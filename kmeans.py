@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from vit import PATCH_FEATURES, download, from_weights, patchify, read_checkpoint, unpatchify
+from vit import PATCH_FEATURES, channels, download, from_weights, patchify, read_checkpoint, unpatchify
 
 try:
     import triton
@@ -264,7 +264,7 @@ class KMeansTokenizer(nn.Module):
         if self.features == "pixel":
             return patchify(images, self.patch_size)
         if images.dtype == torch.uint8:
-            mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (self.mean, self.std))
+            mean, std = (channels(v, images.device) for v in (self.mean, self.std))
             images = (images.float() / 255 - mean) / std
         return self.extract(images)
 

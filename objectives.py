@@ -132,12 +132,13 @@ class Objective(nn.Module):
 
     def draw_order(self, b, seed=None, device="cpu"):
         """An order z (b, n) of the patches of each image, visible ones first; a function of the seed if one is given."""
-        at = "cpu" if self.blockwise else device               # blocks need decisions: no waiting for a GPU
+        at = "cpu" if self.blockwise else device               # blocks need decisions, and each waits for a GPU's answer
         generator = None if seed is None else torch.Generator(at).manual_seed(seed)
         if not self.blockwise:
             return random_order(b, self.encoder.n_patches, generator, at)
         mask = blockwise_mask(b, self.encoder.grid, self.targets, generator=generator)
-        return mask.int().argsort(dim=1, stable=True).to(device)
+        order = mask.int().argsort(dim=1, stable=True)
+        return order.to(device) if torch.device(device).type != "cuda" else order.pin_memory().to(device, non_blocking=True)
 
     def split(self, images, order):
         """An order (drawn here if None) -> visible patches (b, c - 1), hidden patches (b, T), both in that order."""
@@ -271,7 +272,7 @@ class CAE(Objective):
     """
     logs = "accuracy", "alignment"
 
-    def __init__(self, vit, cut, vocab_size, depth=4, align=2., smoothing=0., blockwise=True):
+    def __init__(self, vit, cut, vocab_size, depth=4, align=2., smoothing=0., blockwise=False):
         super().__init__(vit, cut, blockwise)
         width, heads = vit.width, vit.blocks[0].attn.heads
         self.align, self.smoothing = align, smoothing
@@ -495,7 +496,7 @@ def hog_picture(x, p):
 
 
 def principal_colours(target, *others):
-    """Rows (b, n, d) -> colours (b, n, 3) in 0..1: their three principal components; `others` by the same ones."""
+    """Rows (b, n, d) -> [colours (b, n, 3) in 0..1: their three principal components; `others` by the same ones]."""
     rows = target.flatten(0, 1)
     mean, axes = rows.mean(0), torch.pca_lowrank(rows, 3, niter=8)[2]
     low, high = ((rows - mean) @ axes).quantile(torch.tensor([.02, .98], device=rows.device), dim=0)
@@ -511,7 +512,7 @@ def draw_predictions(model, images, mean, std, path, tokens=None, patch_of=None,
     """
     p, b, kept = model.encoder.patch_size, len(images), model.training
     mean, std = (torch.tensor(v, device=images.device) for v in (mean, std))
-    x = (images - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    x = (images - mean[:, None, None]) / std[:, None, None]
     order = model.draw_order(b, seed, images.device)
     hidden = order[:, model.cut - 1:, None]
     put = lambda values, at: at.scatter(1, hidden.expand(values.shape), values.to(at))
@@ -537,7 +538,8 @@ def draw_predictions(model, images, mean, std, path, tokens=None, patch_of=None,
         if model.target == "hog":
             pair = [hog_picture(v, p) for v in pair]
         else:
-            pair = [colour.repeat(1, 1, p * p) for colour in reversed(principal_colours(*reversed(pair)))]
+            target, guess = principal_colours(whole, pair[0])
+            pair = [guess.repeat(1, 1, p * p), target.repeat(1, 1, p * p)]
         rows += [unpatchify(v, p) for v in pair]
     times = max(1, math.ceil(900 / (b * images.shape[-1])))                 # at least 900 pixels wide
     grid = torch.cat(rows).cpu().clamp(0, 1).repeat_interleave(times, 2).repeat_interleave(times, 3)

@@ -781,6 +781,9 @@ def token_sets(args):
     if os.path.isdir(path):
         path = os.path.join(folder, "tokenizer.pt")
         path = path if os.path.exists(path) else os.path.join(folder, "tokens.npy")
+        if not os.path.exists(path):
+            raise ValueError(f"{folder}: neither tokenizer.pt nor tokens.npy in it; name a tokenizer, or a run that predicts "
+                             "tokens")
     if path.endswith(".npy"):
         tokens = kmeans.load_tokens(path)
         ds, _ = open_data(args, args.image_size or settings.get("image_size"), settings)
@@ -792,7 +795,7 @@ def token_sets(args):
                  for rows, name in ((kept, "four fifths"), (held, "a held-out fifth"))]
         return *parts, 1 + int(tokens.max()), n_classes(ds)
     tokenizer = kmeans.load_tokenizer(path).to(args.torch_device)
-    splits, data = open_data(args, tokenizer.image_size, settings), os.path.basename(os.path.normpath(args.data))
+    splits, data = open_data(args, tokenizer.input_size, settings), os.path.basename(os.path.normpath(args.data))
     names = ["tokens.npy" if args.data == settings.get("data") else f"tokens-{data}.npy", f"tokens-{data}-test.npy"]
     made = [Tokens(kmeans.tokenize(tokenizer, ds, in_run(args, name), device=args.torch_device, workers=args.workers),
                    ds.labels, ds.name) for name, ds in zip(names, splits)]

@@ -34,7 +34,7 @@ from tqdm import tqdm
 import kmeans
 import objectives
 import tcas
-from vit import MODELS, patchify, read_checkpoint
+from vit import MODELS, channels, patchify, read_checkpoint
 
 # --- recipes: an explicit flag beats the recipe ---------------------------------------------------------------------
 
@@ -74,10 +74,10 @@ TEXTURES = dict(model="vit_micro", image_size=48, patch_size=8, pos="sincos", in
 def recipe(objective, data, model=None):
     """The settings of one objective on one data set, as a dict of flags; `model` as given on the command line or None."""
     chosen = dict(OBJECTIVES[objective])
-    if objective in ("pim", "mapet") and (model or chosen["model"]) == "vit_base":
-        chosen["mask_ratio"] = .7
     if data in SMALL_SIZES:
         chosen.update(SMALL, image_size=SMALL_SIZES[data][0], patch_size=SMALL_SIZES[data][1])
+    if objective in ("pim", "mapet") and (model or chosen["model"]) == "vit_base":
+        chosen["mask_ratio"] = .7
     if data == "textures":
         chosen.update(TEXTURES, mask_ratio=.75 if objective in ("mae", "maskfeat", "clustermim") else .5)
     if chosen["vocab_size"] and (data in SMALL_SIZES or data == "textures"):
@@ -292,7 +292,7 @@ def open_folder(folder, split, image_size, classes_file=None):
 
 def normalise(images, ds):
     """uint8 (b, 3, S, S) on any device -> float32, by the data set's mean and standard deviation."""
-    mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (ds.mean, ds.std))
+    mean, std = (channels(values, images.device) for values in (ds.mean, ds.std))
     return (images.float() / 255 - mean) / std
 
 
@@ -453,7 +453,7 @@ def resume(path, args):
 
 def check_tokenizer(tokenizer, path, args):
     """Refuse a tokenizer that was not made for this run's patches."""
-    for key in ("patch_size", "image_size", "vocab_size") + (() if args.tokenizer else ("features",)):
+    for key in ("patch_size", "image_size", "vocab_size", "features"):
         here, there = getattr(args, key), getattr(tokenizer, key)
         if here and here != there:
             raise ValueError(f"{path}: its {key.replace('_', ' ')} is {there}, this run's is {here}" +
@@ -523,29 +523,28 @@ class Targets:
 
     def of(self, images, indices=None):
         """Of whole images (b, 3, S, S) uint8; None if not known. indices: where they stand in the training set, if they do."""
-        if self.make or self.tokenizer:
-            return (self.make or self.tokenizer)(images)
         if self.stored is not None and indices is not None:
             return torch.from_numpy(self.stored[indices].astype(np.int64)).to(images.device)
+        if self.make or self.tokenizer:
+            return (self.make or self.tokenizer)(images)
 
 
-def given_targets(args, ds, device):
+def given_targets(args, ds, wants, device):
     """(Targets, tokenizer) as far as nothing must be written for them: files that were handed in, a teacher; else None."""
-    wants = needs(args)
     if wants == "features":
         teacher = kmeans.blank_tokenizer(ds, args.features, args.patch_size, args.image_size).to(device)
-        probe = torch.zeros(1, 3, args.image_size, args.image_size, dtype=torch.uint8, device=device)
-        return Targets(make=teacher.rows, size=teacher.rows(probe).shape[-1]), None
+        one = torch.zeros(1, 3, args.image_size, args.image_size, dtype=torch.uint8, device=device)
+        return Targets(make=teacher.rows, size=teacher.rows(one).shape[-1]), None
     if wants is None:
         return Targets(), None
-    tokenizer = None
-    if args.tokenizer:
-        tokenizer = check_tokenizer(kmeans.load_tokenizer(args.tokenizer), args.tokenizer, args).to(device)
     if args.tokens:
         tokens = kmeans.load_tokens(args.tokens)
-        size = check_tokens(tokens, args.tokens, ds, args, args.vocab_size)
-        return Targets(stored=tokens, size=size, tokenizer=tokenizer), None
-    return None, tokenizer
+        return Targets(stored=tokens, size=check_tokens(tokens, args.tokens, ds, args, args.vocab_size)), None
+    if args.tokenizer:
+        return None, check_tokenizer(kmeans.load_tokenizer(args.tokenizer), args.tokenizer, args).to(device)
+    if args.fresh or not os.path.exists(os.path.join(args.out, "tokenizer.pt")):
+        kmeans.blank_tokenizer(ds, args.features, args.patch_size, args.image_size)     # can it be had? Before --fresh acts
+    return None, None
 
 
 def token_targets(args, ds, tokenizer, rank, device, say):
@@ -557,19 +556,20 @@ def token_targets(args, ds, tokenizer, rank, device, say):
 
 
 def some_tokens(args, ds, targets, device):
-    """Yields up to 2000 training images, spread evenly: their indices, uint8 images, and tokens, all on the device."""
-    few = torch.arange(0, len(ds), math.ceil(len(ds) / 2000))
-    for some, (images, _, read) in zip(few.split(64), batches(ds, few, 64, args.workers, device)):
-        yield some, images, targets.of(images, read)
+    """Yields up to 2000 training images, spread evenly: labels, uint8 images and tokens, the last two on the device."""
+    few = range(0, len(ds), math.ceil(len(ds) / 2000))
+    for images, labels, read in batches(ds, few, 64, args.workers, device):
+        yield labels, images, targets.of(images, read)
 
 
 def describe_codebook(args, ds, targets, device, say):
     """What the codebook is worth before any training: used codes, perplexity, and TCAS beside that of random tokens."""
     tokens, labels, k = targets.stored, ds.labels, targets.size
     if tokens is None:
-        rows, _, tokens = zip(*some_tokens(args, ds, targets, device))
-        tokens, labels = torch.cat(tokens).cpu(), None if labels is None else labels[torch.cat(rows)]
-    labels = np.zeros(len(tokens), np.int64) if labels is None else labels
+        labels, _, tokens = zip(*some_tokens(args, ds, targets, device))
+        tokens, labels = torch.cat(tokens).cpu(), torch.cat(labels).numpy()
+        say(f"tokens are made of each crop as it comes; the codebook on {len(tokens)} whole images:")
+    labels = np.zeros(len(tokens), np.int64) if ds.labels is None else labels
     count = lambda labels: tcas.cooccurrence(tokens, labels, k, 1 + int(labels.max()))
     counts = count(labels)
     share = counts.sum(1) / counts.sum()
@@ -593,7 +593,7 @@ def learning_rate(step, steps, warmup, peak, start, end):
 def make_optimiser(model, args):
     """AdamW; weight decay on matrices only: not on biases, norms, LayerScale, positions, class token (METHODS 1.4).
 
-    The mask token, of shape (1, 1, d), is decayed, as in the released code.
+    The mask token, of shape (1, 1, d), is decayed, as in the released code (ClusterMIM's also decays the class token).
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     free = {name for name, p in trained.items() if p.ndim < 2 or name.endswith(("pos_embed", "cls_token"))}
@@ -610,12 +610,6 @@ def build(args, size):
     target = dict(mae=args.features, maskfeat="hog" if args.features == "hog" else "features").get(args.objective)
     return objectives.make(args.objective, vit, size, args.cut, args.mask_ratio if args.cut is None else None, target,
                            args.label_smoothing, args.decoder_depth)
-
-
-def needs(args):
-    """What the objective is given besides images: "tokens", "features" or None. ValueError for sizes out of range."""
-    with torch.device("meta"):
-        return build(args, args.vocab_size or 2).needs
 
 
 class StopSignal:
@@ -773,10 +767,10 @@ def draw_predictions(args, model, ds, test, targets, device, say):
             sums.index_add_(0, tokens.flatten(), patchify(some, args.patch_size).flatten(0, 1) / 255)
             counts += tokens.flatten().bincount(minlength=targets.size)[:, None]
         patch_of = torch.where(counts > 0, sums / counts.clamp(min=1), .5)
-    objectives.draw_predictions(model, images / 255, ds.mean, ds.std, path,
-                                targets.of(images, read if held is ds else None), patch_of, args.seed)
+    given = targets.of(images, read if held is ds else None)
+    objectives.draw_predictions(model, images / 255, ds.mean, ds.std, path, given, patch_of, args.seed)
     say(f"drawn in {path}, a column for each {'training' if held is ds else 'held-out'} image: the image, what was visible, "
-        "what was predicted" + (", the target" if args.objective != "mae" else ""))
+        "what was predicted" + ", the target" * (args.objective == "maskfeat" or given is not None))
 
 
 def evaluate(args, vit, step, ds, test, rank, device, started, say):
@@ -822,28 +816,30 @@ def parse(argv):
     add("--objective", default="mapet", choices=list(objectives.OBJECTIVES))
     add("--model", choices=list(MODELS), help="(paper: vit_tiny, vit_small, vit_base)")
     add("--patch-size", type=int, help="pixels a side (paper 16)")
-    add("--cut", type=int, help="cutting point, class token included (paper 50, ViT-B 60 of 197)")
-    add("--mask-ratio", type=float, help="the same as a share of the patches that are targets (paper 0.75, ViT-B 0.7)")
+    add("--cut", type=int, help="cutting point, class token included (MaPeT 50, ViT-B 60 of 197)")
+    add("--mask-ratio", type=float, help="the same as a share of the patches that are hidden (MaPeT, MAE, ClusterMIM 0.75, "
+        "MaPeT's ViT-B 0.7, CAE 0.5, BEiT 75 of 196)")
     add("--label-smoothing", type=float, help="of the cross-entropy with tokens (paper 0)")
     add("--decoder-depth", type=int, metavar="BLOCKS", help="of mae, maskfeat, clustermim (paper 8); of cae's regressor and "
         "of its decoder (paper 4 each)")
     add("--pos", choices=["learned", "sincos"], help="positions (MaPeT learned; ClusterMIM, MAE, CAE sincos: fixed)")
     add("--init", choices=["timm", "mae"], help="weights: std 0.02 (MaPeT) or Xavier (ClusterMIM, MAE)")
-    add("--drop-path", type=float, help="stochastic depth of the last block (paper 0.1)")
-    add("--layer-scale", type=float, help="initial LayerScale, 0 = none (paper 0.1)")
+    add("--drop-path", type=float, help="stochastic depth of the last block (MaPeT 0.1, ClusterMIM 0)")
+    add("--layer-scale", type=float, help="initial LayerScale, 0 = none (MaPeT 0.1, ClusterMIM 0)")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=float, help="passes over the data; sets the length of the schedule (paper 300)")
+    add("--epochs", type=float, help="passes over the data; sets the length of the schedule (MaPeT 300, ClusterMIM 200)")
     add("--steps", type=int, metavar="N", help="stop after N optimiser steps of that schedule")
     add("--batch-size", type=int, help="images a step, over all processes and accumulation (MaPeT 2048, ClusterMIM 4096)")
     add("--micro-batch", type=int, metavar="N", help="images at once on one process; the rest of its share is accumulated")
     add("--lr", type=float, help="peak learning rate, as used (MaPeT 1.5e-3 at batch 2048)")
     add("--base-lr", type=float, help="the same per 256 images: lr = base lr * batch / 256 (ClusterMIM 1.5e-4)")
-    add("--min-lr", type=float, help="at the end of the cosine (paper 1e-5)")
-    add("--warmup-lr", type=float, help="at the first step (paper 1e-6)")
-    add("--warmup-epochs", type=float, help="linear warm-up (paper 10)")
-    add("--weight-decay", type=float, help="AdamW, on matrices only (paper 0.05)")
-    add("--beta2", type=float, help="AdamW (paper 0.999)")
-    add("--clip-norm", type=float, help="largest gradient norm, 0 = any (paper 3.0)")
+    add("--min-lr", type=float, help="at the end of the cosine (MaPeT 1e-5, ClusterMIM 0)")
+    add("--warmup-lr", type=float, help="at the first step (MaPeT 1e-6, ClusterMIM 0)")
+    add("--warmup-epochs", type=float, help="linear warm-up (MaPeT 10 of 300, ClusterMIM 40 of 200; other --epochs keep the "
+        "share)")
+    add("--weight-decay", type=float, help="AdamW, on matrices only (0.05)")
+    add("--beta2", type=float, help="AdamW (MaPeT 0.999, ClusterMIM 0.95)")
+    add("--clip-norm", type=float, help="largest gradient norm, 0 = any (MaPeT 3, ClusterMIM 0)")
     add = parser.add_argument_group("run").add_argument
     add("--out", metavar="FOLDER", help="of the run (default: runs/OBJECTIVE-DATA)")
     add("--seed", type=int, default=0)
@@ -858,29 +854,35 @@ def parse(argv):
     for key, value in vars(args).items():
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not 0 <= value < math.inf:
             parser.error(f"--{key.replace('_', '-')} {value}: a number from 0 up is wanted")
-    for a, b in (("cut", "mask_ratio"), ("lr", "base_lr")):
+    for a, b in (("cut", "mask_ratio"), ("lr", "base_lr"), ("tokens", "tokenizer")):
         if getattr(args, a) is not None and getattr(args, b) is not None:
             parser.error(f"--{a} and --{b.replace('_', '-')} say the same thing: give one of them")
     return args
 
 
 def complete(args, world, device):
-    """Fill in what the recipe decides and check what can be checked before anything is read or written."""
+    """Fill in what the recipe decides and check what can be checked before anything is read or written.
+
+    Returns what the objective needs: "tokens", "features" or None.
+    """
     chosen = recipe(args.objective, args.data, args.model)
     for key in ("tokenizer", "tokens", "vocab_size", "label_smoothing"):
         if args.objective in ("mae", "maskfeat") and getattr(args, key) is not None:
             raise ValueError(f"--{key.replace('_', '-')} is for tokens, which {args.objective} does not predict")
+    if args.objective in ("beit", "mim", "pim", "mapet") and args.decoder_depth is not None:
+        raise ValueError(f"--decoder-depth: {args.objective} has no decoder")
     if args.tokenizer or args.tokens:                              # then the file says what the codebook is
         chosen = {key: value for key, value in chosen.items() if key not in ("features", "vocab_size")}
     if args.base_lr is not None:
         chosen["lr"] = None
+    if args.epochs is not None:                                    # another length keeps the share of the warm-up
+        chosen["warmup_epochs"] *= args.epochs / chosen["epochs"]
     for key, value in chosen.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     if args.objective == "maskfeat" and args.features in ("pixel", "pixel-norm"):
         raise ValueError(f"--features {args.features}: to predict pixels is --objective mae; maskfeat predicts hog or the "
                          "features of an encoder")
-    needs(args)                                                    # sizes, --cut and --mask-ratio out of range
     if args.tokens and args.crop:
         raise ValueError(f"--tokens {args.tokens}: stored tokens are of whole images, and a crop or a flip (--crop "
                          f"{args.crop:g}) moves the patches away from them; --crop 0, or --tokenizer to make tokens of each crop")
@@ -892,24 +894,30 @@ def complete(args, world, device):
     for key in ("crop", "label_smoothing", "drop_path"):
         if getattr(args, key) > 1:
             raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key):g} is a share: from 0 to 1")
-    for key in ("batch_size", "epochs", "lr", "log_every", "save_every", "steps", "micro_batch", "decoder_depth"):
+    if not args.crop and (args.vocab_size or 0) > kmeans.UNSET:
+        raise ValueError(f"--vocab-size {args.vocab_size}: stored tokens have 16 bits, {kmeans.UNSET} codes at most; with --crop "
+                         "nothing is stored")
+    for key in ("batch_size", "epochs", "lr", "log_every", "save_every", "steps", "micro_batch", "decoder_depth", "vocab_size"):
         if getattr(args, key) == 0:
             raise ValueError(f"--{key.replace('_', '-')} must be more than 0")
     micro = args.micro_batch or args.batch_size // world or 1
     if args.batch_size % (micro * world):
         raise ValueError(f"--batch-size {args.batch_size} is not a multiple of {world} processes" +
                          (f" x --micro-batch {micro}" if args.micro_batch else ""))
+    with torch.device("meta"):                                     # sizes, --cut and --mask-ratio out of range
+        return build(args, args.vocab_size or 2).needs
+
 
 
 def run(args):
     started = time.time()
     rank, world, device = setup(args.device)
     say = lambda *words: print(*words, flush=True) if rank == 0 else None
-    complete(args, world, device)
+    wants = complete(args, world, device)
     ds, test = open_splits(args.data, args.image_size, args.classes)
     if args.batch_size > len(ds):
         raise ValueError(f"--batch-size {args.batch_size} is more than the {len(ds)} images of {ds.name}")
-    targets, tokenizer = given_targets(args, ds, device)
+    targets, tokenizer = given_targets(args, ds, wants, device)
     last = os.path.join(args.out, "last.pt")
     state = resume(last, args) if os.path.exists(last) and not args.fresh else None
 
@@ -920,7 +928,7 @@ def run(args):
     os.makedirs(args.out, exist_ok=True)
     say(f"{ds.name}: {len(ds)} images" + (f", {len(ds.classes)} classes" if ds.classes else "") + f"; run in {args.out}")
     targets = targets or token_targets(args, ds, tokenizer, rank, device, say)
-    if rank == 0 and needs(args) == "tokens":
+    if rank == 0 and wants == "tokens":
         describe_codebook(args, ds, targets, device, say)
     done = train(args, ds, targets, state, rank, world, device, say)
     if not done:

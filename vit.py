@@ -15,6 +15,7 @@ Parameter names, shapes and order are timm's, so that DINO, DeiT, MAE and timm f
 python vit.py          prints a table: parameters and FLOPs per image of every named size
 """
 import argparse
+import functools
 import hashlib
 import math
 import os
@@ -66,13 +67,14 @@ def hog(images, p):
     it); the 9 bins of each cell and channel have unit length. Values in (channel, bin, cell row, cell column) order.
     """
     cell = next(side for side in range(8, 0, -1) if p % side == 0)
-    sobel = torch.tensor([[1., 0., -1.], [2., 0., -2.], [1., 0., -1.]], device=images.device)
+    step = torch.arange(1., -2., -1., device=images.device)
+    sobel = (2 - step.abs())[:, None] * step                            # [1 2 1] down, [1 0 -1] across
     images = F.pad(images, (1, 1, 1, 1), mode="reflect")
     gx, gy = (F.conv2d(images, kernel.repeat(3, 1, 1, 1), groups=3) for kernel in (sobel, sobel.T))
-    bins = (torch.atan2(gx, gy) / math.pi * 9).floor().long() % 9       # x first: the angle is measured from the y axis
-    votes = torch.zeros(*bins.shape[:2], 9, *bins.shape[2:], device=images.device)
-    votes.scatter_(2, bins[:, :, None], torch.hypot(gx, gy)[:, :, None])
-    cells = F.normalize(reduce(votes, "b c o (y i) (x j) -> b c o y x", "sum", i=cell, j=cell), dim=2)
+    bins = (torch.atan2(gx, gy) / math.pi * 9).floor() % 9              # x first: the angle is measured from the y axis
+    votes = lambda o: torch.hypot(gx, gy) * (bins == o)
+    cells = [reduce(votes(o), "b c (y i) (x j) -> b c y x", "sum", i=cell, j=cell) for o in range(9)]
+    cells = F.normalize(torch.stack(cells, 2), dim=2)
     return rearrange(cells, "b c o (y i) (x j) -> b (y x) (c o i j)", i=p // cell, j=p // cell)
 
 
@@ -102,6 +104,13 @@ def resize_positions(pos, grid, prefix=1):
     patches = rearrange(patches.float(), "1 (y x) d -> 1 d y x", y=side)
     patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", antialias=grid < side)
     return torch.cat([first, rearrange(patches, "1 d y x -> 1 (y x) d").to(pos.dtype)], 1)
+
+
+@functools.lru_cache
+def channels(values, device):
+    """Three numbers, as (3, 1, 1) on the device: copied there once, because each copy makes the CPU wait for a GPU."""
+    with torch.inference_mode(False):                                   # wherever the first call comes from
+        return torch.tensor(values, device=device).view(3, 1, 1)
 
 
 def take(x, order):
