@@ -682,14 +682,17 @@ class PatchFeatures(nn.Module):
 
 # --- from a data set to tokenizer.pt and tokens.npy ------------------------------------------------------------------
 
-def read(ds, indices, batch_size, workers):
-    """uint8 images (b, 3, S, S) of the data set, in the order of `indices`; it notes the damaged ones by itself."""
+def batches(ds, indices, batch_size, workers=0, device="cpu"):
+    """(images uint8 (b, 3, S, S) on device, labels (b,), index really read (b,)) over `indices`, in that order.
+
+    A data set that replaces damaged pictures by neighbours is told of it (`note_unreadable`), here in the main process.
+    """
     indices = [int(i) for i in indices]
     note = getattr(ds, "note_unreadable", lambda wanted, read: None)
-    loader = DataLoader(ds, batch_size, sampler=indices, num_workers=workers)
-    for at, (images, _, really_read) in zip(range(0, len(indices), batch_size), loader):
-        note(torch.tensor(indices[at:at + batch_size]), really_read)
-        yield images
+    loader = DataLoader(ds, batch_size, sampler=indices, num_workers=workers, pin_memory=torch.device(device).type == "cuda")
+    for at, (images, labels, read) in zip(range(0, len(indices), batch_size), loader):
+        note(torch.tensor(indices[at:at + batch_size]), read)
+        yield images.to(device, non_blocking=True), labels, read
 
 
 def patches_kept(fraction, features, n):
@@ -714,8 +717,8 @@ def patch_stream(tokenizer, ds, keep, seed, batch_size, workers, device):
         return torch.randperm(n, generator=torch.Generator().manual_seed(mixed))[:keep]
 
     def stream():
-        for picked, images in zip(mine.split(batch_size), read(ds, mine, batch_size, workers)):
-            x = tokenizer.rows(images.to(device))
+        for picked, (images, _, _) in zip(mine.split(batch_size), batches(ds, mine, batch_size, workers, device)):
+            x = tokenizer.rows(images)
             if keep < x.shape[1]:
                 kept = torch.stack([some(image, x.shape[1]) for image in picked.tolist()]).to(device)
                 x = x.gather(1, repeat(kept, "b n -> b n d", d=x.shape[2]))
@@ -799,7 +802,8 @@ def check_tokens(path, tokenizer, ds):
         raise ValueError(f"{path} holds tokens of shape {tokens.shape}, {ds.name} with this tokenizer needs {shape}: "
                          "remove the file or choose another folder")
     some = sorted({0, len(ds) // 2, len(ds) - 1})
-    anew = tokenizer(next(read(ds, some, len(some), 0)).to(tokenizer.centroids.device)).cpu().numpy()
+    images, _, _ = next(batches(ds, some, len(some), device=tokenizer.centroids.device))
+    anew = tokenizer(images).cpu().numpy()
     if (anew == tokens[some]).mean() < .9:                              # other hardware may break a near-tie otherwise
         raise ValueError(f"{path} is of another tokenizer or of other images: remove it or choose another folder")
     return tokens
@@ -832,8 +836,8 @@ def tokenize(tokenizer, ds, path, batch_size=64, workers=0, device="cpu", progre
     mine = missing[rank * len(missing) // world:(rank + 1) * len(missing) // world]
     done = len(ds) - len(missing)
     with tqdm(total=len(ds), initial=done, desc="tokens", unit=" images", disable=not progress) as bar:
-        for at, images in zip(range(0, len(mine), batch_size), read(ds, mine, batch_size, workers)):
-            tokens[mine[at:at + batch_size]] = tokenizer(images.to(device)).cpu().numpy()
+        for at, (images, _, _) in zip(range(0, len(mine), batch_size), batches(ds, mine, batch_size, workers, device)):
+            tokens[mine[at:at + batch_size]] = tokenizer(images).cpu().numpy()
             bar.update(len(images) * world)
     tokens.flush()
     wait()
@@ -864,7 +868,7 @@ def draw_codebook(tokenizer, ds, path, rows=16, columns=12, images=400):
     """PNG: one row for each of the most used codes: its centroid (pixels only), then the patches nearest to it."""
     every = range(0, len(ds), max(1, len(ds) // images))
     p = tokenizer.patch_size * tokenizer.input_size // tokenizer.image_size         # CLIP sees twice the pixels
-    found = [(patchify(x, p), *tokenizer.assign(x)) for x in read(ds, every, 64, 0)]
+    found = [(patchify(x, p), *tokenizer.assign(x)) for x, _, _ in batches(ds, every, 64)]
     patches, labels, distances = (torch.cat(parts).flatten(0, 1) for parts in zip(*found))
     lines = []
     for code in labels.bincount(minlength=tokenizer.vocab_size).argsort(descending=True)[:rows]:
@@ -879,7 +883,7 @@ def draw_codebook(tokenizer, ds, path, rows=16, columns=12, images=400):
 
 def draw_tokens(tokenizer, ds, path, images=6):
     """PNG: images; under each its token map, one colour a token; of raw pixels also the image that its tokens make."""
-    x = next(read(ds, range(0, len(ds), max(1, len(ds) // images)), images, 0))
+    x, _, _ = next(batches(ds, range(0, len(ds), max(1, len(ds) // images)), images))
     tokens = tokenizer(x)
     colours = torch.rand(tokenizer.vocab_size, 3, generator=torch.Generator().manual_seed(0))
     maps = rearrange(colours[tokens], "b (y x) c -> b c y x", y=tokenizer.image_size // tokenizer.patch_size)

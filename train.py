@@ -34,6 +34,7 @@ from tqdm import tqdm
 import kmeans
 import objectives
 import tcas
+from kmeans import batches
 from vit import MODELS, channels, patchify, read_checkpoint
 
 # --- recipes: an explicit flag beats the recipe ---------------------------------------------------------------------
@@ -296,15 +297,6 @@ def normalise(images, ds):
     return (images.float() / 255 - mean) / std
 
 
-def batches(ds, indices, batch_size, workers=0, device="cpu"):
-    """(images uint8 (b, 3, S, S) on device, labels (b,), index really read (b,)) over `indices`, in that order."""
-    indices = [int(i) for i in indices]
-    loader = DataLoader(ds, batch_size, sampler=indices, num_workers=workers, pin_memory=torch.device(device).type == "cuda")
-    for at, (images, labels, read) in zip(range(0, len(indices), batch_size), loader):
-        ds.note_unreadable(torch.tensor(indices[at:at + batch_size]), read)
-        yield images.to(device, non_blocking=True), labels, read
-
-
 def mixed(*numbers):
     """One seed from several, as different from its neighbours' as a random number."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
@@ -522,7 +514,7 @@ class Targets:
         self.stored, self.make, self.size, self.tokenizer = stored, make, size, tokenizer
 
     def of(self, images, indices=None):
-        """Of whole images (b, 3, S, S) uint8; None if not known. indices: where they stand in the training set, if they do."""
+        """Of whole images (b, 3, S, S) uint8; None if not known. indices: their places in the training set, if they have."""
         if self.stored is not None and indices is not None:
             return torch.from_numpy(self.stored[indices].astype(np.int64)).to(images.device)
         if self.make or self.tokenizer:
@@ -676,7 +668,7 @@ def train(args, ds, targets, state, rank, world, device, say):
         model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"{args.objective}: {args.model}, {trained / 1e6:.2f}M trained parameters, cut {model.cut}: {model.targets} of {n} "
-        f"patches are hidden, predicted are their {args.features if model.needs != 'tokens' else 'tokens'}. "
+        f"patches are hidden; to predict: {args.features if model.needs != 'tokens' else 'tokens'}. "
         f"{steps} steps of {args.batch_size} images ({world} "
         f"processes x {accumulate} x {micro}), lr {args.lr:g}, {'bfloat16' if device.type == 'cuda' else 'float32'} on {device}")
 
@@ -809,8 +801,8 @@ def parse(argv):
     add = parser.add_argument_group("tokens").add_argument
     add("--tokenizer", metavar="FILE", help="tokenizer.pt of kmeans.py fit (default: fitted first, kept in --out)")
     add("--tokens", metavar="FILE", help="tokens.npy of kmeans.py tokenize, (images, patches), in the data set's order")
-    add("--features", help="what the tokenizer clusters: pixel, pixel-norm, hog, dino, deit, mae, clip or a ViT's file (MaPeT: "
-        "clip; ClusterMIM: pixel, dino); what mae (pixel, pixel-norm) and maskfeat (hog, dino, ...) predict themselves")
+    add("--features", help="what the tokenizer clusters: pixel, pixel-norm, hog, dino, deit, mae, clip or a ViT's file "
+        "(MaPeT: clip; ClusterMIM: pixel, dino); what mae (pixel, pixel-norm) and maskfeat (hog, dino, ...) predict")
     add("--vocab-size", type=int, metavar="K", help="codebook size (MaPeT 8192, ClusterMIM 50 to 100)")
     add = parser.add_argument_group("model and objective").add_argument
     add("--objective", default="mapet", choices=list(objectives.OBJECTIVES))
@@ -885,7 +877,7 @@ def complete(args, world, device):
                          "features of an encoder")
     if args.tokens and args.crop:
         raise ValueError(f"--tokens {args.tokens}: stored tokens are of whole images, and a crop or a flip (--crop "
-                         f"{args.crop:g}) moves the patches away from them; --crop 0, or --tokenizer to make tokens of each crop")
+                         f"{args.crop:g}) moves the patches away from them; --crop 0, or --tokenizer for tokens of each crop")
     args.lr = args.base_lr * args.batch_size / 256 if args.lr is None else args.lr
     args.out = args.out or os.path.join("runs", f"{args.objective}-{os.path.basename(os.path.normpath(args.data))}")
     args.compile = device.type == "cuda" if args.compile is None else args.compile
@@ -895,9 +887,10 @@ def complete(args, world, device):
         if getattr(args, key) > 1:
             raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key):g} is a share: from 0 to 1")
     if not args.crop and (args.vocab_size or 0) > kmeans.UNSET:
-        raise ValueError(f"--vocab-size {args.vocab_size}: stored tokens have 16 bits, {kmeans.UNSET} codes at most; with --crop "
-                         "nothing is stored")
-    for key in ("batch_size", "epochs", "lr", "log_every", "save_every", "steps", "micro_batch", "decoder_depth", "vocab_size"):
+        raise ValueError(f"--vocab-size {args.vocab_size}: stored tokens have 16 bits, {kmeans.UNSET} codes at most; "
+                         "with --crop nothing is stored")
+    for key in ("batch_size", "epochs", "lr", "log_every", "save_every", "steps", "micro_batch", "decoder_depth",
+                "vocab_size"):
         if getattr(args, key) == 0:
             raise ValueError(f"--{key.replace('_', '-')} must be more than 0")
     micro = args.micro_batch or args.batch_size // world or 1
