@@ -547,9 +547,9 @@ def token_targets(args, ds, tokenizer, rank, device, say):
     return Targets(stored=make_tokens(args, ds, tokenizer, rank, device), size=tokenizer.vocab_size, tokenizer=tokenizer)
 
 
-def some_tokens(args, ds, targets, device):
-    """Yields up to 2000 training images, spread evenly: labels, uint8 images and tokens, the last two on the device."""
-    few = range(0, len(ds), math.ceil(len(ds) / 2000))
+def some_tokens(args, ds, targets, most, device):
+    """Yields up to `most` training images, spread evenly: labels, uint8 images and tokens, the last two on the device."""
+    few = range(0, len(ds), math.ceil(len(ds) / most))
     for images, labels, read in batches(ds, few, 64, args.workers, device):
         yield labels, images, targets.of(images, read)
 
@@ -558,7 +558,7 @@ def describe_codebook(args, ds, targets, device, say):
     """What the codebook is worth before any training: used codes, perplexity, and TCAS beside that of random tokens."""
     tokens, labels, k = targets.stored, ds.labels, targets.size
     if tokens is None:
-        labels, _, tokens = zip(*some_tokens(args, ds, targets, device))
+        labels, _, tokens = zip(*some_tokens(args, ds, targets, 2000, device))
         tokens, labels = torch.cat(tokens).cpu(), torch.cat(labels).numpy()
         say(f"tokens are made of each crop as it comes; the codebook on {len(tokens)} whole images:")
     labels = np.zeros(len(tokens), np.int64) if ds.labels is None else labels
@@ -755,7 +755,7 @@ def draw_predictions(args, model, ds, test, targets, device, say):
     if model.needs == "tokens":        # a code's picture is the mean of its patches: of raw pixels that is the centroid
         sums = torch.zeros(targets.size, 3 * args.patch_size ** 2, device=device)
         counts = torch.zeros(targets.size, 1, device=device)
-        for _, some, tokens in some_tokens(args, ds, targets, device):
+        for _, some, tokens in some_tokens(args, ds, targets, 500, device):
             sums.index_add_(0, tokens.flatten(), patchify(some, args.patch_size).flatten(0, 1) / 255)
             counts += tokens.flatten().bincount(minlength=targets.size)[:, None]
         patch_of = torch.where(counts > 0, sums / counts.clamp(min=1), .5)
