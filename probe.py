@@ -645,9 +645,12 @@ def show(vit, ds, args, path):
 # --- one function for each command --------------------------------------------------------------------------------
 
 def run_settings(folder):
-    """The settings (dict) of the run in `folder`, empty if it is none of ours."""
+    """The settings (dict) of the run in `folder`, empty if it is none of ours; the recipe's where an older run lacks one."""
     last = os.path.join(folder, "last.pt")
-    return read_checkpoint(last).get("args", {}) if os.path.exists(last) else {}
+    settings = read_checkpoint(last).get("args", {}) if os.path.exists(last) else {}
+    if not isinstance(settings, dict) or "objective" not in settings:
+        return {}
+    return {**train.recipe(settings["objective"], settings["data"], settings["model"]), **settings}
 
 
 def open_encoder(args):

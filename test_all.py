@@ -2325,6 +2325,20 @@ def test_tokenizer_and_tokens_from_files(folder, tmp_path):
         assert [line["loss"] for line in lines] == [line["loss"] for line in first]
 
 
+def test_a_run_of_the_first_version_goes_on(folder, tmp_path):
+    """Its last.pt knows nothing of crops, positions or initialisation: those are the recipe's."""
+    out, last = str(tmp_path / "run"), str(tmp_path / "run" / "last.pt")
+    whole = run_small(folder, str(tmp_path / "whole"), "--no-probe")
+    run_small(folder, out, "--no-probe", "--steps", 7)
+    state = torch.load(last, weights_only=True)
+    for key in ("crop", "pos", "init", "base_lr", "label_smoothing", "decoder_depth"):
+        del state["args"][key]
+    torch.save(state, last)
+    assert probed("knn", out)["knn"] >= 0
+    assert [line["loss"] for line in run_small(folder, out, "--no-probe")] == [line["loss"] for line in whole]
+    assert same_encoder(out, str(tmp_path / "whole"))
+
+
 def test_unlabelled_folder_trains_without_a_table(folder, tmp_path, capsys):
     lines = run_small(os.path.join(folder, "train", "ant"), str(tmp_path / "run"), "--epochs", 2)
     assert len(lines) == 4 and "no labels" in capsys.readouterr().out

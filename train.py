@@ -428,13 +428,17 @@ class Metrics:
 FREE = {"out", "device", "workers", "steps", "fresh", "compile", "probe", "save_every", "log_every", "micro_batch"}
 
 
-def resume(path, args):
-    """The checkpoint to go on from; ValueError if it is damaged, foreign, or of a run with other settings."""
+def resume(path, args, older=None):
+    """The checkpoint to go on from; ValueError if it is damaged, foreign, or of a run with other settings.
+
+    older  values of settings that a checkpoint of an earlier version may lack
+    """
     state = read_checkpoint(path)
     if not isinstance(state, dict) or not {"model", "optimiser", "step", "args"} <= state.keys():
         raise ValueError(f"{path}: not a checkpoint of train.py; --fresh starts over")
-    differ = [f"--{key.replace('_', '-')} {state['args'].get(key)} there, {value} here" for key, value in vars(args).items()
-              if key not in FREE and state["args"].get(key) != value]
+    there = {**(older or {}), **state["args"]}
+    differ = [f"--{key.replace('_', '-')} {there.get(key)} there, {value} here" for key, value in vars(args).items()
+              if key not in FREE and there.get(key) != value]
     if differ:
         raise ValueError(f"{path} is of a run with other settings ({'; '.join(differ)}): "
                          "take these, another --out, or --fresh to start over")
@@ -669,8 +673,8 @@ def train(args, ds, targets, state, rank, world, device, say):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"{args.objective}: {args.model}, {trained / 1e6:.2f}M trained parameters, cut {model.cut}: {model.targets} of {n} "
         f"patches are hidden; to predict: {args.features if model.needs != 'tokens' else 'tokens'}. "
-        f"{steps} steps of {args.batch_size} images ({world} "
-        f"processes x {accumulate} x {micro}), lr {args.lr:g}, {'bfloat16' if device.type == 'cuda' else 'float32'} on {device}")
+        f"{steps} steps of {args.batch_size} images ({world} processes x {accumulate} x {micro}), lr {args.lr:g}, "
+        f"{'bfloat16' if device.type == 'cuda' else 'float32'} on {device}")
 
     def checkpoint():
         if rank == 0:
@@ -912,7 +916,9 @@ def run(args):
         raise ValueError(f"--batch-size {args.batch_size} is more than the {len(ds)} images of {ds.name}")
     targets, tokenizer = given_targets(args, ds, wants, device)
     last = os.path.join(args.out, "last.pt")
-    state = resume(last, args) if os.path.exists(last) and not args.fresh else None
+    state = None
+    if os.path.exists(last) and not args.fresh:
+        state = resume(last, args, recipe(args.objective, args.data, args.model))
 
     # --- everything that can be checked was checked: now files may change
     if args.fresh and rank == 0:
