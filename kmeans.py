@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from vit import PATCH_FEATURES, channels, download, from_weights, patchify, read_checkpoint, unpatchify
+from vit import PATCH_FEATURES, download, from_weights, normalise, patchify, read_checkpoint, save, unpatchify
 
 try:
     import triton
@@ -263,10 +263,7 @@ class KMeansTokenizer(nn.Module):
                              f"not {tuple(images.shape)}")
         if self.features == "pixel":
             return patchify(images, self.patch_size)
-        if images.dtype == torch.uint8:
-            mean, std = (channels(v, images.device) for v in (self.mean, self.std))
-            images = (images.float() / 255 - mean) / std
-        return self.extract(images)
+        return self.extract(normalise(images, self) if images.dtype == torch.uint8 else images)
 
     def assign(self, images):
         """Tokens (b, n) and squared distances (b, n)."""
@@ -279,8 +276,7 @@ class KMeansTokenizer(nn.Module):
 
     def save(self, path):
         keys = ("features", "metric", "patch_size", "image_size", "mean", "std", "vocab_size")
-        torch.save({"centroids": self.centroids.cpu(), **{key: getattr(self, key) for key in keys}}, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
+        save({"centroids": self.centroids.cpu(), **{key: getattr(self, key) for key in keys}}, path)
 
 
 # --- the rest of the fit: exact distances, empty clusters, the mean of the data --------------------------------------
@@ -695,6 +691,11 @@ def batches(ds, indices, batch_size, workers=0, device="cpu"):
         yield images.to(device, non_blocking=True), labels, read
 
 
+def mixed(*numbers):
+    """One seed from several, as different from its neighbours' as a random number."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
 def patches_kept(fraction, features, n):
     """How many of an image's n patches K-means sees: all, but 5 % for k-CLIP (METHODS 1.7), or the share asked for."""
     if fraction is not None and not 0 < fraction <= 1:
@@ -713,8 +714,7 @@ def patch_stream(tokenizer, ds, keep, seed, batch_size, workers, device):
     mine = order[rank * len(ds) // world:(rank + 1) * len(ds) // world]
 
     def some(image, n):
-        mixed = int(np.random.SeedSequence([seed, image]).generate_state(1)[0])
-        return torch.randperm(n, generator=torch.Generator().manual_seed(mixed))[:keep]
+        return torch.randperm(n, generator=torch.Generator().manual_seed(mixed(seed, image)))[:keep]
 
     def stream():
         for picked, (images, _, _) in zip(mine.split(batch_size), batches(ds, mine, batch_size, workers, device)):
@@ -858,8 +858,9 @@ def rebuilt(tokenizer, tokens):
     return unpatchify(((c - shift) / scale / 255).float()[tokens], tokenizer.patch_size).clamp(0, 1)
 
 
-def save_pictures(rows, path, times):
-    """PNG of a list of rows of images (b, 3, S, S) in 0..1, every pixel enlarged `times`."""
+def save_pictures(rows, path, times=None):
+    """PNG of a list of rows of images (b, 3, S, S) in 0..1, each pixel enlarged `times` (default: to 900 pixels or more)."""
+    times = times or math.ceil(900 / (len(rows[0]) * rows[0].shape[-1]))
     pictures = repeat(torch.cat(rows), "m c y x -> m c (y i) (x j)", i=times, j=times)
     save_image(make_grid(pictures, nrow=len(rows[0]), padding=4, pad_value=1.), path)
 
@@ -888,8 +889,7 @@ def draw_tokens(tokenizer, ds, path, images=6):
     colours = torch.rand(tokenizer.vocab_size, 3, generator=torch.Generator().manual_seed(0))
     maps = rearrange(colours[tokens], "b (y x) c -> b c y x", y=tokenizer.image_size // tokenizer.patch_size)
     rows = [x / 255, F.interpolate(maps, x.shape[-2:]), rebuilt(tokenizer, tokens)]
-    times = math.ceil(900 / (len(x) * x.shape[-1]))                     # at least 900 pixels wide
-    save_pictures([row for row in rows if row is not None], path, times)
+    save_pictures([row for row in rows if row is not None], path)
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------

@@ -34,10 +34,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw
-from torchvision.utils import make_grid, save_image
 
-from vit import (MLP, PATCH_FEATURES, Block, LayerScale, hog, init_weights, mae_init, patchify, sincos_positions, take,
+from vit import (MLP, PATCH_FEATURES, Block, LayerScale, init_weights, mae_init, patchify, sincos_positions, take,
                  unpatchify)
+from vit import hog     # noqa: F401: used through PATCH_FEATURES; here because it is an objective's target, like the rest
 
 # --- orders and masks ---------------------------------------------------------------------------------------------
 
@@ -74,8 +74,8 @@ def blockwise_mask(b, grid, count, min_block=None, generator=None, device=None, 
         going = fits.any(1, keepdim=True)
     mask = mask.flatten(1)
     if exact:
-        rank = (mask + rand(b, grid ** 2)).argsort(1).argsort(1)                     # hidden patches last, random within
-        mask = rank >= grid ** 2 - count
+        last = (mask + rand(b, grid ** 2)).argsort(1)[:, grid ** 2 - count:]         # hidden patches last, random within
+        mask = torch.zeros_like(mask).scatter(1, last, True)
     return mask
 
 
@@ -118,15 +118,17 @@ class Objective(nn.Module):
     needs   what it wants besides images: "tokens" (b, n) int64, "features" (b, n, values), or None
     logs    names of what forward returns beside the loss
     cut     the cutting point c: c - 1 visible patches, targets = 1 + n - c hidden ones
+    smoothing   of the labels, in the cross-entropy; blockwise: hide blocks (`blockwise_mask`), not random patches
     """
     needs, logs = "tokens", ("accuracy",)
 
-    def __init__(self, vit, cut, blockwise=False):
+    def __init__(self, vit, cut, smoothing=0., blockwise=False):
         super().__init__()
         n = vit.n_patches
         if not 1 <= cut <= n:
             raise ValueError(f"cutting point {cut} is out of range: with {n} patches and the class token it is 1 to {n}")
-        self.encoder, self.cut, self.targets, self.blockwise = vit, cut, 1 + n - cut, blockwise
+        self.encoder, self.cut, self.targets = vit, cut, 1 + n - cut
+        self.smoothing, self.blockwise = smoothing, blockwise
         # The last forward of an optimiser step? (Gradient accumulation has several; see CAE.)
         self.completes_step = True
 
@@ -153,11 +155,10 @@ class Objective(nn.Module):
         prediction, wanted = self.predict(images, tokens, order, noise)
         return self.loss(prediction, wanted)
 
-
-def token_loss(logits, wanted, smoothing=0.):
-    """Cross-entropy, the mean over all targets: logits (b, T, K), tokens (b, T); with the share that is right."""
-    loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), label_smoothing=smoothing)
-    return loss, {"accuracy": (logits.detach().argmax(-1) == wanted).float().mean()}
+    def loss(self, logits, wanted):
+        """Cross-entropy, the mean over all targets: logits (b, T, K), tokens (b, T); with the share that is right."""
+        loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), label_smoothing=self.smoothing)
+        return loss, {"accuracy": (logits.detach().argmax(-1) == wanted).float().mean()}
 
 
 class Decoder(nn.Module):
@@ -192,12 +193,12 @@ class MaskedAutoencoder(Objective):
     """
 
     def __init__(self, vit, cut, size=None, target="tokens", depth=8, smoothing=0.):
-        super().__init__(vit, cut)
-        self.target, self.smoothing = target, smoothing
+        super().__init__(vit, cut, smoothing)
+        self.target = target
         self.needs = target if target in ("tokens", "features") else None
         self.logs = ("accuracy",) if target == "tokens" else ("explained",)
         if not self.needs:
-            images = torch.zeros(1, 3, vit.image_size, vit.image_size, device="cpu")
+            images = torch.empty(1, 3, vit.image_size, vit.image_size, device="meta")       # for the shape only
             size = PATCH_FEATURES[target](images, vit.patch_size).shape[-1]
         width = min(512, max(32, 2 * vit.width // 3 // 32 * 32))
         self.narrow = nn.Linear(vit.width, width)
@@ -231,7 +232,7 @@ class MaskedAutoencoder(Objective):
 
     def loss(self, prediction, wanted):
         if self.target == "tokens":
-            return token_loss(prediction, wanted, self.smoothing)
+            return super().loss(prediction, wanted)
         loss = F.mse_loss(prediction, wanted)
         # Beside predicting the mean of the batch for every patch: 0 = no better, 1 = perfect.
         return loss, {"explained": 1 - loss.detach() / wanted.var((0, 1), unbiased=False).mean()}
@@ -273,9 +274,9 @@ class CAE(Objective):
     logs = "accuracy", "alignment"
 
     def __init__(self, vit, cut, vocab_size, depth=4, align=2., smoothing=0., blockwise=False):
-        super().__init__(vit, cut, blockwise)
+        super().__init__(vit, cut, smoothing, blockwise)
         width, heads = vit.width, vit.blocks[0].attn.heads
-        self.align, self.smoothing = align, smoothing
+        self.align = align
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.regressor = nn.ModuleList(RegressorBlock(width, heads, vit.layer_scale) for _ in range(depth))
         self.regressor_norm = nn.LayerNorm(width, eps=1e-6)
@@ -297,7 +298,7 @@ class CAE(Objective):
 
     def forward(self, images, tokens=None, order=None, noise=None):
         logits, guess, target, hidden = self.run(images, order, noise)
-        loss, logs = token_loss(logits, take(tokens, hidden), self.smoothing)
+        loss, logs = self.loss(logits, take(tokens, hidden))
         alignment = F.mse_loss(guess, target)
         return loss + self.align * alignment, {**logs, "alignment": alignment.detach()}
 
@@ -342,10 +343,10 @@ class MaPeT(Objective):
     """
 
     def __init__(self, vit, cut, vocab_size, permute=True, positions=True, smoothing=0., blockwise=False):
-        super().__init__(vit, cut, blockwise)
+        super().__init__(vit, cut, smoothing, blockwise)
         if not vit.prefix:
             raise ValueError("MIM, BEiT, PIM and MaPeT need a ViT with a class token: the cutting point counts it")
-        self.permute, self.positions, self.smoothing = permute, positions, smoothing
+        self.permute, self.positions = permute, positions
         self.mask_token = nn.Parameter(torch.empty(1, 1, vit.width))
         self.head = nn.Linear(vit.width, vocab_size)
         nn.init.trunc_normal_(self.mask_token, std=.02)
@@ -363,10 +364,7 @@ class MaPeT(Objective):
         queries = [unseen] * self.permute                               # MIM asks with the mask tokens themselves
         n_keys = sum(part.shape[1] for part in keys)
         g = vit.encode(torch.cat(keys + queries, 1), self.mask, n_keys, n_out=self.targets, noise=noise)
-        return self.head(g), take(tokens, target_order)
-
-    def loss(self, logits, wanted):
-        return token_loss(logits, wanted, self.smoothing)               # Eq. 1, Eq. 2: all ranks >= c
+        return self.head(g), take(tokens, target_order)                 # Eq. 1, Eq. 2: all ranks >= c
 
 
 # What separates the objectives: class, its switches, and the share of patches that is hidden by default.
@@ -504,8 +502,8 @@ def principal_colours(target, *others):
 
 
 @torch.no_grad()
-def draw_predictions(model, images, mean, std, path, tokens=None, patch_of=None, seed=0):
-    """PNG, a column for each image: the image, what was visible, what was predicted, and for what is no image the target.
+def predictions(model, images, mean, std, tokens=None, patch_of=None, seed=0):
+    """Rows of images (b, 3, S, S): the images, what was visible, what was predicted, and for what is no image the target.
 
     images (b, 3, S, S) in 0..1, mean and std (3,) of the normalisation, tokens as in forward (None: not known);
     patch_of (K, 3 p^2) in 0..1: a picture of each code.
@@ -541,9 +539,7 @@ def draw_predictions(model, images, mean, std, path, tokens=None, patch_of=None,
             target, guess = principal_colours(whole, pair[0])
             pair = [guess.repeat(1, 1, p * p), target.repeat(1, 1, p * p)]
         rows += [unpatchify(v, p) for v in pair]
-    times = max(1, math.ceil(900 / (b * images.shape[-1])))                 # at least 900 pixels wide
-    grid = torch.cat(rows).cpu().clamp(0, 1).repeat_interleave(times, 2).repeat_interleave(times, 3)
-    save_image(make_grid(grid, nrow=b, padding=4, pad_value=1.), path)
+    return rows
 
 
 def main(argv=None):

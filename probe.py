@@ -645,12 +645,10 @@ def show(vit, ds, args, path):
 # --- one function for each command --------------------------------------------------------------------------------
 
 def run_settings(folder):
-    """The settings (dict) of the run in `folder`, empty if it is none of ours; the recipe's where an older run lacks one."""
+    """The settings (dict) of the run in `folder`, empty if it is none of ours."""
     last = os.path.join(folder, "last.pt")
     settings = read_checkpoint(last).get("args", {}) if os.path.exists(last) else {}
-    if not isinstance(settings, dict) or "objective" not in settings:
-        return {}
-    return {**train.recipe(settings["objective"], settings["data"], settings["model"]), **settings}
+    return train.with_recipe(settings) if isinstance(settings, dict) and "objective" in settings else {}
 
 
 def open_encoder(args):

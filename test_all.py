@@ -1802,7 +1802,7 @@ def test_predictions_drawn(name, target, tmp_path, monkeypatch):
         _, wanted = predict(*args)
         return (F.one_hot(wanted, 6).float() if model.needs == "tokens" else wanted), wanted
     monkeypatch.setattr(model, "predict", perfect)
-    objectives.draw_predictions(model, pixels, mean, std, str(tmp_path / "p.png"), given, patch_of)
+    kmeans.save_pictures(objectives.predictions(model, pixels, mean, std, given, patch_of), tmp_path / "p.png")
     picture = torch.from_numpy(np.asarray(Image.open(tmp_path / "p.png")) / 255).permute(2, 0, 1)
     rows, side = 3 if name == "mae" else 4, (picture.shape[2] - 4) // 3 - 4
     assert picture.shape == (3, 4 + rows * (side + 4), 4 + 3 * (side + 4)) and side % 24 == 0 and 3 * side >= 900
@@ -1890,10 +1890,19 @@ SMALL_RUN = ["--model", "vit_micro", "--image-size", 24, "--patch-size", 8, "--f
              "--device", "cpu"]                                            # 40 images: 20 steps
 
 
-def run_small(data, out, *more):
-    """train.main in this process on a small folder; returns the lines of metrics.jsonl."""
-    train.main([str(a) for a in ("--data", data, "--out", out, *SMALL_RUN, *more)])
+def small(data, out, name, *more):
+    """train.main in this process on a small folder, with objective `name`; returns the lines of metrics.jsonl."""
+    argv = ["--data", data, "--out", out, *SMALL_RUN, "--objective", name, *more]
+    if name in ("mae", "maskfeat"):                                        # these predict no tokens: no codebook
+        for flag in ("--features", "--vocab-size"):
+            at = argv.index(flag)
+            argv = argv[:at] + argv[at + 2:]
+    train.main([str(a) for a in argv])
     return [json.loads(line) for line in open(os.path.join(out, "metrics.jsonl"))]
+
+
+def run_small(data, out, *more):
+    return small(data, out, "mapet", *more)
 
 
 def same_encoder(a, b):
@@ -2116,17 +2125,6 @@ def test_a_run_from_pictures_to_table(folder, tmp_path, capsys):
     # Once more: it is complete, so nothing is trained and the same table is printed.
     again = run_small(folder, out)
     assert again == lines
-
-
-def small(data, out, name, *more):
-    """`run_small` for any objective: those that predict no tokens have no codebook."""
-    argv = ["--data", data, "--out", out, *SMALL_RUN, "--objective", name, *more]
-    if name in ("mae", "maskfeat"):
-        for flag in ("--features", "--vocab-size"):
-            at = argv.index(flag)
-            argv = argv[:at] + argv[at + 2:]
-    train.main([str(a) for a in argv])
-    return [json.loads(line) for line in open(os.path.join(out, "metrics.jsonl"))]
 
 
 @pytest.mark.parametrize("name", ["mae", "clustermim", "maskfeat", "beit", "mim", "pim", "cae"])

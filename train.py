@@ -34,8 +34,8 @@ from tqdm import tqdm
 import kmeans
 import objectives
 import tcas
-from kmeans import batches
-from vit import MODELS, channels, patchify, read_checkpoint
+from kmeans import batches, mixed
+from vit import MODELS, normalise, patchify, read_checkpoint, save
 
 # --- recipes: an explicit flag beats the recipe ---------------------------------------------------------------------
 
@@ -80,7 +80,8 @@ def recipe(objective, data, model=None):
     if objective in ("pim", "mapet") and (model or chosen["model"]) == "vit_base":
         chosen["mask_ratio"] = .7
     if data == "textures":
-        chosen.update(TEXTURES, mask_ratio=.75 if objective in ("mae", "maskfeat", "clustermim") else .5)
+        autoencoder = objectives.OBJECTIVES[objective][0] is objectives.MaskedAutoencoder
+        chosen.update(TEXTURES, mask_ratio=.75 if autoencoder else .5)
     if chosen["vocab_size"] and (data in SMALL_SIZES or data == "textures"):
         chosen.update(features="pixel", vocab_size=64)
     return chosen
@@ -291,17 +292,6 @@ def open_folder(folder, split, image_size, classes_file=None):
     return Pictures(f"{folder}/{split}", paths, labels, names, image_size)
 
 
-def normalise(images, ds):
-    """uint8 (b, 3, S, S) on any device -> float32, by the data set's mean and standard deviation."""
-    mean, std = (channels(values, images.device) for values in (ds.mean, ds.std))
-    return (images.float() / 255 - mean) / std
-
-
-def mixed(*numbers):
-    """One seed from several, as different from its neighbours' as a random number."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
 def augmented(image, augment, *seed):
     """augment(image), with the random numbers that `seed` determines and nothing else."""
     with torch.random.fork_rng(devices=[]):
@@ -400,15 +390,6 @@ def wait_for_all():
 
 # --- the run's files ------------------------------------------------------------------------------------------------
 
-def save(state, path):
-    """torch.save, atomically: a kill while writing leaves the old file."""
-    with open(path + ".tmp", "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
-
-
 class Metrics:
     """metrics.jsonl: one JSON object a line. Opening it drops the lines after `step`, which a killed run had written."""
 
@@ -428,15 +409,19 @@ class Metrics:
 FREE = {"out", "device", "workers", "steps", "fresh", "compile", "probe", "save_every", "log_every", "micro_batch"}
 
 
-def resume(path, args, older=None):
-    """The checkpoint to go on from; ValueError if it is damaged, foreign, or of a run with other settings.
+def with_recipe(settings):
+    """A run's settings as its checkpoint has them; what an earlier version did not know yet is the recipe's."""
+    if settings.get("objective") not in OBJECTIVES:
+        return settings
+    return {**recipe(settings["objective"], settings["data"], settings["model"]), **settings}
 
-    older  values of settings that a checkpoint of an earlier version may lack
-    """
+
+def resume(path, args):
+    """The checkpoint to go on from; ValueError if it is damaged, foreign, or of a run with other settings."""
     state = read_checkpoint(path)
     if not isinstance(state, dict) or not {"model", "optimiser", "step", "args"} <= state.keys():
         raise ValueError(f"{path}: not a checkpoint of train.py; --fresh starts over")
-    there = {**(older or {}), **state["args"]}
+    there = with_recipe(state["args"])
     differ = [f"--{key.replace('_', '-')} {there.get(key)} there, {value} here" for key, value in vars(args).items()
               if key not in FREE and there.get(key) != value]
     if differ:
@@ -511,7 +496,7 @@ class Targets:
                The tokenizer or teacher behind it stays outside the model: no gradient, no weight decay, not in the
                checkpoint, and no weight initialisation that would wipe it (METHODS 4.3)
     size       codebook size, or values a patch
-    tokenizer  where the tokens come from, if it is known
+    tokenizer  where stored tokens come from, if it is known
     """
 
     def __init__(self, stored=None, make=None, size=None, tokenizer=None):
@@ -538,8 +523,8 @@ def given_targets(args, ds, wants, device):
         return Targets(stored=tokens, size=check_tokens(tokens, args.tokens, ds, args, args.vocab_size)), None
     if args.tokenizer:
         return None, check_tokenizer(kmeans.load_tokenizer(args.tokenizer), args.tokenizer, args).to(device)
-    if args.fresh or not os.path.exists(os.path.join(args.out, "tokenizer.pt")):
-        kmeans.blank_tokenizer(ds, args.features, args.patch_size, args.image_size)     # can it be had? Before --fresh acts
+    if args.fresh:                                                  # can it be had? Before the old run is removed
+        kmeans.blank_tokenizer(ds, args.features, args.patch_size, args.image_size)
     return None, None
 
 
@@ -547,7 +532,7 @@ def token_targets(args, ds, tokenizer, rank, device, say):
     """Tokens of a tokenizer, fitted here if there is none: stored in OUT, or made of each crop in each step."""
     tokenizer = get_tokenizer(args, ds, tokenizer, rank, device, say)
     if args.crop:
-        return Targets(make=tokenizer, size=tokenizer.vocab_size, tokenizer=tokenizer)
+        return Targets(make=tokenizer, size=tokenizer.vocab_size)
     return Targets(stored=make_tokens(args, ds, tokenizer, rank, device), size=tokenizer.vocab_size, tokenizer=tokenizer)
 
 
@@ -562,8 +547,8 @@ def describe_codebook(args, ds, targets, device, say):
     """What the codebook is worth before any training: used codes, perplexity, and TCAS beside that of random tokens."""
     tokens, labels, k = targets.stored, ds.labels, targets.size
     if tokens is None:
-        labels, _, tokens = zip(*some_tokens(args, ds, targets, 2000, device))
-        tokens, labels = torch.cat(tokens).cpu(), torch.cat(labels).numpy()
+        pairs = [(labels, tokens.cpu()) for labels, _, tokens in some_tokens(args, ds, targets, 2000, device)]
+        labels, tokens = (torch.cat(parts).numpy() for parts in zip(*pairs))
         say(f"tokens are made of each crop as it comes; the codebook on {len(tokens)} whole images:")
     labels = np.zeros(len(tokens), np.int64) if ds.labels is None else labels
     count = lambda labels: tcas.cooccurrence(tokens, labels, k, 1 + int(labels.max()))
@@ -764,7 +749,7 @@ def draw_predictions(args, model, ds, test, targets, device, say):
             counts += tokens.flatten().bincount(minlength=targets.size)[:, None]
         patch_of = torch.where(counts > 0, sums / counts.clamp(min=1), .5)
     given = targets.of(images, read if held is ds else None)
-    objectives.draw_predictions(model, images / 255, ds.mean, ds.std, path, given, patch_of, args.seed)
+    kmeans.save_pictures(objectives.predictions(model, images / 255, ds.mean, ds.std, given, patch_of, args.seed), path)
     say(f"drawn in {path}, a column for each {'training' if held is ds else 'held-out'} image: the image, what was visible, "
         "what was predicted" + ", the target" * (args.objective == "maskfeat" or given is not None))
 
@@ -863,9 +848,9 @@ def complete(args, world, device):
     """
     chosen = recipe(args.objective, args.data, args.model)
     for key in ("tokenizer", "tokens", "vocab_size", "label_smoothing"):
-        if args.objective in ("mae", "maskfeat") and getattr(args, key) is not None:
+        if args.objective in objectives.TARGETS and getattr(args, key) is not None:
             raise ValueError(f"--{key.replace('_', '-')} is for tokens, which {args.objective} does not predict")
-    if args.objective in ("beit", "mim", "pim", "mapet") and args.decoder_depth is not None:
+    if objectives.OBJECTIVES[args.objective][0] is objectives.MaPeT and args.decoder_depth is not None:
         raise ValueError(f"--decoder-depth: {args.objective} has no decoder")
     if args.tokenizer or args.tokens:                              # then the file says what the codebook is
         chosen = {key: value for key, value in chosen.items() if key not in ("features", "vocab_size")}
@@ -905,7 +890,6 @@ def complete(args, world, device):
         return build(args, args.vocab_size or 2).needs
 
 
-
 def run(args):
     started = time.time()
     rank, world, device = setup(args.device)
@@ -916,9 +900,7 @@ def run(args):
         raise ValueError(f"--batch-size {args.batch_size} is more than the {len(ds)} images of {ds.name}")
     targets, tokenizer = given_targets(args, ds, wants, device)
     last = os.path.join(args.out, "last.pt")
-    state = None
-    if os.path.exists(last) and not args.fresh:
-        state = resume(last, args, recipe(args.objective, args.data, args.model))
+    state = resume(last, args) if os.path.exists(last) and not args.fresh else None
 
     # --- everything that can be checked was checked: now files may change
     if args.fresh and rank == 0:

@@ -72,8 +72,8 @@ def hog(images, p):
     images = F.pad(images, (1, 1, 1, 1), mode="reflect")
     gx, gy = (F.conv2d(images, kernel.repeat(3, 1, 1, 1), groups=3) for kernel in (sobel, sobel.T))
     bins = (torch.atan2(gx, gy) / math.pi * 9).floor() % 9              # x first: the angle is measured from the y axis
-    votes = lambda o: torch.hypot(gx, gy) * (bins == o)
-    cells = [reduce(votes(o), "b c (y i) (x j) -> b c y x", "sum", i=cell, j=cell) for o in range(9)]
+    magnitude = torch.hypot(gx, gy)
+    cells = [reduce(magnitude * (bins == o), "b c (y i) (x j) -> b c y x", "sum", i=cell, j=cell) for o in range(9)]
     cells = F.normalize(torch.stack(cells, 2), dim=2)
     return rearrange(cells, "b c o (y i) (x j) -> b (y x) (c o i j)", i=p // cell, j=p // cell)
 
@@ -111,6 +111,12 @@ def channels(values, device):
     """Three numbers, as (3, 1, 1) on the device: copied there once, because each copy makes the CPU wait for a GPU."""
     with torch.inference_mode(False):                                   # wherever the first call comes from
         return torch.tensor(values, device=device).view(3, 1, 1)
+
+
+def normalise(images, source):
+    """uint8 (b, 3, S, S) on any device -> float32, by .mean and .std of `source`: a data set, a tokenizer."""
+    mean, std = (channels(values, images.device) for values in (source.mean, source.std))
+    return (images.float() / 255 - mean) / std
 
 
 def take(x, order):
@@ -344,6 +350,15 @@ def file_hash(path, kind):
         while part := file.read(1 << 24):
             digest.update(part)
     return digest.hexdigest()
+
+
+def save(state, path):
+    """torch.save, atomically: a kill while writing leaves the old file."""
+    with open(f"{path}.tmp", "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
 
 
 def read_checkpoint(path):
