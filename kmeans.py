@@ -21,6 +21,7 @@ import hashlib
 import itertools
 import math
 import os
+import signal
 import sys
 import time
 import zipfile
@@ -32,10 +33,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch.utils.data import DataLoader
-from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from vit import PATCH_FEATURES, download, from_weights, normalise, patchify, read_checkpoint, save, unpatchify
+from vit import (CLIP, ENCODERS, IMAGENET, PatchFeatures, draw_grid, exit_on_error, normalize, patchify, read_checkpoint, save,
+                 unpatchify, write_atomically)
 
 try:
     import triton
@@ -43,25 +44,20 @@ try:
 except ImportError:                                     # no Triton for macOS and Windows: plain torch takes over
     triton = None
 
-IMAGENET = (.485, .456, .406), (.229, .224, .225)       # mean, std on the scale 0..1: DINO, DeiT and MAE want these
-CLIP = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
-ENCODERS = {"dino": "dino_vits16", "deit": "deit_small", "mae": "mae_vitb16"}    # names that vit.from_weights knows
-CLIP_SHA256 = "be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c"
-CLIP_URL = f"https://openaipublic.azureedge.net/clip/models/{CLIP_SHA256}/RN50x64.pt"
-UNSET = 65535                                           # no token: what is still missing in a half-written tokens.npy
+UNSET = np.uint16(65535)                                           # no token: what is still missing in a half-written tokens.npy
 
 
 # --- the algorithm: assign, update, seed, repeat, tokenize -----------------------------------------------------------
 # Shapes: b independent problems of m rows (a block) with d values; r restarts of each, so r codebooks of k centroids.
 # To read one problem with one start, take r = b = 1.
 
-def nearest(x, w, bias):
+def find_nearest(x, w, bias):
     """Assign: argmax_k x.w_k + bias_k -> labels (r, b, m) int64, scores (r, b, m) float32; of equals the smallest k.
 
     x (b, m, d) of any dtype; w (r, b, k, d) and bias (r, b, k) float32, from `fold`.
     """
     if fused(x):
-        return nearest_fused(x, w, bias)
+        return find_nearest_fused(x, w, bias)
     scores = product(x.float(), rearrange(w, "r b k d -> b (r k) d"), rearrange(bias, "r b k -> b (r k)"))
     best, labels = rearrange(scores, "b m (r k) -> r b m k", r=len(w)).max(-1)
     return labels, best
@@ -114,11 +110,11 @@ def kmeans_plusplus(x, u):
     return seeds
 
 
-def labelled(data, c, origin):
+def assign_blocks(data, c, origin):
     """Blocks (b, m, d) with labels and scores (r, b, m) of their rows, for centroids c (r, b, k, d)."""
     w, bias = fold(c, origin, data.scale, data.shift)
     for block in data:
-        yield block, *nearest(block, w, bias)
+        yield block, *find_nearest(block, w, bias)
 
 
 def lloyd_pass(data, c, origin):
@@ -126,7 +122,7 @@ def lloyd_pass(data, c, origin):
     sums, part = torch.zeros_like(c, dtype=torch.float64), torch.zeros_like(c)
     counts, total = torch.zeros_like(sums[..., 0]), torch.zeros_like(sums[..., 0, 0])
     added = 0
-    for block, labels, score in labelled(data, c, origin):
+    for block, labels, score in assign_blocks(data, c, origin):
         add_rows(part, counts, labels, block)
         total += score.sum(-1)
         added += block.shape[1]
@@ -135,7 +131,7 @@ def lloyd_pass(data, c, origin):
             part.zero_()
             added = 0
     sums += part
-    add_up(sums, counts, total)
+    all_reduce(sums, counts, total)
     return sums, counts, total
 
 
@@ -184,7 +180,7 @@ class KMeans:
 
     def fit(self, x):
         data = Rows(x, self.k, **self.input)
-        n, start, mean, scatter = survey(data)
+        n, start, mean, scatter = compute_statistics(data)
         if self.k > n:
             raise ValueError(f"{self.k} clusters of {n} rows: there must be at least as many rows as clusters")
         # Cosine: the rows have unit length, and centroids must get it back, or the longest would win (METHODS 4.3).
@@ -206,10 +202,10 @@ class KMeans:
             if done.all():
                 break
         counts, inertia = torch.zeros_like(counts), torch.zeros_like(score)
-        for labels, distances in measured(data, c, mean):               # of the last centroids, exactly
+        for labels, distances in exact_distances(data, c, mean):               # of the last centroids, exactly
             counts.scatter_add_(-1, labels, torch.ones_like(labels, dtype=counts.dtype))
             inertia += distances.sum(-1)
-        add_up(counts, inertia)
+        all_reduce(counts, inertia)
         best = inertia.argmin(0), torch.arange(data.b, device=c.device)  # the best restart of each problem
         keep = (lambda v: v[best]) if data.batched else (lambda v: v[best][0])
         self.centroids, self.counts = keep(c), keep(counts).long()
@@ -233,7 +229,7 @@ def assign(x, centroids, metric="euclidean", mean=None, std=None, device=None, r
     if centroids.shape[-1] != data.d or centroids.ndim == 3 and len(centroids) != data.b:
         raise ValueError(f"rows {tuple(data.shape)} do not fit centroids {tuple(centroids.shape)}")
     c = centroids.to(data.device).float().expand(1, data.b, *centroids.shape[-2:])
-    parts = zip(*measured(data, c, c.double().mean((0, 2))))
+    parts = zip(*exact_distances(data, c, c.double().mean((0, 2))))
     labels, distances = (torch.cat(part, -1)[0] for part in parts)      # [0]: there are no restarts
     return (labels, distances) if data.batched else (labels[0], distances[0])
 
@@ -263,7 +259,7 @@ class KMeansTokenizer(nn.Module):
                              f"not {tuple(images.shape)}")
         if self.features == "pixel":
             return patchify(images, self.patch_size)
-        return self.extract(normalise(images, self) if images.dtype == torch.uint8 else images)
+        return self.extract(normalize(images, self) if images.dtype == torch.uint8 else images)
 
     def assign(self, images):
         """Tokens (b, n) and squared distances (b, n)."""
@@ -281,9 +277,9 @@ class KMeansTokenizer(nn.Module):
 
 # --- the rest of the fit: exact distances, empty clusters, the mean of the data --------------------------------------
 
-def measured(data, c, origin):
+def exact_distances(data, c, origin):
     """Labels and squared distances ||x - c_label||^2 (r, b, m), block by block; by definition: no cancellation."""
-    for block, labels, _ in labelled(data, c, origin):
+    for block, labels, _ in assign_blocks(data, c, origin):
         own = c.gather(2, labels[..., None].expand(-1, -1, -1, c.shape[-1]))
         yield labels, (data.values(block) - own).square_().sum(-1)
 
@@ -293,13 +289,13 @@ def reseed(data, c, new, empty, origin, start):
     m, first = int(empty.sum(-1).max()), start
     far = torch.full((*empty.shape[:2], m), -1., device=c.device)       # the m greatest distances, and of which rows
     index = torch.zeros_like(far, dtype=torch.long)
-    for labels, distances in measured(data, c, origin):
+    for labels, distances in exact_distances(data, c, origin):
         rows = torch.arange(first, first + labels.shape[-1], device=c.device).expand_as(labels)
         far, at = torch.cat([far, distances], -1).topk(m)
         index = torch.cat([index, rows], -1).gather(-1, at)
         first += labels.shape[-1]
-    far, at = gathered(far).topk(m)
-    index = gathered(index).gather(-1, at)
+    far, at = all_gather(far).topk(m)
+    index = all_gather(index).gather(-1, at)
     for r, b in empty.any(-1).nonzero().tolist():
         codes = empty[r, b].nonzero()[:, 0]
         codes = codes[far[r, b, :len(codes)] > 0]                       # every row sits on a centroid: nothing to gain
@@ -307,45 +303,57 @@ def reseed(data, c, new, empty, origin, start):
     return new
 
 
-def survey(data):
+def compute_statistics(data):
     """One pass: n of all processes, rows before this one's, mean (b, d), total squared distance to it (b,), float64."""
     n, origin, sums, squares = 0, None, 0., 0.
     for block in data:
         x = data.values(block)
         if origin is None:                                              # near the mean: no cancellation below
             origin = x.mean(1, keepdim=True)
-            add_up(origin)
-            origin /= place()[1]
+            all_reduce(origin)
+            origin /= rank_and_world()[1]
         x = x - origin
         n, sums, squares = n + x.shape[1], sums + x.sum(1).double(), squares + x.square().sum((1, 2)).double()
-    sizes = gathered(torch.tensor([n], device=data.device)).tolist()
-    add_up(sums, squares)
+    sizes = all_gather(torch.tensor([n], device=data.device)).tolist()
+    all_reduce(sums, squares)
     total = sum(sizes)
     scatter = squares - sums.square().sum(-1) / total
     if not torch.isfinite(scatter).all():
         raise ValueError("K-means got NaN or infinite values (or some beyond 1e18): clean the data first")
-    return total, sum(sizes[:place()[0]]), origin[:, 0].double() + sums / total, scatter.clamp(min=0)
+    return total, sum(sizes[:rank_and_world()[0]]), origin[:, 0].double() + sums / total, scatter.clamp(min=0)
 
 
 # --- reading rows: a tensor, an array or memory map, or a function that starts a stream; one process or many ---------
 
-def place():
+def rank_and_world():
     """(rank, world) of the running process group; (0, 1) without one."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
-def add_up(*tensors):
+def print0(*words):
+    """print, on rank 0 only."""
+    if rank_and_world()[0] == 0:
+        print(*words, flush=True)
+
+
+def barrier():
+    """Wait for all processes."""
+    if rank_and_world()[1] > 1:
+        dist.barrier()
+
+
+def all_reduce(*tensors):
     """Sum each tensor over all processes, in place."""
-    if place()[1] > 1:
+    if rank_and_world()[1] > 1:
         for tensor in tensors:
             dist.all_reduce(tensor)
 
 
-def gathered(tensor):
+def all_gather(tensor):
     """The tensors of all processes, side by side in the last dimension."""
-    if place()[1] == 1:
+    if rank_and_world()[1] == 1:
         return tensor
-    parts = [torch.empty_like(tensor) for _ in range(place()[1])]
+    parts = [torch.empty_like(tensor) for _ in range(rank_and_world()[1])]
     dist.all_gather(parts, tensor)
     return torch.cat(parts, -1)
 
@@ -409,7 +417,7 @@ class Rows:
             inside = (index >= start) & (index < start + block.shape[1])
             out[:, inside.to(out.device)] = self.values(block[:, (index[inside] - start).to(block.device)])
             start += block.shape[1]
-        add_up(out)
+        all_reduce(out)
         return out
 
 
@@ -439,7 +447,7 @@ def fused(x):
 
 if triton is not None:
     @triton.jit
-    def nearest_kernel(x, w, bias, labels, scores, m, k, d, b, centre, shrink, unit, HALF: tl.constexpr,
+    def nearest_kernel(x, w, bias, labels, scores, m, k, d, b, center, shrink, unit, HALF: tl.constexpr,
                        ROWS: tl.constexpr, CODES: tl.constexpr, WIDTH: tl.constexpr):
         """One program: ROWS rows of one problem against all codes, CODES at a time; the scores stay in registers."""
         row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -456,7 +464,7 @@ if triton is not None:
                 xs = tl.load(x_row + column[None, :], (row[:, None] < m) & (column[None, :] < d), 0).to(tl.float32)
                 ws = tl.load(w_row + column[:, None], (code[None, :] < k) & (column[:, None] < d), 0)
                 if HALF:
-                    xs = ((xs - centre) * shrink).to(tl.float16)
+                    xs = ((xs - center) * shrink).to(tl.float16)
                 dot = tl.dot(xs, ws, dot, input_precision="tf32x3")           # as precise as float32 where not HALF
             score = dot * unit + tl.load(bias + problem * k + code, code < k, float("-inf"))[None, :]
             top, arg = tl.max(score, 1, return_indices=True)
@@ -516,17 +524,17 @@ def power_of_two(x):
     return 2. ** math.floor(math.log2(max(torch.linalg.vector_norm(x.flatten(), math.inf).item(), 1e-30)))
 
 
-def nearest_fused(x, w, bias):
+def find_nearest_fused(x, w, bias):
     """`nearest` without a matrix of scores. Wide uint8 and 16-bit rows use float16 products, all others tf32 x 3.
 
     uint8 - 128 is exact in float16, and so are bfloat16's 8 bits once a power of two has moved them into range: only
     w is rounded, to 11 bits (bfloat16 has 8). Over 256 columns and more the errors average out far below 1e-4.
     """
     (r, b, k, d), m = w.shape, x.shape[1]
-    x, half, centre, shrink, unit = x.contiguous(), x.dtype != torch.float32 and d >= 256, 0., 1., 1.
+    x, half, center, shrink, unit = x.contiguous(), x.dtype != torch.float32 and d >= 256, 0., 1., 1.
     if half:
         if x.dtype == torch.uint8:
-            centre, bias = 128., bias + 128 * w.sum(-1)                 # x.w = (x - 128).w + 128 sum(w)
+            center, bias = 128., bias + 128 * w.sum(-1)                 # x.w = (x - 128).w + 128 sum(w)
         elif x.dtype == torch.bfloat16:
             shrink = 1 / power_of_two(x)
         unit = power_of_two(w)
@@ -534,7 +542,7 @@ def nearest_fused(x, w, bias):
     labels = torch.empty(r, b, m, dtype=torch.int32, device=x.device)
     scores = torch.empty(r, b, m, device=x.device)
     nearest_kernel[triton.cdiv(m, 128), r * b](
-        x, w.contiguous(), bias.contiguous(), labels, scores, m, k, d, b, centre, shrink, unit / shrink, half,
+        x, w.contiguous(), bias.contiguous(), labels, scores, m, k, d, b, center, shrink, unit / shrink, half,
         128, tile(k, 128), tile(d, 64 if half else 32), num_warps=8)
     return labels.long(), scores
 
@@ -579,119 +587,33 @@ def to_cuda(parts, device):
         ahead = following
 
 
-# --- features of patches ---------------------------------------------------------------------------------------------
-
-def conv_norm(width_in, width, side, stride=1):
-    return nn.Conv2d(width_in, width, side, stride, padding=side // 2, bias=False), nn.BatchNorm2d(width)
-
-
-class Bottleneck(nn.Module):
-    """CLIP's ResNet block: where a ResNet has a strided convolution, it averages."""
-
-    def __init__(self, width_in, width, stride):
-        super().__init__()
-        self.conv1, self.bn1 = conv_norm(width_in, width, 1)
-        self.conv2, self.bn2 = conv_norm(width, width, 3)
-        self.conv3, self.bn3 = conv_norm(width, 4 * width, 1)
-        self.shrink = nn.AvgPool2d(stride)
-        self.downsample = nn.Identity() if width_in == 4 * width else nn.Sequential(*conv_norm(width_in, 4 * width, 1))
-
-    def forward(self, x):
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = F.relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(self.shrink(y)))
-        return F.relu(y + self.downsample(self.shrink(x)))
-
-
-class CLIPTrunk(nn.Module):
-    """CLIP's ResNet up to the last ReLU of layer 4, no attention pooling: (b, 3, S, S) -> (b, 32 width, S/32, S/32).
-
-    The default is RN50x64: 4096 features at 14x14 places of 448 pixels (MaPeT's k-CLIP, METHODS 1.7).
-    """
-
-    def __init__(self, width=128, layers=(3, 15, 36, 10)):
-        super().__init__()
-        self.conv1, self.bn1 = conv_norm(3, width // 2, 3, stride=2)
-        self.conv2, self.bn2 = conv_norm(width // 2, width // 2, 3)
-        self.conv3, self.bn3 = conv_norm(width // 2, width, 3)
-        width_in = width
-        for i, depth in enumerate(layers):
-            blocks = [Bottleneck(width_in, width, stride=2 if i else 1)]
-            blocks += [Bottleneck(4 * width, width, stride=1) for _ in range(depth - 1)]
-            setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
-            width_in, width = 4 * width, 2 * width
-
-    def forward(self, x):
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = F.relu(self.bn2(self.conv2(x)))
-        x = F.avg_pool2d(F.relu(self.bn3(self.conv3(x))), 2)
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
-
-
-def load_clip():
-    """The trunk of RN50x64 with OpenAI's weights: the state dict of their TorchScript archive, float16 -> float32."""
-    path = download(CLIP_URL, sha256=CLIP_SHA256)
-    try:
-        state = torch.jit.load(path, map_location="cpu").state_dict()
-    except RuntimeError:
-        raise ValueError(f"{path}: not OpenAI's TorchScript archive of RN50x64: remove it to fetch it anew") from None
-    trunk = CLIPTrunk()
-    trunk.load_state_dict({key.removeprefix("visual."): v.float() for key, v in state.items()
-                           if key.startswith("visual.") and "attnpool" not in key})
-    return trunk
-
-
-class PatchFeatures(nn.Module):
-    """Normalised images (b, 3, S, S) -> rows (b, n, d) float32, one a patch: f of the first docstring. Never trained.
-
-    name   pixel, pixel-norm (each patch standardised), hog, clip, dino, deit, mae, or what vit.from_weights takes
-    """
-
-    def __init__(self, name, patch_size, image_size):
-        super().__init__()
-        self.name, self.patch_size, self.image_size, self.encoder = name, patch_size, image_size, None
-        if image_size % patch_size:
-            raise ValueError(f"image size {image_size} is not a multiple of patch size {patch_size}")
-        if name == "clip" and patch_size != 16:
-            raise ValueError(f"clip has one feature for every 16 pixels: patch size {patch_size} does not fit")
-        if name == "clip":
-            self.encoder = load_clip()
-        elif name not in PATCH_FEATURES:
-            self.encoder = from_weights(ENCODERS.get(name, name), image_size)
-            if self.encoder.patch_size != patch_size:
-                raise ValueError(f"{name} has patches of {self.encoder.patch_size} pixels, not {patch_size}")
-        self.eval().requires_grad_(False)
-
-    def train(self, mode=True):
-        return super().train(False)                                     # CLIP's batch norm would move with the images
-
-    def forward(self, images):
-        if self.encoder is None:
-            return PATCH_FEATURES[self.name](images, self.patch_size)
-        with torch.autocast("cuda", torch.float16, enabled=images.is_cuda):
-            if self.name != "clip":
-                return self.encoder(images)[:, self.encoder.prefix:].float()
-            if images.shape[-1] == self.image_size:                     # CLIP sees twice the pixels: stride 32, not 16
-                images = F.interpolate(images, scale_factor=2, mode="bicubic")
-            return rearrange(self.encoder(images), "b d y x -> b (y x) d").float()
-
-
 # --- from a data set to tokenizer.pt and tokens.npy ------------------------------------------------------------------
 
-def batches(ds, indices, batch_size, workers=0, device="cpu"):
+def ignore_signals(_):
+    """For loading processes: Ctrl-C and SIGTERM may reach them too, but stopping is the main process's decision."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def make_loader(ds, batches, workers=0, device="cpu"):
+    """DataLoader over `batches`, lists of the keys of `ds`, in that order."""
+    return DataLoader(ds, batch_sampler=batches, num_workers=workers, worker_init_fn=ignore_signals,
+                      pin_memory=torch.device(device).type == "cuda")
+
+
+def load_batches(ds, indices, batch_size, workers=0, device="cpu"):
     """(images uint8 (b, 3, S, S) on device, labels (b,), index really read (b,)) over `indices`, in that order.
 
     A data set that replaces damaged pictures by neighbours is told of it (`note_unreadable`), here in the main process.
     """
-    indices = [int(i) for i in indices]
-    note = getattr(ds, "note_unreadable", lambda wanted, read: None)
-    loader = DataLoader(ds, batch_size, sampler=indices, num_workers=workers, pin_memory=torch.device(device).type == "cuda")
-    for at, (images, labels, read) in zip(range(0, len(indices), batch_size), loader):
-        note(torch.tensor(indices[at:at + batch_size]), read)
+    indices = torch.as_tensor(indices).split(batch_size)
+    for wanted, (images, labels, read) in zip(indices, make_loader(ds, [part.tolist() for part in indices], workers, device)):
+        if hasattr(ds, "note_unreadable"):
+            ds.note_unreadable(wanted, read)
         yield images.to(device, non_blocking=True), labels, read
 
 
-def mixed(*numbers):
+def derive_seed(*numbers):
     """One seed from several, as different from its neighbours' as a random number."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
@@ -709,15 +631,15 @@ def patch_stream(tokenizer, ds, keep, seed, batch_size, workers, device):
     Images come in a seeded order over the whole set: sorted by class, as folders are, they would seed k-means++ with
     one class (METHODS 4.4). Which patches are kept depends on (seed, image) alone.
     """
-    rank, world = place()
+    rank, world = rank_and_world()
     order = torch.randperm(len(ds), generator=torch.Generator().manual_seed(seed))
     mine = order[rank * len(ds) // world:(rank + 1) * len(ds) // world]
 
     def some(image, n):
-        return torch.randperm(n, generator=torch.Generator().manual_seed(mixed(seed, image)))[:keep]
+        return torch.randperm(n, generator=torch.Generator().manual_seed(derive_seed(seed, image)))[:keep]
 
     def stream():
-        for picked, (images, _, _) in zip(mine.split(batch_size), batches(ds, mine, batch_size, workers, device)):
+        for picked, (images, _, _) in zip(mine.split(batch_size), load_batches(ds, mine, batch_size, workers, device)):
             x = tokenizer.rows(images)
             if keep < x.shape[1]:
                 kept = torch.stack([some(image, x.shape[1]) for image in picked.tolist()]).to(device)
@@ -726,13 +648,13 @@ def patch_stream(tokenizer, ds, keep, seed, batch_size, workers, device):
     return stream, len(mine) * keep
 
 
-def room(device):
+def available_memory(device):
     """Bytes of data that one process may keep in memory: 80 % of what CUDA has free, or its share of half the RAM."""
     if device.type == "cuda":
         return .8 * torch.cuda.mem_get_info(device)[0]
     if not hasattr(os, "sysconf"):                                      # Windows
         return 4e9
-    return .5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / place()[1]
+    return .5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / rank_and_world()[1]
 
 
 def blank_tokenizer(ds, features, patch_size, image_size=None, k=1, metric="euclidean"):
@@ -760,7 +682,7 @@ def fit_tokenizer(ds, features="pixel", k=64, metric="euclidean", patch_size=16,
     first = next(stream())
     kind = torch.float16 if device.type == "cuda" and first.dtype == torch.float32 else first.dtype
     data = stream
-    if n * first.shape[1] * kind.itemsize < room(device):
+    if n * first.shape[1] * kind.itemsize < available_memory(device):
         data, at = torch.empty(n, first.shape[1], dtype=kind, device=device), 0
         for x in tqdm(stream(), desc="patches", unit=" batches", disable=not progress):
             data[at:at + len(x)] = x
@@ -802,11 +724,17 @@ def check_tokens(path, tokenizer, ds):
         raise ValueError(f"{path} holds tokens of shape {tokens.shape}, {ds.name} with this tokenizer needs {shape}: "
                          "remove the file or choose another folder")
     some = sorted({0, len(ds) // 2, len(ds) - 1})
-    images, _, _ = next(batches(ds, some, len(some), device=tokenizer.centroids.device))
+    images, _, _ = next(load_batches(ds, some, len(some), device=tokenizer.centroids.device))
     anew = tokenizer(images).cpu().numpy()
     if (anew == tokens[some]).mean() < .9:                              # other hardware may break a near-tie otherwise
         raise ValueError(f"{path} is of another tokenizer or of other images: remove it or choose another folder")
     return tokens
+
+
+def reserve(path, shape, value):
+    """A .npy file full of `value`, all of it written: a memory map of a file with holes dies when the disk is full."""
+    with write_atomically(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, np.broadcast_to(value, shape))
 
 
 def tokenize(tokenizer, ds, path, batch_size=64, workers=0, device="cpu", progress=False):
@@ -820,36 +748,32 @@ def tokenize(tokenizer, ds, path, batch_size=64, workers=0, device="cpu", progre
         raise ValueError(f"tokens are stored in 16 bits: {tokenizer.vocab_size} centroids are more than {UNSET}")
     if os.path.exists(path):
         return check_tokens(path, tokenizer, ds)
-    rank, world = place()
-    wait = dist.barrier if world > 1 else lambda: None
+    rank, world = rank_and_world()
     made_of = tokenizer.centroids.cpu().numpy().tobytes() + f"{ds.name} {len(ds)} {tokenizer.features}".encode()
     partial = f"{path}.{hashlib.sha256(made_of).hexdigest()[:8]}.partial"  # another tokenizer's rows are never mixed in
     if rank == 0 and not os.path.exists(partial):
-        fresh = np.lib.format.open_memmap(f"{partial}.new", "w+", np.uint16, (len(ds), tokenizer.n_patches))
-        fresh[:] = UNSET
-        fresh.flush()
-        os.replace(f"{partial}.new", partial)
-    wait()
+        reserve(partial, (len(ds), tokenizer.n_patches), UNSET)
+    barrier()
     tokens = np.lib.format.open_memmap(partial, "r+")
     missing = np.flatnonzero((tokens == UNSET).any(1))
-    wait()                                                              # nobody writes before everybody has looked
+    barrier()                                                              # nobody writes before everybody has looked
     mine = missing[rank * len(missing) // world:(rank + 1) * len(missing) // world]
     done = len(ds) - len(missing)
     with tqdm(total=len(ds), initial=done, desc="tokens", unit=" images", disable=not progress) as bar:
-        for at, (images, _, _) in zip(range(0, len(mine), batch_size), batches(ds, mine, batch_size, workers, device)):
+        for at, (images, _, _) in zip(range(0, len(mine), batch_size), load_batches(ds, mine, batch_size, workers, device)):
             tokens[mine[at:at + batch_size]] = tokenizer(images).cpu().numpy()
             bar.update(len(images) * world)
     tokens.flush()
-    wait()
+    barrier()
     if rank == 0:
         os.replace(partial, path)
-    wait()
+    barrier()
     return load_tokens(path)
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
 
-def rebuilt(tokenizer, tokens):
+def rebuild_images(tokenizer, tokens):
     """Tokens (b, n) of raw pixels -> images (b, 3, S, S) in 0..1, each patch its centroid; None for other features."""
     if tokenizer.features != "pixel" or tokenizer.metric != "euclidean":
         return None
@@ -858,18 +782,11 @@ def rebuilt(tokenizer, tokens):
     return unpatchify(((c - shift) / scale / 255).float()[tokens], tokenizer.patch_size).clamp(0, 1)
 
 
-def save_pictures(rows, path, times=None):
-    """PNG of a list of rows of images (b, 3, S, S) in 0..1, each pixel enlarged `times` (default: to 900 pixels or more)."""
-    times = times or math.ceil(900 / (len(rows[0]) * rows[0].shape[-1]))
-    pictures = repeat(torch.cat(rows), "m c y x -> m c (y i) (x j)", i=times, j=times)
-    save_image(make_grid(pictures, nrow=len(rows[0]), padding=4, pad_value=1.), path)
-
-
 def draw_codebook(tokenizer, ds, path, rows=16, columns=12, images=400):
     """PNG: one row for each of the most used codes: its centroid (pixels only), then the patches nearest to it."""
     every = range(0, len(ds), max(1, len(ds) // images))
     p = tokenizer.patch_size * tokenizer.input_size // tokenizer.image_size         # CLIP sees twice the pixels
-    found = [(patchify(x, p), *tokenizer.assign(x)) for x, _, _ in batches(ds, every, 64)]
+    found = [(patchify(x, p), *tokenizer.assign(x)) for x, _, _ in load_batches(ds, every, 64)]
     patches, labels, distances = (torch.cat(parts).flatten(0, 1) for parts in zip(*found))
     lines = []
     for code in labels.bincount(minlength=tokenizer.vocab_size).argsort(descending=True)[:rows]:
@@ -877,19 +794,19 @@ def draw_codebook(tokenizer, ds, path, rows=16, columns=12, images=400):
         own = own[distances[own].argsort()[:columns]]
         line = unpatchify(patches[own][:, None] / 255, p)
         line = F.pad(line, (0, 0, 0, 0, 0, 0, 0, columns - len(own)), value=1.)
-        centroid = rebuilt(tokenizer, code.view(1, 1))
+        centroid = rebuild_images(tokenizer, code.view(1, 1))
         lines.append(line if centroid is None else torch.cat([centroid, line]))
-    save_pictures(lines, path, max(1, 32 // p))                         # small patches are enlarged
+    draw_grid(lines, path, times=max(1, 32 // p))                       # small patches are enlarged
 
 
 def draw_tokens(tokenizer, ds, path, images=6):
     """PNG: images; under each its token map, one colour a token; of raw pixels also the image that its tokens make."""
-    x, _, _ = next(batches(ds, range(0, len(ds), max(1, len(ds) // images)), images))
+    x, _, _ = next(load_batches(ds, range(0, len(ds), max(1, len(ds) // images)), images))
     tokens = tokenizer(x)
-    colours = torch.rand(tokenizer.vocab_size, 3, generator=torch.Generator().manual_seed(0))
-    maps = rearrange(colours[tokens], "b (y x) c -> b c y x", y=tokenizer.image_size // tokenizer.patch_size)
-    rows = [x / 255, F.interpolate(maps, x.shape[-2:]), rebuilt(tokenizer, tokens)]
-    save_pictures([row for row in rows if row is not None], path)
+    colors = torch.rand(tokenizer.vocab_size, 3, generator=torch.Generator().manual_seed(0))
+    maps = rearrange(colors[tokens], "b (y x) c -> b c y x", y=tokenizer.image_size // tokenizer.patch_size)
+    rows = [x / 255, F.interpolate(maps, x.shape[-2:]), rebuild_images(tokenizer, tokens)]
+    draw_grid([row for row in rows if row is not None], path)
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
@@ -906,29 +823,29 @@ def seconds(*functions, repeats=7):
     return best
 
 
-def bench_cpu(n, d, ks, say):
+def bench_cpu(n, d, ks):
     import resource                                                     # not on Windows
     x = torch.randn(n, d, generator=torch.Generator().manual_seed(0))
     unit = 1 << 10 if sys.platform == "linux" else 1 << 20              # Linux counts in kB, macOS in bytes
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     before = peak()
     KMeans(max(ks), max_iter=2).fit(x)
-    say(f"peak memory of a fit beyond the data, n = {n}, d = {d}, K = {max(ks)}: {peak() - before:.0f} MB")
-    say(f"{'K':>6} {'product ms':>10} {'iteration ms':>12} {'ratio':>6}")
+    print0(f"peak memory of a fit beyond the data, n = {n}, d = {d}, K = {max(ks)}: {peak() - before:.0f} MB")
+    print0(f"{'K':>6} {'product ms':>10} {'iteration ms':>12} {'ratio':>6}")
     origin = x.mean(0, keepdim=True).double()
     for k in ks:
         c, data = x[:k].clone(), Rows(x, k)
         product, iteration = seconds(lambda: x @ c.T, lambda: lloyd_pass(data, c[None, None], origin))
-        say(f"{k:>6} {1e3 * product:>10.0f} {1e3 * iteration:>12.0f} {iteration / product:>6.2f}")
+        print0(f"{k:>6} {1e3 * product:>10.0f} {1e3 * iteration:>12.0f} {iteration / product:>6.2f}")
 
 
-def bench_cuda(device, say):
+def bench_cuda(device):
     a = torch.empty(1 << 30, dtype=torch.uint8, device=device)
     b = torch.empty_like(a)
     bandwidth = 2 * a.numel() / seconds(lambda: b.copy_(a))[0]
     a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
     rate = 2 * 8192 ** 3 / seconds(lambda: a @ b)[0]
-    say(f"copy {bandwidth / 1e12:.2f} TB/s read + written, bfloat16 product {rate / 1e12:.0f} TFLOP/s")
+    print0(f"copy {bandwidth / 1e12:.2f} TB/s read + written, bfloat16 product {rate / 1e12:.0f} TFLOP/s")
     for n, d, k, kind in ((24_800_000, 768, 100, torch.uint8), (4_200_000, 1024, 8192, torch.bfloat16)):
         x = torch.empty(n, d, dtype=kind, device=device)
         for part in x.split(1 << 18):
@@ -937,32 +854,32 @@ def bench_cuda(device, say):
         c = data.values(x[None, :k])[None]
         origin = c.double().mean((0, 2))
         t = seconds(lambda: lloyd_pass(data, c, origin))[0]
-        say(f"n = {n}, d = {d}, K = {k}, {kind}: {t:.4f} s an iteration: the data at {x.nbytes / t / bandwidth:.0%} of "
+        print0(f"n = {n}, d = {d}, K = {k}, {kind}: {t:.4f} s an iteration: the data at {x.nbytes / t / bandwidth:.0%} of "
             f"the copy bandwidth, products at {2 * n * d * k / t / rate:.0%} of the bfloat16 rate")
         labels, sums = torch.randint(k, (1, 1, 1 << 19), device=device), torch.zeros_like(c)
         counts = torch.zeros(1, 1, k, dtype=torch.float64, device=device)
         for one_hot in (True, False)[k > 256:]:
             t = seconds(lambda: add_rows_fused(sums, counts, labels, x[None, :1 << 19], one_hot))[0]
-            say(f"    sums of 2^19 rows by {'one-hot product' if one_hot else 'sorted segments'}: {1e3 * t:.2f} ms")
+            print0(f"    sums of 2^19 rows by {'one-hot product' if one_hot else 'sorted segments'}: {1e3 * t:.2f} ms")
         del x, data
 
 
-def plan(args, images, p, size, k, device, say):
+def plan(args, images, p, size, k, device):
     """What `fit` would take. Rates are assumptions for one H100 or H200, stated where they are used."""
-    n, world = (size // p) ** 2, args.processes or place()[1]
+    n, world = (size // p) ** 2, args.processes or rank_and_world()[1]
     # Known widths: a plan needs no download. The others are asked for, which also checks the sizes.
     d = {"clip": 4096, "dino": 384, "deit": 384, "mae": 768}.get(args.features)
     d = d or PatchFeatures(args.features, p, size)(torch.zeros(1, 3, size, size)).shape[-1]
     rows = images * patches_kept(args.fraction, args.features, n)
     each = rows * d * (1 if args.features == "pixel" else 2 if device.type == "cuda" else 4) / world
-    have = args.memory_gb * .8e9 if args.memory_gb else room(device)
+    have = args.memory_gb * .8e9 if args.memory_gb else available_memory(device)
     flops = 2 * rows * d * k * args.restarts
     gpu = max(flops / world / 400e12, 2 * each / 2.5e12)
-    say(f"{images} images, {rows} of {images * n} patches: rows of {d} values, K = {k}, {world} processes")
-    say(f"data {each / 1e9:.2f} GB a process, room for {have / 1e9:.2f}: " +
+    print0(f"{images} images, {rows} of {images * n} patches: rows of {d} values, K = {k}, {world} processes")
+    print0(f"data {each / 1e9:.2f} GB a process, room for {have / 1e9:.2f}: " +
         ("kept in memory" if each < have else "STREAMED: the images are read, and encoded, again in every iteration"))
-    say(f"codebook {k * d * 4e-6:.1f} MB, tokens.npy {2e-6 * images * n:.1f} MB")
-    say(f"at most {args.max_iter} iterations of {flops:.2e} FLOP: {gpu:.3g} s each at 400 TFLOP/s and 2.5 TB/s a "
+    print0(f"codebook {k * d * 4e-6:.1f} MB, tokens.npy {2e-6 * images * n:.1f} MB")
+    print0(f"at most {args.max_iter} iterations of {flops:.2e} FLOP: {gpu:.3g} s each at 400 TFLOP/s and 2.5 TB/s a "
         f"process (assumed), {flops / world / 300e9:.3g} s on two CPU cores at 300 GFLOP/s")
 
 
@@ -1015,49 +932,48 @@ def check_flags(args):
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {number}")
 
 
-def run_fit(args, open_dataset, device, rank, say):
+def run_fit(args, open_dataset, device, rank):
     textures, clip = args.data == "textures", args.features == "clip"
     size, p = args.image_size or (48 if textures else 224), args.patch_size or (8 if textures else 16)
     k = args.k or (64 if textures else 50 if args.features == "pixel" else 100)
     ds = open_dataset(args.data, "train", size * (1 + clip), classes=args.classes)       # CLIP sees twice the pixels
     if args.plan:
-        return plan(args, len(ds), p, size, k, device, say)
+        return plan(args, len(ds), p, size, k, device)
     start, progress = time.perf_counter(), rank == 0 and sys.stderr.isatty()
     tokenizer = fit_tokenizer(ds, args.features, k, args.metric, p, size, args.fraction, args.init, args.max_iter,
                               args.tol, args.restarts, args.seed, args.batch_size, args.workers, device, progress)
     found, path = tokenizer.kmeans, os.path.join(args.out, "tokenizer.pt")
     n = int(found.counts.sum())
     share = found.counts / n
-    say(f"{n} patches, K = {k}: {found.n_iter} iterations, {time.perf_counter() - start:.1f} s, squared distance "
+    print0(f"{n} patches, K = {k}: {found.n_iter} iterations, {time.perf_counter() - start:.1f} s, squared distance "
         f"a patch {found.history[0] / n:.4g} -> {found.inertia / n:.4g}")
-    say(f"{(share > 0).sum()} of {k} codes used, perplexity {torch.special.entr(share).sum().exp():.1f}, "
+    print0(f"{(share > 0).sum()} of {k} codes used, perplexity {torch.special.entr(share).sum().exp():.1f}, "
         f"shares {share.min():.2%} to {share.max():.2%}")
     if rank == 0:
         verb = "replaced" if os.path.exists(path) else "wrote"          # tokens.npy of the old one will be refused
         tokenizer.save(path)
-        say(f"{verb} {path}")
+        print0(f"{verb} {path}")
 
 
 def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
     from train import open_dataset, setup                               # the only import against the table's order
-    try:
+    with exit_on_error("kmeans.py"):
         check_flags(args)
         rank, world, device = setup(args.device)
         if device.type not in ("cpu", "cuda"):
             raise ValueError(f"--device {args.device}: K-means adds up in float64, on cpu or cuda")
-        say = lambda *words: print(*words, flush=True) if rank == 0 else None
         if args.command == "bench":
             if device.type == "cpu":
-                say("CUDA: not run (no GPU, or --device cpu)")
-            return bench_cuda(device, say) if device.type == "cuda" else bench_cpu(args.n, args.d, args.k, say)
+                print0("CUDA: not run (no GPU, or --device cpu)")
+            return bench_cuda(device) if device.type == "cuda" else bench_cpu(args.n, args.d, args.k)
         if not getattr(args, "plan", False):                            # before the work: it must not be for nothing
             os.makedirs(args.out, exist_ok=True)
             if not os.access(args.out, os.W_OK):
                 raise ValueError(f"--out {args.out}: this folder cannot be written, choose another")
         if args.command == "fit":
-            return run_fit(args, open_dataset, device, rank, say)
+            return run_fit(args, open_dataset, device, rank)
         tokenizer = load_tokenizer(args.tokenizer)
         ds = open_dataset(args.data, args.split, tokenizer.input_size, classes=args.classes)
         if ds is None:
@@ -1066,16 +982,11 @@ def main(argv=None):
             path = os.path.join(args.out, "tokens.npy")
             progress = rank == 0 and sys.stderr.isatty()
             tokens = tokenize(tokenizer, ds, path, args.batch_size, args.workers, device, progress)
-            say(f"{path}: {tokens.shape[0]} images x {tokens.shape[1]} tokens of {tokenizer.vocab_size}")
+            print0(f"{path}: {tokens.shape[0]} images x {tokens.shape[1]} tokens of {tokenizer.vocab_size}")
         elif rank == 0:
             draw_codebook(tokenizer, ds, os.path.join(args.out, "codebook.png"), args.rows, images=args.images)
             draw_tokens(tokenizer, ds, os.path.join(args.out, "tokens.png"))
-            say(f"wrote {args.out}/codebook.png and {args.out}/tokens.png")
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"kmeans.py: error: {error}\n")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+            print0(f"wrote {args.out}/codebook.png and {args.out}/tokens.png")
 
 
 if __name__ == "__main__":

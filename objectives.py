@@ -35,8 +35,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw
 
-from vit import (MLP, PATCH_FEATURES, Block, LayerScale, init_weights, mae_init, patchify, sincos_positions, take,
-                 unpatchify)
+from vit import (MLP, PATCH_FEATURES, Block, LayerScale, gather_patches, init_weights, mae_init, patchify, principal_colors,
+                 sincos_positions, unpatchify)
 from vit import hog     # noqa: F401: used through PATCH_FEATURES; here because it is an objective's target, like the rest
 
 # --- orders and masks ---------------------------------------------------------------------------------------------
@@ -216,9 +216,9 @@ class MaskedAutoencoder(Objective):
         latent = self.narrow(vit.encode(vit.embed(images, visible), noise=noise))
         cls, latent = latent[:, :vit.prefix], latent[:, vit.prefix:]
         patches = torch.cat([latent, self.mask_token.expand(*hidden.shape, -1)], 1)
-        patches = patches + take(self.pos.expand(len(images), -1, -1), torch.cat([visible, hidden], 1))
+        patches = patches + gather_patches(self.pos.expand(len(images), -1, -1), torch.cat([visible, hidden], 1))
         prediction = self.decoder(torch.cat([cls, patches], 1), hidden.shape[1])        # cls: its position is zero
-        return prediction, take(self.wanted(images, tokens), hidden)
+        return prediction, gather_patches(self.wanted(images, tokens), hidden)
 
     @torch.no_grad()
     def wanted(self, images, given=None):
@@ -294,11 +294,11 @@ class CAE(Objective):
     def predict(self, images, tokens, order=None, noise=None):
         """Logits (b, T, K) of the hidden patches, in the order z, and their tokens (b, T)."""
         logits, _, _, hidden = self.run(images, order, noise)
-        return logits, take(tokens, hidden)
+        return logits, gather_patches(tokens, hidden)
 
     def forward(self, images, tokens=None, order=None, noise=None):
         logits, guess, target, hidden = self.run(images, order, noise)
-        loss, logs = self.loss(logits, take(tokens, hidden))
+        loss, logs = self.loss(logits, gather_patches(tokens, hidden))
         alignment = F.mse_loss(guess, target)
         return loss + self.align * alignment, {**logs, "alignment": alignment.detach()}
 
@@ -364,7 +364,7 @@ class MaPeT(Objective):
         queries = [unseen] * self.permute                               # MIM asks with the mask tokens themselves
         n_keys = sum(part.shape[1] for part in keys)
         g = vit.encode(torch.cat(keys + queries, 1), self.mask, n_keys, n_out=self.targets, noise=noise)
-        return self.head(g), take(tokens, target_order)                 # Eq. 1, Eq. 2: all ranks >= c
+        return self.head(g), gather_patches(tokens, target_order)                 # Eq. 1, Eq. 2: all ranks >= c
 
 
 # What separates the objectives: class, its switches, and the share of patches that is hidden by default.
@@ -417,7 +417,7 @@ def make(name, vit, vocab_size=None, cut=None, mask_ratio=None, target=None, lab
 
 # --- the masks, printed and drawn ----------------------------------------------------------------------------------
 
-def stages(name, order, cut):
+def list_stages(name, order, cut):
     """Who looks at whom in each network of an objective, for one order (n,): a list of (network, mask, rows, keys).
 
     Rows and keys are names: cls, x3 = patch 3's content, m3 its mask token (position only), g3 its query.
@@ -451,7 +451,7 @@ def draw_mask(mask, rows, keys, visible, path, cell=26):
     Blue = its content may be attended to, orange = only its position, white = nothing. Black lines part the visible
     rows from the targets, these from the mask tokens, and those from the queries.
     """
-    colours = {"c": (49, 104, 173), "x": (49, 104, 173), "m": (236, 151, 60)}
+    colors = {"c": (49, 104, 173), "x": (49, 104, 173), "m": (236, 151, 60)}
     left, top, right = 2 * cell, 2 * cell, 6 * cell
     picture = Image.new("RGB", (left + cell * len(keys) + right, top + cell * len(rows) + cell), "white")
     draw = ImageDraw.Draw(picture)
@@ -462,7 +462,7 @@ def draw_mask(mask, rows, keys, visible, path, cell=26):
         text(left - .8 * cell, top + (y + .5) * cell, row)
         for x, key in enumerate(keys):
             box = (left + x * cell, top + y * cell, left + (x + 1) * cell, top + (y + 1) * cell)
-            draw.rectangle(box, fill=colours[key[0]] if mask[y, x] else "white", outline=(205, 205, 205))
+            draw.rectangle(box, fill=colors[key[0]] if mask[y, x] else "white", outline=(205, 205, 205))
     # Where the kind of row changes; the class token counts as visible content.
     kinds = lambda names: ["visible" if name in visible else name[0] for name in names]
     edges = lambda names: [i for i, (a, b) in enumerate(zip(kinds(names), kinds(names)[1:]), 1) if a != b]
@@ -488,17 +488,9 @@ def hog_picture(x, p):
     along = torch.cos(angle)[:, None, None] * x - torch.sin(angle)[:, None, None] * y      # the edge is square to it
     across = torch.sin(angle)[:, None, None] * x + torch.cos(angle)[:, None, None] * y
     strokes = torch.exp(-8 * across ** 2) * (along.abs() < 1)
-    grey = torch.einsum("bnoij,oyx->bniyjx", bins, strokes)
-    grey = rearrange(grey, "b n i y j x -> b n (i y j x) 1") / grey.amax().clamp(min=1e-6)
-    return grey.expand(-1, -1, -1, 3).flatten(2)
-
-
-def principal_colours(target, *others):
-    """Rows (b, n, d) -> [colours (b, n, 3) in 0..1: their three principal components; `others` by the same ones]."""
-    rows = target.flatten(0, 1)
-    mean, axes = rows.mean(0), torch.pca_lowrank(rows, 3, niter=8)[2]
-    low, high = ((rows - mean) @ axes).quantile(torch.tensor([.02, .98], device=rows.device), dim=0)
-    return [(((x - mean) @ axes - low) / (high - low)).clamp(0, 1) for x in (target, *others)]
+    gray = torch.einsum("bnoij,oyx->bniyjx", bins, strokes)
+    gray = rearrange(gray, "b n i y j x -> b n (i y j x) 1") / gray.amax().clamp(min=1e-6)
+    return gray.expand(-1, -1, -1, 3).flatten(2)
 
 
 @torch.no_grad()
@@ -518,15 +510,15 @@ def predictions(model, images, mean, std, tokens=None, patch_of=None, seed=0):
     predicted, wanted = model.eval().predict(x, given, order)
     model.train(kept)
     patches = patchify(images, p)
-    grey = torch.full((b, model.targets, patches.shape[-1]), .5, device=images.device)
-    rows = [images, unpatchify(put(grey, patches), p)]
+    gray = torch.full((b, model.targets, patches.shape[-1]), .5, device=images.device)
+    rows = [images, unpatchify(put(gray, patches), p)]
     if model.needs == "tokens":
         shown = [patch_of[predicted.argmax(-1)]] + [patch_of[wanted]] * (tokens is not None)
         rows += [unpatchify(put(values, patches), p) for values in shown]
     elif model.target.startswith("pixel"):
         predicted = predicted.float()
         if model.target == "pixel-norm":                                    # in the hidden patch's own mean and contrast
-            own = take(patchify(x, p), hidden[..., 0])
+            own = gather_patches(patchify(x, p), hidden[..., 0])
             predicted = predicted * (own.var(-1, keepdim=True) + 1e-6).sqrt() + own.mean(-1, keepdim=True)
         values = predicted * std.repeat(p * p) + mean.repeat(p * p)         # patchify's order: the channel runs fastest
         rows.append(unpatchify(put(values, patches), p))
@@ -536,7 +528,7 @@ def predictions(model, images, mean, std, tokens=None, patch_of=None, seed=0):
         if model.target == "hog":
             pair = [hog_picture(v, p) for v in pair]
         else:
-            target, guess = principal_colours(whole, pair[0])
+            target, guess = principal_colors(whole, pair[0])
             pair = [guess.repeat(1, 1, p * p), target.repeat(1, 1, p * p)]
         rows += [unpatchify(v, p) for v in pair]
     return rows
@@ -558,7 +550,7 @@ def main(argv=None):
     print(f"order z: {' '.join(f'x{int(j)}' for j in order)}; cut {args.cut}: the class token and the first {args.cut - 1} "
           f"are visible, {1 + args.patches - args.cut} are targets. x content, m mask token (position only), g query")
     for name in [args.objective] if args.objective else OBJECTIVES:
-        several = stages(name, order, args.cut)
+        several = list_stages(name, order, args.cut)
         for network, mask, rows, keys in several:
             path = os.path.join(args.out, f"{name}-{network}.png" if len(several) > 1 else f"{name}.png")
             print(f"\n{name}, {network}: rows attend to columns marked #")

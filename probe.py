@@ -16,7 +16,6 @@ Every image is counted once, however many processes share the work: torchrun --n
 import argparse
 import contextlib
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -30,23 +29,22 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import einsum, rearrange, repeat
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
-from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 import kmeans
 import train
-from kmeans import place
-from vit import MODELS, ViT, from_weights, read_checkpoint
+from kmeans import barrier, make_loader, rank_and_world
+from vit import MODELS, ViT, draw_grid, exit_on_error, from_weights, principal_colors, read_checkpoint
 
 # --- recipes: an explicit flag beats the recipe ---------------------------------------------------------------------
 
 # The papers' linear probes. mae: METHODS 4.5, ClusterMIM's. beit: METHODS 1.8, MaPeT's; its digits are BEiT's example.
 # blr is the learning rate per 256 images.
-ADAMW = dict(optimiser="adamw", lr=None, blr=None, min_lr=0., warmup_lr=0., warmup_epochs=0., layer_decay=1.,
+ADAMW = dict(optimizer="adamw", lr=None, blr=None, min_lr=0., warmup_lr=0., warmup_epochs=0., layer_decay=1.,
              beta2=.999, smoothing=0., mixup=0., cutmix=0., drop_path=0.)
-PROTOCOLS = {"mae": dict(ADAMW, optimiser="lars", blr=.1, weight_decay=0., batch_size=16384, epochs=90.,
+PROTOCOLS = {"mae": dict(ADAMW, optimizer="lars", blr=.1, weight_decay=0., batch_size=16384, epochs=90.,
                          warmup_epochs=10.),
              "beit": dict(ADAMW, lr=4e-3, weight_decay=1e-4, batch_size=1024, epochs=50.)}
 # Fine-tuning. mapet: Table 8 (METHODS 1.8), for ViT-B; mae: METHODS 4.5, ClusterMIM's. RandAugment 9 is timm's m9: nine
@@ -73,25 +71,6 @@ POOLINGS = {2: ("class token", "patch mean", "both"), 1: ("patch mean",)}       
 
 
 # --- pictures -----------------------------------------------------------------------------------------------------
-
-class View(Dataset):
-    """`ds` through another transform of its (whole) pictures; what is random in it is a function of (seed, key) alone.
-
-    Keys are indices i or (epoch, i).
-    """
-
-    def __init__(self, ds, augment, *seed):
-        self.seed, self.read = seed, train.cropped(ds, augment).__getitem__
-        self.name, self.labels, self.classes, self.image_size = ds.name, ds.labels, ds.classes, ds.image_size
-        self.mean, self.std, self.note_unreadable = ds.mean, ds.std, ds.note_unreadable
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, key):
-        key = key if isinstance(key, tuple) else (key,)
-        return train.augmented(key[-1], self.read, *self.seed, *key)
-
 
 class SingleDraw(v2.RandomResizedCrop):
     """MAE's crop for linear probes, as TensorFlow's: area and shape drawn once, clipped to the picture."""
@@ -121,7 +100,7 @@ def augmentation(ds, kind, recipe=None):
         steps += [v2.RandomApply([one], .5)] * 2 if recipe.randaugment else []
         steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(ds.mean, ds.std),
                   v2.RandomErasing(recipe.erase, value="random")]   # noise of unit variance: after normalisation
-    return v2.Compose(steps or [nn.Identity()])
+    return v2.Compose([*steps, v2.PILToTensor()])
 
 
 # --- features -----------------------------------------------------------------------------------------------------
@@ -143,7 +122,7 @@ def frozen(vit):
         raise RuntimeError("the frozen encoder was changed")
 
 
-def pooled(vit, images, final_norm=True):
+def pool_features(vit, images, final_norm=True):
     """images (b, 3, S, S), normalised -> (b, layers, 2, d) float32: class token, mean of patches after each block.
 
     final_norm  the last block's are the encoder's output, after the final norm (else its own, as in BEiT's probe)
@@ -164,22 +143,22 @@ def extract_layers(vit, ds, device, workers=0, batch_size=256, layers=slice(None
     out  zeros to put them in, of this shape; shared: memory that all processes write to, such as a memory map
     Each process encodes every world-th image; the others' rows are zero until the sum over the processes.
     """
-    rank, world = place()
+    rank, world = rank_and_world()
     vit, mine, done = vit.to(device), range(rank, len(ds), world), 0
     shape = len(ds), len(vit.blocks[layers]), 1 + vit.prefix, vit.width
     features = torch.zeros(shape, device=device) if out is None else out
     bar = tqdm(total=len(mine), unit="image", desc=ds.name, leave=False, disable=rank != 0 or not sys.stderr.isatty())
     with frozen(vit), bar:
-        for images, _, _ in train.batches(ds, mine, batch_size, workers, device):
+        for images, _, _ in train.load_batches(ds, mine, batch_size, workers, device):
             rows = mine[done:done + len(images)]
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                x = pooled(vit, train.normalise(images, ds))[:, layers]
+                x = pool_features(vit, train.normalize(images, ds))[:, layers]
             features[rows.start:rows.stop:world] = x.to(features)
             done += len(images)
             bar.update(len(images))
     if world > 1 and not shared:
         dist.all_reduce(features)
-    train.wait_for_all()
+    barrier()
     return features
 
 
@@ -189,7 +168,7 @@ def extract(vit, ds, device, workers=0, batch_size=256):
     return features.flatten(1), torch.as_tensor(ds.labels, device=device)
 
 
-def moments(x, rows, chunk=8192):
+def compute_moments(x, rows, chunk=8192):
     """Mean and standard deviation of x[rows], by dimension, in chunks: x (n, ...) may be larger than memory."""
     parts = (x[r.to(x.device)].double() for r in rows.split(chunk))
     mean, square = sum(torch.stack([part.sum(0), part.square().sum(0)]) for part in parts) / len(rows)
@@ -205,7 +184,7 @@ def knn(train_x, train_y, test_x, test_y, k=20, temperature=.07, chunk=None):
     k      a number -> accuracy; a list of them -> {k: accuracy}
     chunk  test images at once (default: a similarity matrix of at most a gigabyte); the processes share the test images
     """
-    rank, world = place()
+    rank, world = rank_and_world()
     ks = [min(int(one), len(train_x)) for one in (k if isinstance(k, (list, tuple)) else [k])]
     chunk, classes = chunk or max(1, 2 ** 28 // len(train_x)), int(train_y.max()) + 1
     bank, mine = F.normalize(train_x, dim=1), slice(rank, None, world)
@@ -237,7 +216,7 @@ class HeadGrid:
         shape = (layers, *self.pools.shape, d, classes)
         self.weights = [torch.zeros(shape, device=device, requires_grad=True) for _ in grid]
         self.biases = [torch.zeros(layers, len(pools), classes, device=device, requires_grad=True) for _ in grid]
-        self.optimiser = torch.optim.AdamW([dict(params=[w, b], lr=lr, weight_decay=decay) for w, b, (lr, decay) in
+        self.optimizer = torch.optim.AdamW([dict(params=[w, b], lr=lr, weight_decay=decay) for w, b, (lr, decay) in
                                             zip(self.weights, self.biases, grid)])
 
     def logits(self, x):
@@ -251,7 +230,7 @@ class HeadGrid:
         """x (n, l, s, d), y (n,); only x[rows] is read. Cosine to 0; each epoch's last, smaller batch is dropped."""
         mean, std = moments
         batch_size = min(batch_size, len(rows))
-        plan = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimiser, epochs * (len(rows) // batch_size))
+        plan = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, epochs * (len(rows) // batch_size))
         generator = torch.Generator().manual_seed(seed)
         for _ in range(epochs):
             order = rows[torch.randperm(len(rows), generator=generator)]
@@ -260,8 +239,8 @@ class HeadGrid:
                 target = repeat(y[batch.to(y.device)], "b -> (b l g)", l=logits.shape[1], g=logits.shape[2])
                 # The sum over the heads: no head's gradient knows of another.
                 (F.cross_entropy(logits.flatten(0, 2), target, reduction="sum") / len(batch)).backward()
-                self.optimiser.step()
-                self.optimiser.zero_grad()
+                self.optimizer.step()
+                self.optimizer.zero_grad()
                 plan.step()
         return self
 
@@ -293,18 +272,18 @@ def choose_head(x, y, n, test_x, test_y, rates=RATES, decays=DECAYS, epochs=50, 
     images is held out of every view; the chosen head is then trained again on all of them. -> dict
     """
     device, classes, layers = y.device, int(y.max()) + 1, x.shape[1]
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(train.mixed(seed, 1)))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(train.derive_seed(seed, 1)))
     held, kept = order[:max(1, n // 10)], order[max(1, n // 10):]
     kept, everything = torch.cat([kept + v * n for v in range(len(x) // n)]), torch.arange(len(x))
     grid = [(lr, decay) for lr in rates for decay in decays]
     names, pools = POOLINGS[x.shape[2]], [[1, 0], [0, 1], [1, 1]] if x.shape[2] == 2 else [[1]]
-    scale = [m.to(device) for m in moments(x, kept)]
+    scale = [m.to(device) for m in compute_moments(x, kept)]
     heads = HeadGrid(grid, layers, pools, x.shape[-1], classes, device).fit(x, y, kept, scale, epochs, batch_size, seed)
     scores = heads.accuracy(x, y, held, scale)                                  # (l, grid * pooling)
     layer, g = divmod(scores.argmax().item(), scores.shape[1])
     (lr, decay), pool = grid[g // len(pools)], g % len(pools)
 
-    of_layer, scale = slice(layer, layer + 1), [m.to(device) for m in moments(x[:, layer:layer + 1], everything)]
+    of_layer, scale = slice(layer, layer + 1), [m.to(device) for m in compute_moments(x[:, layer:layer + 1], everything)]
     head = HeadGrid([(lr, decay)], 1, [pools[pool]], x.shape[-1], classes, device)
     head.fit(x[:, of_layer], y, everything, scale, epochs, batch_size, seed)
     accuracy = head.accuracy(test_x[:, of_layer], test_y, torch.arange(len(test_x)), scale).item()
@@ -316,7 +295,7 @@ def evaluate(vit, train_ds, test_ds, device, workers=0, seed=0, what=("knn", "li
     """{"knn": ..., "linear": ...}: top-1 accuracies (fractions of 1), all settings fixed; train.py's closing table."""
     train_x, train_y = extract(vit, train_ds, device, workers)
     test_x, test_y = extract(vit, test_ds, device, workers)
-    mean, std = moments(train_x, torch.arange(len(train_x)))        # class token and patch mean differ in scale
+    mean, std = compute_moments(train_x, torch.arange(len(train_x)))        # class token and patch mean differ in scale
     train_x, test_x = (train_x - mean) / std, (test_x - mean) / std
     data = train_x, train_y, test_x, test_y
     return {name: knn(*data, k) if name == "knn" else linear(*data, seed=seed) for name in what}
@@ -454,7 +433,8 @@ class Tokens(Dataset):
 
     def __getitem__(self, key):
         i = key[-1] if isinstance(key, tuple) else key
-        return torch.from_numpy(self.tokens[i].astype(np.int64)), int(self.labels[i]), i
+        x, y = torch.from_numpy(self.tokens[i].astype(np.int64)), int(self.labels[i])
+        return (x, y, i, i) if isinstance(key, tuple) else (x, y, i)
 
     def note_unreadable(self, wanted, read):
         """Tokens cannot be damaged one by one."""
@@ -462,17 +442,17 @@ class Tokens(Dataset):
 
 def on_device(x, ds, device):
     x = x.to(device, non_blocking=True)
-    return train.normalise(x, ds) if x.dtype == torch.uint8 else x
+    return train.normalize(x, ds) if x.dtype == torch.uint8 else x
 
 
-def mixed_up(x, y, classes, recipe, *seed):
+def mix_images(x, y, classes, recipe, *seed):
     """MixUp or CutMix, by a coin, of a group of images; y (b,) becomes (b, c), the classes' shares (MAE, MaPeT)."""
     kinds = [kind(alpha=alpha, num_classes=classes)
              for kind, alpha in ((v2.MixUp, recipe.mixup), (v2.CutMix, recipe.cutmix)) if alpha]
-    return train.augmented((x, y), v2.RandomChoice(kinds), *seed) if kinds else (x, y)
+    return train.augment((x, y), v2.RandomChoice(kinds), *seed) if kinds else (x, y)
 
 
-def gathered(parts):
+def gather_batch(parts):
     """This process's micro-batches [(features, labels)] and all the others': the global batch, in its order."""
     joined = [torch.cat(column) for column in zip(*parts)]
     if dist.is_initialized():
@@ -483,9 +463,9 @@ def gathered(parts):
     return joined
 
 
-def plan(recipe, n, args, frozen_encoder):
+def plan_steps(recipe, n, args, frozen_encoder):
     """How the steps over n images are cut: batch, one process's share and micro-batch, steps, warm-up, peak lr."""
-    world = place()[1]
+    world = rank_and_world()[1]
     share = min(recipe.batch_size, n) // world
     if share == 0:
         raise ValueError(f"a batch of {min(recipe.batch_size, n)} images cannot be shared by {world} processes")
@@ -493,7 +473,7 @@ def plan(recipe, n, args, frozen_encoder):
     batch = share * world
     steps = max(1, round(recipe.epochs * (n // batch)))
     return argparse.Namespace(
-        batch=batch, first=place()[0] * share, share=share, micro=micro, steps=steps,
+        batch=batch, first=rank_and_world()[0] * share, share=share, micro=micro, steps=steps,
         stop_at=min(steps, args.steps or steps), warmup=round(recipe.warmup_epochs * (n // batch)),
         save_every=max(200, n // batch),
         lr=recipe.lr if recipe.lr is not None else recipe.blr * batch / 256)
@@ -503,17 +483,15 @@ def micro_batches(ds, rows, p, start, recipe, args, classes):
     """(inputs on the device, labels (b,) or shares of the classes (b, c)): from step `start`, this process's."""
     keys = train.schedule(len(rows), p.batch, args.seed, start, p.stop_at, slice(p.first, p.first + p.share),
                           p.share // p.micro)
-    keys, asked = itertools.tee([(epoch, int(rows[i])) for epoch, i in some] for some in keys)
-    loader = DataLoader(ds, batch_sampler=keys, num_workers=args.workers, worker_init_fn=train.ignore_interrupt,
-                        pin_memory=args.torch_device.type == "cuda")
+    keys = ([(epoch, int(rows[i])) for epoch, i in some] for some in keys)
     # The papers mix within one GPU's share; here within eighths of the batch, so that the processes do not matter.
     group = math.gcd(p.micro, max(2, recipe.batch_size // 8))
-    for number, ((x, y, read), wanted) in enumerate(zip(loader, asked)):
-        ds.note_unreadable(torch.tensor(wanted)[:, 1], read)
+    for number, (x, y, wanted, read) in enumerate(make_loader(ds, keys, args.workers, args.torch_device)):
+        ds.note_unreadable(wanted, read)
         step, m = divmod(number, p.share // p.micro)
         at = (p.first + m * p.micro) // group
         x, y = on_device(x, ds, args.torch_device), y.to(args.torch_device)
-        pairs = [mixed_up(*some, classes, recipe, args.seed, start + step, at + g)
+        pairs = [mix_images(*some, classes, recipe, args.seed, start + step, at + g)
                  for g, some in enumerate(zip(x.split(group), y.split(group)))]
         yield [torch.cat(column) for column in zip(*pairs)]
 
@@ -525,19 +503,19 @@ def fit(model, ds, rows, recipe, args, path, classes, **about):
     for the global batch. With a frozen encoder (model.encode) every process gets the features of the whole batch and
     trains the same small heads; otherwise the processes share the batch.
     """
-    rank, world = place()
+    rank, world = rank_and_world()
     device, encode = args.torch_device, getattr(model, "encode", None)
-    p = plan(recipe, len(rows), args, encode)
+    p = plan_steps(recipe, len(rows), args, encode)
     settings = argparse.Namespace(**vars(recipe), **about, images=len(rows), seed=args.seed)
     model = model.to(device).train()
-    kind = {"adamw": lambda groups: torch.optim.AdamW(groups, betas=(.9, recipe.beta2)), "lars": LARS}[recipe.optimiser]
-    optimiser, step = kind(layer_groups(model, recipe.weight_decay, recipe.layer_decay)), 0
+    kind = {"adamw": lambda groups: torch.optim.AdamW(groups, betas=(.9, recipe.beta2)), "lars": LARS}[recipe.optimizer]
+    optimizer, step = kind(layer_groups(model, recipe.weight_decay, recipe.layer_decay)), 0
     if os.path.exists(path) and not args.fresh:
         state = train.resume(path, settings)
         model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
+        optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
-    train.wait_for_all()                                            # everybody has looked before anybody writes
+    barrier()                                            # everybody has looked before anybody writes
     if rank == 0 and step < p.stop_at:
         print(f"{path}: {len(rows)} images, {p.steps} steps of {p.batch}, lr {p.lr:g}" +
               (f"; going on at step {step}" if step else ""), flush=True)
@@ -549,31 +527,31 @@ def fit(model, ds, rows, recipe, args, path, classes, **about):
         stopping = False
         while step < p.stop_at and not stopping:
             lr = train.learning_rate(step, p.steps, p.warmup, p.lr, recipe.warmup_lr, recipe.min_lr)
-            for of_layer in optimiser.param_groups:
+            for of_layer in optimizer.param_groups:
                 of_layer["lr"] = of_layer["scale"] * lr
-            generator.manual_seed(train.mixed(args.seed, step))
+            generator.manual_seed(train.derive_seed(args.seed, step))
             noise = torch.rand(2 * model.depth, p.batch, generator=generator, device=device)
             noise = noise[:, p.first:p.first + p.share]
             parts = (next(stream) for _ in range(p.share // p.micro))
             if encode:
-                parts, noise = [gathered([(encode(x), y) for x, y in parts])], noise[:, :0]
+                parts, noise = [gather_batch([(encode(x), y) for x, y in parts])], noise[:, :0]
             # The gradients of all micro-batches are one batch's: the processes exchange them once, with the last.
             last = max(1, noise.shape[1] // p.micro) - 1
             for m, (x, y) in enumerate(parts):
                 with net.no_sync() if net is not model and m < last else contextlib.nullcontext():
                     loss(net, x, y, noise[:, m * p.micro:(m + 1) * p.micro], recipe.smoothing).div(last + 1).backward()
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
             step += 1
             bar.update()
-            stopping = stop.came_anywhere()
+            stopping = stop.received_anywhere()
             if stopping or step == p.stop_at or step % p.save_every == 0:
                 if not torch.stack([value.detach().sum() for value in model.parameters()]).isfinite().all():
                     raise ValueError(f"step {step}: the weights are not finite; try a lower --lr (now {p.lr:g})")
                 if rank == 0:
-                    train.save(dict(model=model.state_dict(), optimiser=optimiser.state_dict(), step=step,
+                    train.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
                                     args=vars(settings)), path)
-    train.wait_for_all()
+    barrier()
     return model.eval() if step == p.steps else None
 
 
@@ -587,9 +565,9 @@ def loss(net, x, y, noise, smoothing):
 @torch.inference_mode()
 def score(model, ds, args, batch_size=256):
     """(heads, 2) top-1 and top-5 accuracy over `ds`; every image counts once."""
-    (rank, world), device = place(), args.torch_device
+    (rank, world), device = rank_and_world(), args.torch_device
     hits = torch.zeros(model.n_heads, 2, device=device, dtype=torch.float64)
-    for x, y, _ in train.batches(ds, range(rank, len(ds), world), batch_size, args.workers):
+    for x, y, _ in train.load_batches(ds, range(rank, len(ds), world), batch_size, args.workers):
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             logits = model(on_device(x, ds, device))
         right = logits.topk(min(5, logits.shape[-1])).indices == y.to(device)[:, None, None]
@@ -617,29 +595,16 @@ def cls_attention(vit, images):
 
 
 @torch.inference_mode()
-def feature_colours(vit, images):
-    """First three principal components of the patch features of all these images: (b, n, 3), scaled to 0..1."""
-    x = vit(images)[:, vit.prefix:]
-    flat = x.flatten(0, 1) - x.mean((0, 1))
-    axes = torch.linalg.svd(flat, full_matrices=False).Vh[:3]
-    axes = axes * axes.sum(1, keepdim=True).sign()                      # an axis has no sign: take one that repeats
-    colours = flat @ axes.T
-    low, high = colours.quantile(.02, 0), colours.quantile(.98, 0)
-    return rearrange(((colours - low) / (high - low)).clamp(0, 1), "(b n) c -> b n c", b=len(x))
-
-
 def show(vit, ds, args, path):
-    """PNG: a row for each of a few images: the image, [CLS] attention, principal components as RGB."""
+    """PNG: a few images, under each where the class token looks, and three principal components as colors."""
     vit, ids = vit.to(args.torch_device).eval(), range(0, len(ds), max(1, len(ds) // args.images))[:args.images]
     pixels = torch.stack([ds[i][0] for i in ids]).to(args.torch_device)
-    images = train.normalise(pixels, ds)
-    enlarged = lambda x: F.interpolate(rearrange(x, "b (y x) c -> b c y x", y=vit.grid), pixels.shape[-2:])
+    images = train.normalize(pixels, ds)
+    enlarge = lambda x: F.interpolate(rearrange(x, "b (y x) c -> b c y x", y=vit.grid), pixels.shape[-2:])
     heat = cls_attention(vit, images)
     heat = repeat(heat / heat.amax(1, keepdim=True), "b n -> b n 3")
-    columns = torch.stack([pixels.float() / 255, enlarged(heat), enlarged(feature_colours(vit, images))])
-    scale = max(1, 160 // ds.image_size)                                # small pictures are drawn larger
-    picture = make_grid(rearrange(columns, "column b c y x -> (b column) c y x"), nrow=3)
-    save_image(repeat(picture, "c y x -> c (y s) (x t)", s=scale, t=scale), path)
+    colors, = principal_colors(vit(images)[:, vit.prefix:])
+    draw_grid([pixels / 255, enlarge(heat), enlarge(colors)], path, ("image", "attention", "features"))
 
 
 # --- one function for each command --------------------------------------------------------------------------------
@@ -691,7 +656,7 @@ def n_classes(ds):
     return len(ds.classes) if ds.classes else 1 + int(ds.labels.max())
 
 
-def complete(recipe, args):
+def resolve_recipe(recipe, args):
     """The recipe with what the command line says otherwise."""
     given = {key: value for key, value in vars(args).items() if key in recipe and value is not None}
     if several := [key for key, value in given.items() if isinstance(value, list) and len(value) > 1]:
@@ -708,49 +673,47 @@ def run_knn(args, vit, train_ds, test_ds, tag):
 
 
 def run_fast(args, vit, train_ds, test_ds, tag):
-    """Features of all views, in memory or, beyond --memory, in a file of the run's folder; then the grid."""
+    """Features, in memory or, beyond --memory, in a file of the run's folder; then the grid."""
     device, n = args.torch_device, len(train_ds)
-    shape, path = (args.views * n, vit.depth, 1 + vit.prefix, vit.width), in_run(args, "features.npy")
+    shape, path = (n, vit.depth, 1 + vit.prefix, vit.width), in_run(args, "features.npy")
     on_disk = 4 * math.prod(shape) > args.memory * 2 ** 30
     if on_disk:
-        if place()[0] == 0:
+        if rank_and_world()[0] == 0:
             np.lib.format.open_memmap(path, "w+", np.float16, shape).flush()
-        train.wait_for_all()
+        barrier()
     x = torch.from_numpy(np.lib.format.open_memmap(path, "r+")) if on_disk else torch.zeros(shape, device=device)
-    for v in range(args.views):
-        view = View(train_ds, augmentation(train_ds, "fast"), args.seed, v) if v else train_ds
-        extract_layers(vit, view, device, args.workers, out=x[v * n:(v + 1) * n], shared=on_disk)
-    y = torch.as_tensor(train_ds.labels, device=device).repeat(args.views)
+    extract_layers(vit, train_ds, device, args.workers, out=x, shared=on_disk)
+    y = torch.as_tensor(train_ds.labels, device=device)
     test_x, test_y = extract_layers(vit, test_ds, device, args.workers), torch.as_tensor(test_ds.labels, device=device)
     result = choose_head(x, y, n, test_x, test_y, args.lr or RATES, args.weight_decay or DECAYS,
                          round(args.epochs or 30), args.batch_size or 1024, args.seed)
-    train.wait_for_all()
-    if on_disk and place()[0] == 0:
+    barrier()
+    if on_disk and rank_and_world()[0] == 0:
         os.remove(path)
     return result
 
 
 def run_protocol(args, vit, train_ds, test_ds, tag):
     """The papers' linear probes: the encoder runs anew on a random view of every image in every epoch."""
-    recipe, mae = complete(PROTOCOLS[args.protocol], args), args.protocol == "mae"
+    recipe, mae = resolve_recipe(PROTOCOLS[args.protocol], args), args.protocol == "mae"
     if mae and not vit.prefix:
         raise ValueError("--protocol mae reads the class token, and this encoder has none: take --protocol beit")
 
     @torch.no_grad()
     def encode(images):
         with torch.autocast(images.device.type, torch.bfloat16, enabled=images.device.type == "cuda"):
-            x = pooled(vit, images, final_norm=mae)
+            x = pool_features(vit, images, final_norm=mae)
         return x[:, -1:, 0] if mae else x.flatten(2)         # BEiT: class token beside patch mean, of every block
     with frozen(vit.to(args.torch_device)):
         torch.manual_seed(args.seed)
         layers, tokens = (1, 1) if mae else (vit.depth, 1 + vit.prefix)
         model = Heads(encode, layers, tokens * vit.width, n_classes(train_ds), mae)
-        view = View(train_ds, augmentation(train_ds, args.protocol), args.seed)
-        model = fit(model, view, range(len(view)), recipe, args, in_run(args, f"linear-{args.protocol}{tag}.pt"), None,
+        view = train.Augmented(train_ds, augmentation(train_ds, args.protocol), args.seed)
+        model = fit(model, view, range(len(train_ds)), recipe, args, in_run(args, f"linear-{args.protocol}{tag}.pt"), None,
                     data=args.data, weights=fingerprint(vit)[:16])
         if model is None:
             return None
-        top1 = score(model, View(test_ds, augmentation(test_ds, "test")), args)[:, 0].tolist()
+        top1 = score(model, train.with_transform(test_ds, augmentation(test_ds, "test")), args)[:, 0].tolist()
     # BEiT prints the best block on the test images; the last block's is the number that nobody chose.
     return dict(linear=top1[-1], **({} if mae else dict(best_layer=max(top1), by_layer=top1)))
 
@@ -759,15 +722,15 @@ def run_finetune(args, vit, train_ds, test_ds, tag):
     rows = torch.randperm(len(train_ds), generator=torch.Generator().manual_seed(args.seed))[:args.labelled].tolist()
     paper = "mae" if args.objective in ("mae", "maskfeat", "clustermim") else "mapet"
     kind = args.recipe or ("textures" if args.data == "textures" else paper)
-    recipe = complete({**RECIPES[kind], **BY_WIDTH.get((kind, vit.width), {})}, args)
+    recipe = resolve_recipe({**RECIPES[kind], **BY_WIDTH.get((kind, vit.width), {})}, args)
     weights, classes = fingerprint(vit)[:16], n_classes(train_ds)
     torch.manual_seed(args.seed)
     model = Classifier(vit, classes, recipe.drop_path, recipe.head_std)
-    model = fit(model, View(train_ds, augmentation(train_ds, "finetune", recipe), args.seed), rows, recipe, args,
+    model = fit(model, train.Augmented(train_ds, augmentation(train_ds, "finetune", recipe), args.seed), rows, recipe, args,
                 in_run(args, f"finetune{tag}.pt"), classes, data=args.data, weights=weights)
     if model is None:
         return None
-    top1, top5 = score(model, View(test_ds, augmentation(test_ds, "test")), args)[0].tolist()
+    top1, top5 = score(model, train.with_transform(test_ds, augmentation(test_ds, "test")), args)[0].tolist()
     return dict(finetune=top1, top5=top5, recipe=kind, labelled=len(rows))
 
 
@@ -806,7 +769,7 @@ def token_sets(args):
 def run_tokens(args):
     """MaPeT Table 4. No floor but chance: there is no encoder."""
     train_ds, test_ds, vocab_size, classes = token_sets(args)
-    recipe = complete(dict(TOKENS, **(SMALL_TOKENS if args.data == "textures" else {})), args)
+    recipe = resolve_recipe(dict(TOKENS, **(SMALL_TOKENS if args.data == "textures" else {})), args)
     torch.manual_seed(args.seed)
     if args.head == "mlp":
         model = TokenMLP(vocab_size, classes)
@@ -923,7 +886,6 @@ def parse(argv):
     add("--k", type=int, nargs="+", default=[20], help="neighbours that vote, one or several (default 20)")
     add = command("linear", "a linear layer on frozen features", settings=SETTINGS)
     add("--protocol", choices=["fast", *PROTOCOLS], default="fast", help="fast: a grid on stored features (default)")
-    add("--views", type=int, default=1, help="fast: encodings of a training image, all but one augmented")
     add("--memory", type=float, default=8, metavar="GB", help="fast: beyond it features go into a file (default 8)")
     add = command("finetune", "train the whole network on labels", settings={**SETTINGS, **FINETUNE_SETTINGS})
     add("--recipe", choices=list(RECIPES), help="(default: the data's, else that of the run's objective)")
@@ -946,15 +908,8 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
-    try:
+    with exit_on_error("probe.py"):
         return measure(args)
-    except (ValueError, OSError) as error:                          # bad input: one line, and nothing else
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"probe.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

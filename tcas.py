@@ -129,13 +129,13 @@ def bag_accuracy(tokens, labels, k, c, held=None, epochs=20, batch=256, lr=.01, 
     x, y, held_x, held_y = (torch.from_numpy(np.asarray(a, np.int64)).to(device) for a in (tokens, labels, *held))
     head, bias = nn.EmbeddingBag(k, c, mode="sum", device=device), nn.Parameter(torch.zeros(c, device=device))
     nn.init.zeros_(head.weight)                                    # the problem is convex: the start does not matter
-    optimiser = torch.optim.Adam([head.weight, bias], lr)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1, 0, epochs * math.ceil(len(order) / batch))
+    optimizer = torch.optim.Adam([head.weight, bias], lr)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, epochs * math.ceil(len(order) / batch))
     for _ in range(epochs):
         for i in torch.from_numpy(rng.permutation(order)).to(device).split(batch):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             F.cross_entropy(head(x[i]) + bias, y[i]).backward()
-            optimiser.step()
+            optimizer.step()
             schedule.step()
     with torch.no_grad():
         right = [(head(part) + bias).argmax(1) == label for part, label in zip(held_x.split(4096), held_y.split(4096))]
@@ -211,19 +211,19 @@ def augmentation_graph(mask, tokens):
 
 def describe(mask, z, tokens):
     """The numbers behind the bound and the claims, for one tokenizer. Keys: see `toy_model`."""
-    to_token, a, normalised = augmentation_graph(mask, tokens)
+    to_token, a, normalized = augmentation_graph(mask, tokens)
     classes = z.shape[1]
     label = z / z.sum(1, keepdim=True)                                       # a shared point is of either class, evenly
     only = z * (z.sum(1, keepdim=True) == 1)                                 # the points of one class only
     between = only.T @ a @ only / torch.outer(only.sum(0), only.sum(0))      # mean weight, class by class
-    spectrum = torch.linalg.eigvalsh(normalised).flip(0)
+    spectrum = torch.linalg.eigvalsh(normalized).flip(0)
     return {"w_in": between.trace().item() / classes,
             "w_x": (between.sum() - between.trace()).item() / (classes * (classes - 1)),
-            "sum": normalised.square().sum().item(),                         # ||A||_F^2 = sum lambda^2 (Eq. 17)
+            "sum": normalized.square().sum().item(),                         # ||A||_F^2 = sum lambda^2 (Eq. 17)
             "alpha": abs(1 - (label.T @ a @ label).trace().item()),          # P(y(x) != y(x')) (Eq. 18)
             "tail": spectrum[classes:].square().sum().item(),
             "linked": (a[z @ z.T > 0] > EPS).double().mean().item(),
-            "spectrum": spectrum, "tokens": tokens, "mask": to_token, "graph": a, "normalised": normalised}
+            "spectrum": spectrum, "tokens": tokens, "mask": to_token, "graph": a, "normalised": normalized}
 
 
 def toy_model(n, overlap, tokenizer="mae", classes=2, graph="complete", width=1, c1=1., c2=None):
@@ -417,7 +417,7 @@ def score(args, kmeans, train):
         if ds is None:
             return None
         some = np.sort(np.random.default_rng(args.seed).permutation(len(ds))[:args.images])
-        steps = tqdm(train.batches(ds, some, args.batch_size, args.workers, device), ds.name,
+        steps = tqdm(train.load_batches(ds, some, args.batch_size, args.workers, device), ds.name,
                      math.ceil(len(some) / args.batch_size), disable=not sys.stderr.isatty())
         parts = [(tokenizer(images).cpu().numpy().astype(np.uint16), labels) for images, labels, _ in steps]
         return tuple(np.concatenate(part) for part in zip(*parts))

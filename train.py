@@ -26,7 +26,7 @@ import torch.distributed as dist
 import torchvision.datasets as tv
 from PIL import Image, ImageOps
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
@@ -34,8 +34,8 @@ from tqdm import tqdm
 import kmeans
 import objectives
 import tcas
-from kmeans import batches, mixed
-from vit import MODELS, normalise, patchify, read_checkpoint, save
+from kmeans import barrier, derive_seed, load_batches, make_loader, print0
+from vit import MODELS, draw_grid, exit_on_error, normalize, patchify, read_checkpoint, save
 
 # --- recipes: an explicit flag beats the recipe ---------------------------------------------------------------------
 
@@ -112,8 +112,8 @@ def render_textures(seed, indices, size=48):
         return np.sin((6 + 3 * period) * math.pi * (x * np.cos(angle) + y * np.sin(angle)) + bend + u(0, 6.3))
 
     def painted(pattern):                                        # (m, 3, size, size), in a random colour
-        grey = u(-.25, .25)
-        return np.stack([grey + u(-.15, .15) + pattern for _ in range(3)], 1)
+        gray = u(-.25, .25)
+        return np.stack([gray + u(-.15, .15) + pattern for _ in range(3)], 1)
 
     square = pick(2)
     scale, turn, cx, cy = u(.75, .9), u(-.15, .15), u(-.2, .2), u(-.2, .2)
@@ -138,13 +138,13 @@ class Textures(Dataset):
         levels = [np.clip(np.rint((values / 7 + .5) * 255), 0, 255).astype(np.uint8) for values, _ in parts]
         self.images = torch.from_numpy(np.concatenate(levels))
         self.labels = np.concatenate([labels for _, labels in parts])
-        self.name, self.crop = f"textures/{split}", v2.Identity()
+        self.name, self.transform = f"textures/{split}", v2.Identity()
 
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, i):
-        return self.crop(self.images[i]), int(self.labels[i]), i
+        return self.transform(self.images[i]), int(self.labels[i]), i
 
     def note_unreadable(self, wanted, read):
         """Nothing here can be damaged; see Pictures."""
@@ -163,8 +163,8 @@ class Pictures(Dataset):
         self.unreadable = set()
         self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
         # Short side resized, then cropped: the region that MaPeT's images and their stored tokens share (METHODS 1.6).
-        self.crop = v2.Compose([v2.Resize(image_size, InterpolationMode.BICUBIC), v2.CenterCrop(image_size),
-                                v2.PILToTensor()])
+        self.transform = v2.Compose([v2.Resize(image_size, InterpolationMode.BICUBIC), v2.CenterCrop(image_size),
+                                     v2.PILToTensor()])
 
     def __len__(self):
         return len(self.names)
@@ -174,7 +174,7 @@ class Pictures(Dataset):
         tries = min(100, len(self))
         for j in [(i + k) % len(self) for k in range(tries)]:
             try:
-                image = self.crop(read_rgb(self.names[j]) if self.source is None else self.source[j][0].convert("RGB"))
+                image = self.transform(read_rgb(self.names[j]) if self.source is None else self.source[j][0].convert("RGB"))
             except Exception:                       # whatever it is: PIL's decoders raise half a dozen kinds of error
                 continue
             return image, -1 if self.labels is None else int(self.labels[j]), j
@@ -292,47 +292,43 @@ def open_folder(folder, split, image_size, classes_file=None):
     return Pictures(f"{folder}/{split}", paths, labels, names, image_size)
 
 
-def augmented(image, augment, *seed):
+def augment(image, augment, *seed):
     """augment(image), with the random numbers that `seed` determines and nothing else."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(mixed(*seed))
+        torch.manual_seed(derive_seed(*seed))
         return augment(image)
 
 
-def ignore_interrupt(_):
-    """For loading processes: Ctrl-C reaches them too, but stopping is the main process's decision."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def cropped(ds, crop):
-    """`ds` with another transform in place of its centre square: of the whole picture to an image of its size."""
+def with_transform(ds, transform):
+    """`ds` with another transform in place of its center square: of the whole picture to what an item holds."""
     ds = copy.copy(ds)
-    ds.crop = v2.Compose([crop, v2.PILToTensor()])
+    ds.transform = transform
     return ds
 
 
-class TrainingSet(Dataset):
-    """Item (epoch, i): the augmented image, its stored tokens (0 without), i, and the index really read."""
+class Augmented(Dataset):
+    """Item (epoch, i): an image under a random transform of the picture, its label, i, and the index really read.
 
-    def __init__(self, ds, tokens, args):
-        self.ds, self.tokens, self.seed = ds, tokens, args.seed
-        self.jitter = v2.ColorJitter(args.jitter, args.jitter, args.jitter) if args.jitter else None
-        self.random = args.jitter > 0 or args.crop > 0
-        if args.crop:
-            if tokens is not None:                       # MaPeT Sec. 5.1 changes colours only, for this reason
-                raise ValueError("a crop or a flip moves the patches away from their stored tokens")
-            self.ds = cropped(ds, v2.Compose([
-                v2.RandomResizedCrop(ds.image_size, (args.crop, 1), interpolation=InterpolationMode.BICUBIC),
-                v2.RandomHorizontalFlip()]))
+    What is random in it is a function of (seed, epoch, i); without a seed nothing is.
+    """
+
+    def __init__(self, ds, transform, *seed):
+        self.ds, self.seed = with_transform(ds, transform), seed
+        self.mean, self.std, self.note_unreadable = ds.mean, ds.std, ds.note_unreadable
 
     def __getitem__(self, key):
         epoch, i = key
-        image, j = augmented(i, self.item, self.seed, epoch, i) if self.random else self.item(i)
-        return image, 0 if self.tokens is None else torch.from_numpy(self.tokens[j].astype(np.int64)), i, j
+        image, label, read = augment(i, self.ds.__getitem__, *self.seed, epoch, i) if self.seed else self.ds[i]
+        return image, label, i, read
 
-    def item(self, i):
-        image, _, j = self.ds[i]
-        return self.jitter(image) if self.jitter else image, j
+
+def augmentation(ds, crop, jitter):
+    """The transform of pre-training: (random crop, flip or else the center square), color jitter."""
+    steps = [ds.transform]
+    if crop:
+        steps = [v2.RandomResizedCrop(ds.image_size, (crop, 1), interpolation=InterpolationMode.BICUBIC),
+                 v2.RandomHorizontalFlip(), v2.PILToTensor()]
+    return v2.Compose(steps + [v2.ColorJitter(jitter, jitter, jitter)] * (jitter > 0))
 
 
 def schedule(n, batch, seed, start, stop, rows, accumulate):
@@ -345,7 +341,7 @@ def schedule(n, batch, seed, start, stop, rows, accumulate):
     for step in range(start, stop):
         epoch, k = divmod(step, per_epoch)
         if order is None or k == 0:
-            order = torch.randperm(n, generator=torch.Generator().manual_seed(mixed(seed, epoch))).tolist()
+            order = torch.randperm(n, generator=torch.Generator().manual_seed(derive_seed(seed, epoch))).tolist()
         mine = order[k * batch:(k + 1) * batch][rows]
         micro = len(mine) // accumulate
         yield from ([(epoch, i) for i in mine[m * micro:(m + 1) * micro]] for m in range(accumulate))
@@ -375,17 +371,12 @@ def first_on_each_machine():
     """One process of each machine goes first, the others follow: for downloads, which they then find done."""
     follows = int(os.environ.get("LOCAL_RANK", 0)) > 0
     if follows:
-        wait_for_all()
+        barrier()
     try:
         yield
     finally:
         if not follows:
-            wait_for_all()
-
-
-def wait_for_all():
-    if dist.is_initialized():
-        dist.barrier()
+            barrier()
 
 
 # --- the run's files ------------------------------------------------------------------------------------------------
@@ -419,7 +410,7 @@ def with_recipe(settings):
 def resume(path, args):
     """The checkpoint to go on from; ValueError if it is damaged, foreign, or of a run with other settings."""
     state = read_checkpoint(path)
-    if not isinstance(state, dict) or not {"model", "optimiser", "step", "args"} <= state.keys():
+    if not isinstance(state, dict) or not {"model", "optimizer", "step", "args"} <= state.keys():
         raise ValueError(f"{path}: not a checkpoint of train.py; --fresh starts over")
     there = with_recipe(state["args"])
     differ = [f"--{key.replace('_', '-')} {there.get(key)} there, {value} here" for key, value in vars(args).items()
@@ -459,13 +450,13 @@ def at_size(ds, args, size):
     return ds if size == ds.image_size else open_dataset(args.data, "train", size, args.classes)
 
 
-def get_tokenizer(args, ds, tokenizer, rank, device, say):
+def get_tokenizer(args, ds, tokenizer, rank, device):
     """The K-means tokenizer in OUT/tokenizer.pt: `tokenizer` (--tokenizer), or fitted on the training images at first."""
     path = os.path.join(args.out, "tokenizer.pt")
     if tokenizer is None and os.path.exists(path):
         return check_tokenizer(kmeans.load_tokenizer(path), path, args).to(device)
     if tokenizer is None:
-        say(f"fitting a K-means tokenizer: {args.features} features, K = {args.vocab_size}, 5 % of the patches")
+        print0(f"fitting a K-means tokenizer: {args.features} features, K = {args.vocab_size}, 5 % of the patches")
         clip = args.features == "clip"
         images = at_size(ds, args, args.image_size * (1 + clip))
         # k-CLIP: 20 iterations, random seeds, the best of 5 (METHODS 1.7).
@@ -475,7 +466,7 @@ def get_tokenizer(args, ds, tokenizer, rank, device, say):
                                          workers=args.workers, progress=rank == 0 and sys.stderr.isatty(), **how)
     if rank == 0:
         tokenizer.save(path)
-    wait_for_all()
+    barrier()
     return tokenizer.to(device)
 
 
@@ -528,38 +519,38 @@ def given_targets(args, ds, wants, device):
     return None, None
 
 
-def token_targets(args, ds, tokenizer, rank, device, say):
+def token_targets(args, ds, tokenizer, rank, device):
     """Tokens of a tokenizer, fitted here if there is none: stored in OUT, or made of each crop in each step."""
-    tokenizer = get_tokenizer(args, ds, tokenizer, rank, device, say)
+    tokenizer = get_tokenizer(args, ds, tokenizer, rank, device)
     if args.crop:
         return Targets(make=tokenizer, size=tokenizer.vocab_size)
     return Targets(stored=make_tokens(args, ds, tokenizer, rank, device), size=tokenizer.vocab_size, tokenizer=tokenizer)
 
 
-def some_tokens(args, ds, targets, most, device):
+def iterate_tokens(args, ds, targets, most, device):
     """Yields up to `most` training images, spread evenly: labels, uint8 images and tokens, the last two on the device."""
     few = range(0, len(ds), math.ceil(len(ds) / most))
-    for images, labels, read in batches(ds, few, 64, args.workers, device):
+    for images, labels, read in load_batches(ds, few, 64, args.workers, device):
         yield labels, images, targets.of(images, read)
 
 
-def describe_codebook(args, ds, targets, device, say):
+def describe_codebook(args, ds, targets, device):
     """What the codebook is worth before any training: used codes, perplexity, and TCAS beside that of random tokens."""
     tokens, labels, k = targets.stored, ds.labels, targets.size
     if tokens is None:
-        pairs = [(labels, tokens.cpu()) for labels, _, tokens in some_tokens(args, ds, targets, 2000, device)]
+        pairs = [(labels, tokens.cpu()) for labels, _, tokens in iterate_tokens(args, ds, targets, 2000, device)]
         labels, tokens = (torch.cat(parts).numpy() for parts in zip(*pairs))
-        say(f"tokens are made of each crop as it comes; the codebook on {len(tokens)} whole images:")
+        print0(f"tokens are made of each crop as it comes; the codebook on {len(tokens)} whole images:")
     labels = np.zeros(len(tokens), np.int64) if ds.labels is None else labels
     count = lambda labels: tcas.cooccurrence(tokens, labels, k, 1 + int(labels.max()))
     counts = count(labels)
     share = counts.sum(1) / counts.sum()
     entropy = torch.special.entr(share).sum().item()
-    say(f"codebook: {int((share > 0).sum())} of {k} codes used, perplexity {math.exp(entropy):.1f}; "
+    print0(f"codebook: {int((share > 0).sum())} of {k} codes used, perplexity {math.exp(entropy):.1f}; "
         f"a uniform guess has loss ln {k} = {math.log(k):.3f}, one by code frequency {entropy:.3f}")
     if len(np.unique(labels)) > 1:
         random = count(np.random.default_rng(args.seed).permutation(labels))       # the same codes, unrelated to the class
-        say(f"TCAS {tcas.tcas(counts):.3f}, of random tokens {tcas.tcas(random):.3f} (0: every token belongs to one class)")
+        print0(f"TCAS {tcas.tcas(counts):.3f}, of random tokens {tcas.tcas(random):.3f} (0: every token belongs to one class)")
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -571,7 +562,7 @@ def learning_rate(step, steps, warmup, peak, start, end):
     return end + (peak - end) * .5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def make_optimiser(model, args):
+def make_optimizer(model, args):
     """AdamW; weight decay on matrices only: not on biases, norms, LayerScale, positions, class token (METHODS 1.4).
 
     The mask token, of shape (1, 1, d), is decayed, as in the released code (ClusterMIM's also decays the class token).
@@ -611,7 +602,7 @@ class StopSignal:
     def note(self, *_):
         self.came = True
 
-    def came_anywhere(self):
+    def received_anywhere(self):
         if self.group is None:
             return self.came
         flag = torch.tensor([float(self.came)])
@@ -619,7 +610,7 @@ class StopSignal:
         return flag.item() > 0
 
 
-def train(args, ds, targets, state, rank, world, device, say):
+def train(args, ds, targets, state, rank, world, device):
     """Pre-train from the checkpoint `state` (or None); returns (objective, step), or None when a signal came.
 
     Writes last.pt and metrics.jsonl as it goes, encoder.pt at the end.
@@ -631,15 +622,15 @@ def train(args, ds, targets, state, rank, world, device, say):
 
     # --- model, optimiser, where we are
     model = build(args, targets.size).to(device)
-    optimiser = make_optimiser(model, args)
+    optimizer = make_optimizer(model, args)
     names = "loss", *model.logs
     step, seconds, sums = 0, 0., torch.zeros(len(names) + 1)        # sums since the last log, and over how many
     if state:
         model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
+        optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
         step, seconds, sums = state["step"], state["seconds"], state["sums"]
-        say(f"going on from {path('last.pt')} at step {step}")
+        print0(f"going on from {path('last.pt')} at step {step}")
     sums, saved = sums.to(device), step
     metrics = Metrics(path("metrics.jsonl"), step) if rank == 0 else None
 
@@ -648,22 +639,23 @@ def train(args, ds, targets, state, rank, world, device, say):
     micro = args.micro_batch or share
     accumulate, first = share // micro, rank * share
     keys = schedule(len(ds), args.batch_size, args.seed, step, stop_at, slice(first, first + share), accumulate)
-    loader = iter(DataLoader(TrainingSet(ds, targets.stored, args), batch_sampler=keys, num_workers=args.workers,
-                             pin_memory=device.type == "cuda", worker_init_fn=ignore_interrupt))
+    seed = [args.seed] if args.crop or args.jitter else []
+    images_of = Augmented(ds, augmentation(ds, args.crop, args.jitter), *seed)
+    loader = iter(make_loader(images_of, keys, args.workers, device))
     n, vit = model.encoder.n_patches, model.encoder
     if args.compile:
         model.compile()                                             # in place, so that parameter names stay
     net = model if world == 1 else DistributedDataParallel(
         model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    say(f"{args.objective}: {args.model}, {trained / 1e6:.2f}M trained parameters, cut {model.cut}: {model.targets} of {n} "
+    print0(f"{args.objective}: {args.model}, {trained / 1e6:.2f}M trained parameters, cut {model.cut}: {model.targets} of {n} "
         f"patches are hidden; to predict: {args.features if model.needs != 'tokens' else 'tokens'}. "
         f"{steps} steps of {args.batch_size} images ({world} processes x {accumulate} x {micro}), lr {args.lr:g}, "
         f"{'bfloat16' if device.type == 'cuda' else 'float32'} on {device}")
 
     def checkpoint():
         if rank == 0:
-            save(dict(model=model.state_dict(), optimiser=optimiser.state_dict(), step=step, epoch=step // per_epoch,
+            save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, epoch=step // per_epoch,
                       rng=torch.get_rng_state(), sums=sums, seconds=seconds + time.time() - started, args=vars(args)),
                  path("last.pt"))
 
@@ -673,27 +665,26 @@ def train(args, ds, targets, state, rank, world, device, say):
         while step < stop_at:
             # --- one step: a function of (seed, step) and the parameters
             lr = learning_rate(step, steps, warmup, args.lr, args.warmup_lr, args.min_lr)
-            for group in optimiser.param_groups:
+            for group in optimizer.param_groups:
                 group["lr"] = lr
-            order = model.draw_order(args.batch_size, mixed(args.seed, step), device)
+            order = model.draw_order(args.batch_size, derive_seed(args.seed, step), device)
             noise = torch.rand(2 * vit.depth, args.batch_size, device=device,
-                               generator=generator.manual_seed(mixed(args.seed, step, 1)))
+                               generator=generator.manual_seed(derive_seed(args.seed, step, 1)))
             for m in range(accumulate):
-                images, given, wanted, read = next(loader)
+                images, _, wanted, read = next(loader)
                 ds.note_unreadable(wanted, read)
                 rows = slice(first + m * micro, first + (m + 1) * micro)
-                images, given = (x.to(device, non_blocking=True) for x in (images, given))
-                if targets.stored is None:
-                    given = targets.make(images) if targets.make else None
+                images = images.to(device, non_blocking=True)
+                given = targets.of(images, read)
                 model.completes_step = m == accumulate - 1
                 sync = contextlib.nullcontext() if world == 1 or m == accumulate - 1 else net.no_sync()
                 with sync:
                     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                        loss, logs = net(normalise(images, ds), given, order=order[rows], noise=noise[:, rows])
+                        loss, logs = net(normalize(images, ds), given, order=order[rows], noise=noise[:, rows])
                     (loss / accumulate).backward()
                 sums += torch.stack([loss.detach(), *(logs[name] for name in model.logs), torch.ones_like(loss)])
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm or math.inf)
-            stopping = stop.came_anywhere()
+            stopping = stop.received_anywhere()
             log = (step + 1) % args.log_every == 0 or step + 1 in (1, stop_at)
             keep = (step + 1) % args.save_every == 0 or step + 1 == stop_at or stopping
             # The norm is the same on every process, and not finite as soon as any loss anywhere is not. To look at it
@@ -702,8 +693,8 @@ def train(args, ds, targets, state, rank, world, device, say):
                 raise ValueError(f"step {step + 1}: the loss or its gradient is not finite. " + (
                     f"{path('last.pt')} keeps step {saved}" if saved else "No checkpoint was written yet") +
                     f"; try a lower --lr (now {args.lr:g})")
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
             step += 1
             bar.update()
 
@@ -721,40 +712,40 @@ def train(args, ds, targets, state, rank, world, device, say):
                     words += f" (ln K {math.log(targets.size):.3f})" if model.needs == "tokens" else ""
                     bar.set_postfix_str(words)
                     if bar.disable:
-                        say(f"step {step}/{steps}  {words}  lr {lr:.2e}  {speed:.3g} images/s")
+                        print0(f"step {step}/{steps}  {words}  lr {lr:.2e}  {speed:.3g} images/s")
             if keep:
                 checkpoint()
                 saved = step
             if stopping:
-                return say(f"stopped at step {step} by a signal; the same command goes on from there")
+                return print0(f"stopped at step {step} by a signal; the same command goes on from there")
     if rank == 0:
         save({key: value.cpu() for key, value in vit.state_dict().items()}, path("encoder.pt"))
-    wait_for_all()
+    barrier()
     return model, step
 
 
 # --- evaluation and the command line ---------------------------------------------------------------------------------
 
-def draw_predictions(args, model, ds, test, targets, device, say):
+def draw_predictions(args, model, ds, test, targets, device):
     """OUT/predictions.png: held-out images (training images if there are no others), what was hidden, what was predicted."""
     held = ds if test is None else test
     few = range(0, len(held), math.ceil(len(held) / 8))
-    images, _, read = next(batches(held, few, 8, 0, device))
+    images, _, read = next(load_batches(held, few, 8, 0, device))
     patch_of, path = None, os.path.join(args.out, "predictions.png")
     if model.needs == "tokens":        # a code's picture is the mean of its patches: of raw pixels that is the centroid
         sums = torch.zeros(targets.size, 3 * args.patch_size ** 2, device=device)
         counts = torch.zeros(targets.size, 1, device=device)
-        for _, some, tokens in some_tokens(args, ds, targets, 500, device):
+        for _, some, tokens in iterate_tokens(args, ds, targets, 500, device):
             sums.index_add_(0, tokens.flatten(), patchify(some, args.patch_size).flatten(0, 1) / 255)
             counts += tokens.flatten().bincount(minlength=targets.size)[:, None]
         patch_of = torch.where(counts > 0, sums / counts.clamp(min=1), .5)
     given = targets.of(images, read if held is ds else None)
-    kmeans.save_pictures(objectives.predictions(model, images / 255, ds.mean, ds.std, given, patch_of, args.seed), path)
-    say(f"drawn in {path}, a column for each {'training' if held is ds else 'held-out'} image: the image, what was visible, "
+    draw_grid(objectives.predictions(model, images / 255, ds.mean, ds.std, given, patch_of, args.seed), path)
+    print0(f"drawn in {path}, a column for each {'training' if held is ds else 'held-out'} image: the image, what was visible, "
         "what was predicted" + ", the target" * (args.objective == "maskfeat" or given is not None))
 
 
-def evaluate(args, vit, step, ds, test, rank, device, started, say):
+def evaluate(args, vit, step, ds, test, rank, device, started):
     """k-NN and linear probe of the trained and of the random encoder: the closing table, and metrics.jsonl's last line."""
     import probe                                                    # here: probe.py imports this file
     path = os.path.join(args.out, "metrics.jsonl")
@@ -762,16 +753,16 @@ def evaluate(args, vit, step, ds, test, rank, device, started, say):
     if known:
         summary = known[-1]
     else:
-        say("k-NN and linear probe of the trained and of the random encoder")
+        print0("k-NN and linear probe of the trained and of the random encoder")
         trained = probe.evaluate(vit, ds, test, device, args.workers, args.seed)
         random = probe.evaluate(build(args, 2).encoder.to(device), ds, test, device, args.workers, args.seed)
         summary = dict(summary=True, step=step, linear=trained["linear"], linear_random=random["linear"],
                        knn=trained["knn"], knn_random=random["knn"], seconds=round(time.time() - started, 1))
         if rank == 0:
             Metrics(path, step).write(**summary)
-    say(f"\n{'':<18}{'k-NN':>8}{'linear probe':>15}   top-1 % on {test.name}, {len(test)} images")
+    print0(f"\n{'':<18}{'k-NN':>8}{'linear probe':>15}   top-1 % on {test.name}, {len(test)} images")
     for name, suffix in (("random encoder", "_random"), ("trained encoder", "")):
-        say(f"{name:<18}{100 * summary['knn' + suffix]:>8.1f}{100 * summary['linear' + suffix]:>15.1f}")
+        print0(f"{name:<18}{100 * summary['knn' + suffix]:>8.1f}{100 * summary['linear' + suffix]:>15.1f}")
 
 
 def parse(argv):
@@ -841,7 +832,7 @@ def parse(argv):
     return args
 
 
-def complete(args, world, device):
+def resolve_args(args, world, device):
     """Fill in what the recipe decides and check what can be checked before anything is read or written.
 
     Returns what the objective needs: "tokens", "features" or None.
@@ -893,8 +884,7 @@ def complete(args, world, device):
 def run(args):
     started = time.time()
     rank, world, device = setup(args.device)
-    say = lambda *words: print(*words, flush=True) if rank == 0 else None
-    wants = complete(args, world, device)
+    wants = resolve_args(args, world, device)
     ds, test = open_splits(args.data, args.image_size, args.classes)
     if args.batch_size > len(ds):
         raise ValueError(f"--batch-size {args.batch_size} is more than the {len(ds)} images of {ds.name}")
@@ -905,25 +895,25 @@ def run(args):
     # --- everything that can be checked was checked: now files may change
     if args.fresh and rank == 0:
         start_over(args)
-    wait_for_all()
+    barrier()
     os.makedirs(args.out, exist_ok=True)
-    say(f"{ds.name}: {len(ds)} images" + (f", {len(ds.classes)} classes" if ds.classes else "") + f"; run in {args.out}")
-    targets = targets or token_targets(args, ds, tokenizer, rank, device, say)
+    print0(f"{ds.name}: {len(ds)} images" + (f", {len(ds.classes)} classes" if ds.classes else "") + f"; run in {args.out}")
+    targets = targets or token_targets(args, ds, tokenizer, rank, device)
     if rank == 0 and wants == "tokens":
-        describe_codebook(args, ds, targets, device, say)
-    done = train(args, ds, targets, state, rank, world, device, say)
+        describe_codebook(args, ds, targets, device)
+    done = train(args, ds, targets, state, rank, world, device)
     if not done:
         return
     model, step = done
     if rank == 0:
-        draw_predictions(args, model, ds, test, targets, device, say)
+        draw_predictions(args, model, ds, test, targets, device)
     if args.probe and test is None:
-        say("no labels, or no test split: no k-NN and no linear probe")
+        print0("no labels, or no test split: no k-NN and no linear probe")
     elif args.probe:
-        evaluate(args, model.encoder, step, ds, test, rank, device, started, say)
-    say(f"\n{time.time() - started:.0f} s. In {args.out}: {', '.join(sorted(os.listdir(args.out)))}; encoder.pt is the ViT, "
+        evaluate(args, model.encoder, step, ds, test, rank, device, started)
+    print0(f"\n{time.time() - started:.0f} s. In {args.out}: {', '.join(sorted(os.listdir(args.out)))}; encoder.pt is the ViT, "
         "with timm's names")
-    say("next: " + "\n      ".join(next_commands(args)))
+    print0("next: " + "\n      ".join(next_commands(args)))
 
 
 def start_over(args):
@@ -952,20 +942,8 @@ def next_commands(args):
 
 def main(argv=None):
     args = parse(argv)
-    rank = int(os.environ.get("RANK", 0))
-    try:
+    with exit_on_error("train.py"):
         run(args)
-    except (ValueError, OSError) as error:                          # bad input: one line, and nothing else
-        if rank == 0:
-            print(f"train.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:                                       # before the first step; from then on see StopSignal
-        if rank == 0:
-            print("train.py: interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -12,36 +12,33 @@ Axes, the same letters in every file: b image, n patch, d width, h head, k token
 c class, t target. In an attention: q rows that ask, s rows that are looked at.
 Parameter names, shapes and order are timm's, so that DINO, DeiT, MAE and timm files load here and ours load there.
 
+Read down to the ruled line: patches, positions, modules, ViT. Below it, to be skipped at first: public weights and
+files of weights, frozen features of patches (HOG, CLIP, a ViT), safe writing, pictures.
+
 python vit.py          prints a table: parameters and FLOPs per image of every named size
 """
 import argparse
+import contextlib
 import functools
 import hashlib
 import math
 import os
 import pickle
-import urllib.error
+import re
+import sys
 import zipfile
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from einops import rearrange, reduce
+from einops import rearrange, reduce, repeat
+from PIL import Image, ImageDraw
 from torch.utils.flop_counter import FlopCounterMode
-
-# Public weights: where, what they fit, and the hash that their authors published (DINO's published none).
-FACEBOOK = "https://dl.fbaipublicfiles.com/"
-PUBLIC = {
-    "dino_vits16": (FACEBOOK + "dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth", {}),
-    "dino_vitb16": (FACEBOOK + "dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth", {}),
-    "deit_small": (FACEBOOK + "deit/deit_small_patch16_224-cd65a155.pth", {"sha256": "cd65a155"}),
-    "mae_vitb16": (FACEBOOK + "mae/pretrain/mae_pretrain_vit_base.pth", {"md5": "8cad7c"}),         # CC-BY-NC
-    "mae_vitl16": (FACEBOOK + "mae/pretrain/mae_pretrain_vit_large.pth", {"md5": "b8b06e"}),        # CC-BY-NC
-}
-HEADS = {96: 3, 192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}      # a state dict tells every size but the head count
+from torchvision.utils import make_grid
 
 
-# --- patches and positions ---------------------------------------------------------------------------------------
+# --- patches and positions --------------------------------------------------------------------------------------
 
 def patchify(images, p):
     """(b, 3, H, W) -> (b, n, p*p*3): patches in raster order, values in MAE's (row, column, channel) order."""
@@ -54,32 +51,10 @@ def unpatchify(patches, p):
     return rearrange(patches, "b (y x) (p q c) -> b c (y p) (x q)", y=side, x=side, p=p, q=p)
 
 
-def standardised(images, p):
-    """`patchify`, each patch by its own mean and (unbiased) variance: MAE's normalised target, eps 1e-6."""
-    x = patchify(images, p)
-    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-6).sqrt()
-
-
-def hog(images, p):
-    """Histograms of oriented gradients as in MaskFeat (METHODS 7): (b, 3, S, S) normalised -> (b, n, 27 m^2).
-
-    9 hard bins of unsigned orientation over m x m cells in a patch, 8 pixels a side (or the largest divisor of p below
-    it); the 9 bins of each cell and channel have unit length. Values in (channel, bin, cell row, cell column) order.
-    """
-    cell = next(side for side in range(8, 0, -1) if p % side == 0)
-    step = torch.arange(1., -2., -1., device=images.device)
-    sobel = (2 - step.abs())[:, None] * step                            # [1 2 1] down, [1 0 -1] across
-    images = F.pad(images, (1, 1, 1, 1), mode="reflect")
-    gx, gy = (F.conv2d(images, kernel.repeat(3, 1, 1, 1), groups=3) for kernel in (sobel, sobel.T))
-    bins = (torch.atan2(gx, gy) / math.pi * 9).floor() % 9              # x first: the angle is measured from the y axis
-    magnitude = torch.hypot(gx, gy)
-    cells = [reduce(magnitude * (bins == o), "b c (y i) (x j) -> b c y x", "sum", i=cell, j=cell) for o in range(9)]
-    cells = F.normalize(torch.stack(cells, 2), dim=2)
-    return rearrange(cells, "b c o (y i) (x j) -> b (y x) (c o i j)", i=p // cell, j=p // cell)
-
-
-# What a patch can be described by without any network: function(images normalised, p) -> (b, n, values).
-PATCH_FEATURES = {"pixel": patchify, "pixel-norm": standardised, "hog": hog}
+def gather_patches(x, order):
+    """x (b, n, ...), order (b, m) -> (b, m, ...): patches (or positions, or tokens) of each image, in its order."""
+    index = order.reshape(*order.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
+    return x.gather(1, index)
 
 
 def sincos_positions(grid, width, prefix=1):
@@ -97,40 +72,12 @@ def sincos_positions(grid, width, prefix=1):
     return F.pad(patches, (0, 0, prefix, 0))[None].float()
 
 
-def resize_positions(pos, grid, prefix=1):
-    """Learned or fixed positions (1, prefix + n, d) -> (1, prefix + grid*grid, d): bicubic, the class slot kept."""
-    first, patches = pos[:, :prefix], pos[:, prefix:]
-    side = math.isqrt(patches.shape[1])
-    patches = rearrange(patches.float(), "1 (y x) d -> 1 d y x", y=side)
-    patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", antialias=grid < side)
-    return torch.cat([first, rearrange(patches, "1 d y x -> 1 (y x) d").to(pos.dtype)], 1)
-
-
-@functools.lru_cache
-def channels(values, device):
-    """Three numbers, as (3, 1, 1) on the device: copied there once, because each copy makes the CPU wait for a GPU."""
-    with torch.inference_mode(False):                                   # wherever the first call comes from
-        return torch.tensor(values, device=device).view(3, 1, 1)
-
-
-def normalise(images, source):
-    """uint8 (b, 3, S, S) on any device -> float32, by .mean and .std of `source`: a data set, a tokenizer."""
-    mean, std = (channels(values, images.device) for values in (source.mean, source.std))
-    return (images.float() / 255 - mean) / std
-
-
-def take(x, order):
-    """x (b, n, ...), order (b, m) -> (b, m, ...): the patches (or positions, or tokens) of each image, in its order."""
-    index = order.reshape(*order.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
-    return x.gather(1, index)
-
-
 # --- modules, small to large --------------------------------------------------------------------------------------
 
 def drop_path(x, rate, noise):
     """Stochastic depth: a sample whose noise (b,), uniform in [0, 1), is below `rate` loses this branch.
 
-    One draw per sample covers all its rows, hence both streams of MaPeT (METHODS 1.4). Kept branches are scaled up.
+    One draw per sample covers all its rows, hence both streams of MaPeT. Kept branches are scaled up.
     """
     if noise is None or rate == 0:
         return x
@@ -145,7 +92,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x, mask=None, n_keys=None, n_out=None):
-        """x (b, rows, d) -> (b, n_out or rows, d). The last n_out rows ask; the first n_keys rows are looked at.
+        """x (b, rows, d) -> (b, n_out or rows, d). The last n_out rows ask, the first n_keys are looked at.
 
         mask (rows, n_keys) bool, True = may attend, one for all images and heads.
         """
@@ -206,12 +153,12 @@ class PatchEmbed(nn.Module):
         """(b, 3, H, W) -> (b, n, d), or only the patches `order` (b, m), in that order -> (b, m, d)."""
         p = self.proj.kernel_size[0]
         patches = rearrange(images, "b c (y p) (x q) -> b (y x) (c p q)", p=p, q=p)
-        patches = patches if order is None else take(patches, order)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)      # the convolution, as a matrix product
+        patches = patches if order is None else gather_patches(patches, order)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)         # the convolution, as a product
 
 
 class ViT(nn.Module):
-    """images (b, 3, S, S), normalised -> (b, prefix + n, d) after the final norm; class token first if there is one.
+    """images (b, 3, S, S), normalised -> (b, prefix + n, d) after the final norm; first the class token, if any.
 
     pos          "learned" (MaPeT, BEiT, timm) or "sincos" (MAE, ClusterMIM, CAE: fixed, never trained)
     init         "timm" (MaPeT, timm: truncated normal, std 0.02) or "mae" (MAE, ClusterMIM: Xavier-uniform)
@@ -234,11 +181,13 @@ class ViT(nn.Module):
         self.grid, self.prefix = image_size // patch_size, int(cls_token)
         self.n_patches, self.layer_scale = self.grid ** 2, layer_scale
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if cls_token else None
-        self.pos_embed = nn.Parameter(sincos_positions(self.grid, width, self.prefix) if pos == "sincos" else
-                                      torch.zeros(1, self.prefix + self.n_patches, width), requires_grad=pos == "learned")
+        positions = torch.zeros(1, self.prefix + self.n_patches, width)
+        if pos == "sincos":
+            positions = sincos_positions(self.grid, width, self.prefix)
+        self.pos_embed = nn.Parameter(positions, requires_grad=pos == "learned")
         self.patch_embed = PatchEmbed(patch_size, width)
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, layer_scale, drop_path * i / max(depth - 1, 1))
-                                    for i in range(depth))
+        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, layer_scale, rate) for rate in rates)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.apply(init_weights if init == "timm" else mae_init)
         if cls_token:
@@ -248,7 +197,7 @@ class ViT(nn.Module):
 
     def positions(self, order):
         """Positions (b, m, d) of the patches `order` (b, m)."""
-        return take(self.pos_embed[:, self.prefix:].expand(len(order), -1, -1), order)
+        return gather_patches(self.pos_embed[:, self.prefix:].expand(len(order), -1, -1), order)
 
     def embed(self, images, order=None):
         """(b, 3, S, S) -> (b, prefix + n, d): class token and patches, positions added.
@@ -267,9 +216,8 @@ class ViT(nn.Module):
         """All blocks and the final norm: x (b, rows, d) -> (b, n_out or rows, d).
 
         mask    (rows, n_keys) bool, True = may attend; None = every row sees the first n_keys rows
-        n_keys  rows from here on are queries only: they attend and are never attended to; None = all rows are keys
-        n_out   only the last n_out rows are wanted: the last block computes keys and values for all, and nothing else
-                for the other rows
+        n_keys  rows from here on are queries only: they attend and are never attended to; None = all are keys
+        n_out   only the last n_out rows are wanted: for the others the last block computes keys and values only
         noise   (2 * depth, b) uniform numbers that decide stochastic depth; drawn here when None and training
         """
         if noise is None and self.training and self.blocks[-1].drop > 0:
@@ -292,7 +240,7 @@ def init_weights(module):
 
 
 def mae_init(module):
-    """MAE's initialisation: linear layers Xavier-uniform, bias 0; the patch projection counts as a linear layer."""
+    """MAE's initialisation: Xavier-uniform, bias 0; the patch projection counts as a linear layer."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
@@ -300,80 +248,69 @@ def mae_init(module):
         nn.init.xavier_uniform_(module.proj.weight.data.flatten(1))     # a view: the weight itself is filled
 
 
-def vit_micro(**over):          # the embedded default: trains on two CPU cores
-    return ViT(**{**dict(image_size=48, patch_size=8, width=96, depth=4, heads=3, pos="sincos"), **over})
+vit_micro = functools.partial(ViT, image_size=48, patch_size=8, width=96, depth=4, heads=3, pos="sincos")   # two cores
+vit_tiny = functools.partial(ViT, width=192, depth=12, heads=3)
+vit_small = functools.partial(ViT, width=384, depth=12, heads=6)
+vit_base = functools.partial(ViT, width=768, depth=12, heads=12)
+vit_large = functools.partial(ViT, width=1024, depth=24, heads=16)
+MODELS = dict(vit_micro=vit_micro, vit_tiny=vit_tiny, vit_small=vit_small, vit_base=vit_base, vit_large=vit_large)
+HEADS = {96: 3, 192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}      # a state dict tells every size but the head count
 
 
-def vit_tiny(**over):
-    return ViT(**{**dict(width=192, depth=12, heads=3), **over})
-
-
-def vit_small(**over):
-    return ViT(**{**dict(width=384, depth=12, heads=6), **over})
-
-
-def vit_base(**over):
-    return ViT(**{**dict(width=768, depth=12, heads=12), **over})
-
-
-def vit_large(**over):
-    return ViT(**{**dict(width=1024, depth=24, heads=16), **over})
-
-
-MODELS = {f.__name__: f for f in (vit_micro, vit_tiny, vit_small, vit_base, vit_large)}
-
+# ==================================================================================================================
+# Machinery. The method ends here: what follows reads weights, describes patches, writes files and draws.
+# ==================================================================================================================
 
 # --- weights from files and from the web -------------------------------------------------------------------------
 
+# Public weights: where, and the hash that their authors published (DINO's published none).
+FACEBOOK = "https://dl.fbaipublicfiles.com/"
+PUBLIC = {
+    "dino_vits16": (FACEBOOK + "dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth", {}),
+    "dino_vitb16": (FACEBOOK + "dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth", {}),
+    "deit_small": (FACEBOOK + "deit/deit_small_patch16_224-cd65a155.pth", {"sha256": "cd65a155"}),
+    "mae_vitb16": (FACEBOOK + "mae/pretrain/mae_pretrain_vit_base.pth", {"md5": "8cad7c"}),         # CC-BY-NC
+    "mae_vitl16": (FACEBOOK + "mae/pretrain/mae_pretrain_vit_large.pth", {"md5": "b8b06e"}),        # CC-BY-NC
+}
+CLIP_SHA256 = "be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c"
+CLIP_URL = f"https://openaipublic.azureedge.net/clip/models/{CLIP_SHA256}/RN50x64.pt"
+
+
 def download(url, sha256="", md5=""):
-    """The local path of `url` in torch.hub's cache, fetched at the first call; a hash (prefix) that differs is an error."""
+    """The path of `url` in torch.hub's cache, fetched at the first call; its hash must begin with the one given."""
     path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    fetched = path if os.path.exists(path) else f"{path}.{os.getpid()}"       # several ranks may fetch: each its own file
     try:
-        if fetched != path:
-            torch.hub.download_url_to_file(url, fetched, progress=False)
-        for kind, wanted in (("sha256", sha256), ("md5", md5)):
-            if wanted and not file_hash(fetched, kind).startswith(wanted):
-                raise OSError(f"the {kind} of {fetched} does not begin with {wanted}")
-        os.replace(fetched, path)
-    except (urllib.error.URLError, OSError) as error:
-        if fetched != path and os.path.exists(fetched):
-            os.remove(fetched)
-        raise ValueError(f"cannot fetch {url} ({error}): put the right file at {path} yourself") from None
+        if not os.path.exists(path):
+            torch.hub.download_url_to_file(url, path, progress=False)         # atomic: several ranks may fetch
+    except OSError as error:
+        raise ValueError(f"cannot fetch {url} ({error}): put the file at {path} yourself") from None
+    for kind, wanted in (("sha256", sha256), ("md5", md5)):
+        digest = hashlib.new(kind)
+        with open(path, "rb") as file:
+            while part := wanted and file.read(1 << 24):
+                digest.update(part)
+        if wanted and not digest.hexdigest().startswith(wanted):
+            raise ValueError(f"the {kind} of {path} does not begin with {wanted}: remove it, to fetch {url} again")
     return path
 
 
-def file_hash(path, kind):
-    digest = hashlib.new(kind)
-    with open(path, "rb") as file:
-        while part := file.read(1 << 24):
-            digest.update(part)
-    return digest.hexdigest()
-
-
-def save(state, path):
-    """torch.save, atomically: a kill while writing leaves the old file."""
-    with open(f"{path}.tmp", "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
-
-
 def read_checkpoint(path):
-    """torch.load(weights_only=True) on the CPU; anything that is not a readable checkpoint is a one-line ValueError."""
+    """torch.load(weights_only=True) on the CPU; ValueError, one line, for what is no readable checkpoint."""
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):          # DINO's full checkpoints hold one
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__}); was it cut short?") from None
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as e:
+        raise ValueError(f"{path}: not a readable checkpoint ({type(e).__name__}); was it cut short?") from None
 
 
 def read_vit_weights(name_or_path):
-    """The ViT part of a public file, of a timm/DINO/DeiT/MAE checkpoint or of a run of ours, under timm's names."""
+    """(state dict of the ViT alone under timm's names, path): of a public name, a file or a run folder.
+
+    Files of timm, DINO, DeiT, MAE and of this repository; heads, decoders and mask tokens are left out.
+    """
     if name_or_path in PUBLIC:
         url, check = PUBLIC[name_or_path]
         name_or_path = download(url, **check)
@@ -385,50 +322,304 @@ def read_vit_weights(name_or_path):
             break
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ValueError(f"{path}: no ViT weights in it")
-    for prefix in ("module.", "backbone.", "encoder."):                       # DDP, DINO, the objectives of this repo
+    for prefix in ("module.", "backbone.", "encoder."):                       # DDP, DINO, the objectives here
         if any(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
-    # Heads, decoders and mask tokens are not the encoder's; what is left must fit exactly.
-    return {key: v for key, v in state.items()
-            if key.split(".")[0] in ("cls_token", "pos_embed", "patch_embed", "blocks", "norm")}, path
+    ours = ("cls_token", "pos_embed", "patch_embed", "blocks", "norm")
+    return {key: v for key, v in state.items() if key.split(".")[0] in ours}, path
+
+
+def resize_positions(pos, grid, prefix=1):
+    """Positions (1, prefix + n, d) -> (1, prefix + grid*grid, d): bicubic, the class token's are kept."""
+    first, patches = pos[:, :prefix], pos[:, prefix:]
+    side = math.isqrt(patches.shape[1])
+    patches = rearrange(patches.float(), "1 (y x) d -> 1 d y x", y=side)
+    patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", antialias=grid < side)
+    return torch.cat([first, rearrange(patches, "1 d y x -> 1 (y x) d").to(pos.dtype)], 1)
 
 
 def load_weights(vit, name_or_path):
-    """Load a public name (`PUBLIC`), a file or a run folder into `vit` and return it; positions are resized to its grid.
+    """Load a public name (`PUBLIC`), a file or a run folder into `vit`, resizing positions to its grid; returns it.
 
-    ValueError, naming the file and the first keys that differ, if the file does not fit; `vit` is then untouched.
+    ValueError, naming the file and the first keys that differ, if it does not fit; `vit` is then untouched.
     """
     state, path = read_vit_weights(name_or_path)
     own = vit.state_dict()
     if "pos_embed" in state and state["pos_embed"].shape[1] != own["pos_embed"].shape[1]:
-        if math.isqrt(state["pos_embed"].shape[1] - vit.prefix) ** 2 == state["pos_embed"].shape[1] - vit.prefix:
+        n = state["pos_embed"].shape[1] - vit.prefix
+        if math.isqrt(n) ** 2 == n:
             state["pos_embed"] = resize_positions(state["pos_embed"], vit.grid, vit.prefix)
     differ = [f"{key} missing" for key in own if key not in state]
     differ += [f"{key} unknown" for key in state if key not in own]
     differ += [f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}" for key in own
                if key in state and state[key].shape != own[key].shape]
     if differ:
-        raise ValueError(f"{path} does not fit this ViT: {', '.join(differ[:3])}" +
-                         (f" and {len(differ) - 3} more" if len(differ) > 3 else ""))
+        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+        raise ValueError(f"{path} does not fit this ViT: {', '.join(differ[:3])}{more}")
     vit.load_state_dict(state)
     return vit
 
 
 def from_weights(name_or_path, image_size=None):
-    """The ViT that a file (or public name, or run folder) was made from, with its weights; sizes read off the shapes."""
+    """The ViT that a file (or public name, or run folder) was made from, with its weights; sizes are the shapes'."""
     state, path = read_vit_weights(name_or_path)
     try:
         width, _, p, _ = state["patch_embed.proj.weight"].shape
-        prefix = int("cls_token" in state)
-        grid = math.isqrt(state["pos_embed"].shape[1] - prefix)
+        cls_token = "cls_token" in state
+        grid = math.isqrt(state["pos_embed"].shape[1] - cls_token)
         depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
         mlp_ratio = len(state["blocks.0.mlp.fc1.bias"]) / width
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path}: no ViT weights in it (missing {error})") from None
-    vit = ViT(image_size or grid * p, p, width, depth, HEADS.get(width, max(1, width // 64)), mlp_ratio, cls_token=bool(prefix),
-              layer_scale=1. if "blocks.0.ls1.gamma" in state else None)
+    heads = HEADS.get(width, max(1, width // 64))
+    layer_scale = 1. if "blocks.0.ls1.gamma" in state else None
+    vit = ViT(image_size or grid * p, p, width, depth, heads, mlp_ratio, layer_scale, cls_token=cls_token)
     return load_weights(vit, path)
 
+
+# --- frozen features of patches: what K-means clusters, what MaskFeat predicts ------------------------------------
+
+IMAGENET = (.485, .456, .406), (.229, .224, .225)      # mean, std on the scale 0..1: DINO, DeiT and MAE want these
+CLIP = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
+ENCODERS = {"dino": "dino_vits16", "deit": "deit_small", "mae": "mae_vitb16"}
+
+
+@functools.lru_cache
+def to_channels(values, device):
+    """Three numbers, as (3, 1, 1) on the device: copied there once, as each copy makes the CPU wait for a GPU."""
+    with torch.inference_mode(False):                                   # wherever the first call comes from
+        return torch.tensor(values, device=device).view(3, 1, 1)
+
+
+def normalize(images, source):
+    """uint8 (b, 3, S, S) on any device -> float32, by .mean and .std of `source`: a data set, a tokenizer."""
+    mean, std = (to_channels(values, images.device) for values in (source.mean, source.std))
+    return (images.float() / 255 - mean) / std
+
+
+def standardize_patches(images, p):
+    """`patchify`, each patch by its own mean and (unbiased) variance: MAE's normalised target, eps 1e-6."""
+    x = patchify(images, p)
+    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def hog(images, p):
+    """Histograms of oriented gradients as in MaskFeat's released code: (b, 3, S, S) normalised -> (b, n, 27 m^2).
+
+    9 hard bins of unsigned orientation over m x m cells in a patch, 8 pixels a side (or the largest divisor of p
+    below it); the 9 bins of each cell and channel have unit length. Order: channel, bin, cell row, cell column.
+    """
+    cell = next(side for side in range(8, 0, -1) if p % side == 0)
+    step = torch.arange(1., -2., -1., device=images.device)
+    sobel = (2 - step.abs())[:, None] * step                            # [1 2 1] down, [1 0 -1] across
+    images = F.pad(images, (1, 1, 1, 1), mode="reflect")
+    gx, gy = (F.conv2d(images, kernel.repeat(3, 1, 1, 1), groups=3) for kernel in (sobel, sobel.T))
+    bins = (torch.atan2(gx, gy) / math.pi * 9).floor() % 9              # x first: measured from the y axis
+    magnitude = torch.hypot(gx, gy)
+    cells = [reduce(magnitude * (bins == o), "b c (y i) (x j) -> b c y x", "sum", i=cell, j=cell) for o in range(9)]
+    cells = F.normalize(torch.stack(cells, 2), dim=2)
+    return rearrange(cells, "b c o (y i) (x j) -> b (y x) (c o i j)", i=p // cell, j=p // cell)
+
+
+# What describes a patch without any network: function(images normalised, p) -> (b, n, values).
+PATCH_FEATURES = {"pixel": patchify, "pixel-norm": standardize_patches, "hog": hog}
+
+
+def conv_norm(width_in, width, side, stride=1):
+    return nn.Conv2d(width_in, width, side, stride, padding=side // 2, bias=False), nn.BatchNorm2d(width)
+
+
+class Bottleneck(nn.Module):
+    """CLIP's ResNet block: where a ResNet has a strided convolution, it averages."""
+
+    def __init__(self, width_in, width, stride):
+        super().__init__()
+        self.conv1, self.bn1 = conv_norm(width_in, width, 1)
+        self.conv2, self.bn2 = conv_norm(width, width, 3)
+        self.conv3, self.bn3 = conv_norm(width, 4 * width, 1)
+        self.shrink = nn.AvgPool2d(stride)
+        widen = width_in != 4 * width
+        self.downsample = nn.Sequential(*conv_norm(width_in, 4 * width, 1)) if widen else nn.Identity()
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(self.shrink(y)))
+        return F.relu(y + self.downsample(self.shrink(x)))
+
+
+class CLIPTrunk(nn.Module):
+    """CLIP's ResNet to the last ReLU of layer 4, no attention pooling: (b, 3, S, S) -> (b, 32 width, S/32, S/32).
+
+    The default is RN50x64: 4096 features at 14x14 places of 448 pixels (MaPeT Sec. 4.2: k-CLIP).
+    """
+
+    def __init__(self, width=128, layers=(3, 15, 36, 10)):
+        super().__init__()
+        self.conv1, self.bn1 = conv_norm(3, width // 2, 3, stride=2)
+        self.conv2, self.bn2 = conv_norm(width // 2, width // 2, 3)
+        self.conv3, self.bn3 = conv_norm(width // 2, width, 3)
+        width_in = width
+        for i, depth in enumerate(layers):
+            blocks = [Bottleneck(width_in, width, stride=2 if i else 1)]
+            blocks += [Bottleneck(4 * width, width, stride=1) for _ in range(depth - 1)]
+            setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
+            width_in, width = 4 * width, 2 * width
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        x = F.avg_pool2d(F.relu(self.bn3(self.conv3(x))), 2)
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+
+def load_clip():
+    """The trunk of RN50x64 with OpenAI's weights: the state dict of their TorchScript archive, float16 -> float32."""
+    path = download(CLIP_URL, sha256=CLIP_SHA256)
+    try:
+        state = torch.jit.load(path, map_location="cpu").state_dict()
+    except RuntimeError:
+        raise ValueError(f"{path}: not OpenAI's TorchScript archive of RN50x64: remove it to fetch it anew") from None
+    trunk = CLIPTrunk()
+    trunk.load_state_dict({key.removeprefix("visual."): v.float() for key, v in state.items()
+                           if key.startswith("visual.") and "attnpool" not in key})
+    return trunk
+
+
+class PatchFeatures(nn.Module):
+    """Normalised images (b, 3, S, S) -> (b, n, d) float32, one row a patch, by something that is never trained.
+
+    name   pixel, pixel-norm (each patch standardised), hog, clip, dino, deit, mae, or what `from_weights` takes
+    """
+
+    def __init__(self, name, patch_size, image_size):
+        super().__init__()
+        self.name, self.patch_size, self.image_size, self.encoder = name, patch_size, image_size, None
+        if image_size % patch_size:
+            raise ValueError(f"image size {image_size} is not a multiple of patch size {patch_size}")
+        if name == "clip" and patch_size != 16:
+            raise ValueError(f"clip has one feature for every 16 pixels: patch size {patch_size} does not fit")
+        if name == "clip":
+            self.encoder = load_clip()
+        elif name not in PATCH_FEATURES:
+            self.encoder = from_weights(ENCODERS.get(name, name), image_size)
+            if self.encoder.patch_size != patch_size:
+                raise ValueError(f"{name} has patches of {self.encoder.patch_size} pixels, not {patch_size}")
+        self.eval().requires_grad_(False)
+
+    def train(self, mode=True):
+        return super().train(False)                                     # CLIP's batch norm would move with the images
+
+    def forward(self, images):
+        if self.encoder is None:
+            return PATCH_FEATURES[self.name](images, self.patch_size)
+        with torch.autocast("cuda", torch.float16, enabled=images.is_cuda):
+            if self.name != "clip":
+                return self.encoder(images)[:, self.encoder.prefix:].float()
+            if images.shape[-1] == self.image_size:                     # CLIP sees twice the pixels: stride 32, not 16
+                images = F.interpolate(images, scale_factor=2, mode="bicubic")
+            return rearrange(self.encoder(images), "b d y x -> b (y x) d").float()
+
+
+# --- files: all or nothing, and one line for what went wrong ------------------------------------------------------
+
+@contextlib.contextmanager
+def write_atomically(path):
+    """Yields the name of a temporary file, which becomes `path` when the block ends.
+
+    A kill leaves the old file. So does a full disk: then OSError, one line, and the temporary file is gone.
+    """
+    temporary = f"{path}.tmp"
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:                            # torch.save turns the disk's into its own
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        why = getattr(error, "strerror", None) or "is the disk full?"
+        raise OSError(f"{path} cannot be written ({why}); what was there before is kept") from None
+
+
+def save(state, path):
+    """torch.save, atomically."""
+    with write_atomically(path) as temporary:
+        torch.save(state, temporary)
+
+
+@contextlib.contextmanager
+def exit_on_error(script):
+    """Bad input ends in one line and exit code 2, a lost process in one line and 1; a bug keeps its traceback.
+
+    Bad input (ValueError) is the same on every rank, and rank 0 says it; other errors are said by whom they strike.
+    """
+    rank, code = int(os.environ.get("RANK", 0)), 2
+    again = "the same command goes on from what was saved"
+    try:
+        yield
+        return
+    except (ValueError, OSError) as error:
+        first, *others = str(error).strip().splitlines() or [type(error).__name__]
+        # A loading process sends its whole traceback: the message is the last line.
+        line = re.sub(r"^\w+: ", "", others[-1]) if others and "worker process" in first else first
+        quiet = isinstance(error, ValueError) and rank > 0
+    except RuntimeError as error:
+        first, code, quiet = str(error).strip().split("\n")[0], 1, False
+        if first.startswith("DataLoader worker"):
+            line = f"a loading process was lost ({first}); short of memory or of /dev/shm? Fewer --workers; {again}"
+        elif "WORLD_SIZE" in os.environ and re.search("gloo|nccl|connection|peer", str(error), re.I):
+            line = f"another process of this run was lost; {again}"
+        else:
+            raise
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+    if not quiet:
+        print(f"{script}: error: {line}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+# --- pictures -----------------------------------------------------------------------------------------------------
+
+def principal_colors(target, *others):
+    """Rows (b, n, d) -> [colors (b, n, 3) in 0..1: their three principal components; `others` by the same ones].
+
+    An axis has no sign of its own: its largest entry is made positive, so that the picture repeats. (Not its sum:
+    rows that leave a LayerNorm sum to zero, and so does any axis of theirs.) A constant component is gray.
+    """
+    rows = target.flatten(0, 1).float()
+    mean = rows.mean(0)
+    axes = torch.linalg.svd(rows - mean, full_matrices=False).Vh[:3].T             # (d, 3)
+    axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
+    low, high = ((rows - mean) @ axes).quantile(torch.tensor([.02, .98], device=rows.device), dim=0)
+    span = high - low
+    varies = span > 1e-4 * rows.abs().max()                                        # more than rounding
+    return [torch.where(varies, (((x - mean) @ axes - low) / span).clamp(0, 1), .5) for x in (target, *others)]
+
+
+def draw_grid(rows, path, labels=(), times=None):
+    """PNG of rows of images (b, 3, S, S) in 0..1, a label to the left of each row.
+
+    times   by how much a pixel is enlarged (default: to a picture of 900 pixels or more)
+    """
+    side = rows[0].shape[-1]
+    times = times or math.ceil(900 / (len(rows[0]) * side))
+    images = repeat(torch.cat(list(rows)).float().cpu(), "m c y x -> m c (y i) (x j)", i=times, j=times)
+    grid = make_grid(images, nrow=len(rows[0]), padding=4, pad_value=1.)
+    pixels = rearrange(grid.mul(255).add(.5).clamp(0, 255).to(torch.uint8), "c y x -> y x c").numpy()
+    margin = 10 * max(map(len, labels), default=0)
+    picture = Image.new("RGB", (margin + pixels.shape[1], pixels.shape[0]), "white")
+    picture.paste(Image.fromarray(pixels), (margin, 0))
+    for i, label in enumerate(labels):
+        middle = 4 + i * (side * times + 4) + side * times / 2
+        ImageDraw.Draw(picture).text((margin - 6, middle), label, fill="black", anchor="rm", font_size=17)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with write_atomically(path) as temporary:
+        picture.save(temporary, format="png")
+
+
+# --- the table of sizes -------------------------------------------------------------------------------------------
 
 def count_flops(function, *inputs):
     """Floating-point operations of one call (a multiply-add counts as two); meta tensors cost nothing."""
@@ -443,14 +634,11 @@ def main(argv=None):
     parser.add_argument("--patch-size", type=int, help="pixels a side (default: 16; vit_micro 8)")
     args = parser.parse_args(argv)
     over = {key: value for key, value in vars(args).items() if value}
-    print(f"{'model':<10} {'image':>5} {'patch':>5} {'patches':>7} {'width':>5} {'depth':>5} {'params':>9} {'GFLOPs/image':>12}")
+    print(f"{'model':<10} image patch patches width depth {'params':>9} {'GFLOPs/image':>12}")
     for name, build in MODELS.items():
-        try:
-            with torch.device("meta"):
-                vit = build(**over)
-                flops = count_flops(vit, torch.empty(1, 3, vit.image_size, vit.image_size))
-        except ValueError as error:
-            parser.exit(2, f"vit.py: error: {error}\n")
+        with exit_on_error("vit.py"), torch.device("meta"):
+            vit = build(**over)
+            flops = count_flops(vit, torch.empty(1, 3, vit.image_size, vit.image_size))
         params = sum(p.numel() for p in vit.parameters())
         print(f"{name:<10} {vit.image_size:>5} {vit.patch_size:>5} {vit.n_patches:>7} {vit.width:>5} {vit.depth:>5} "
               f"{params / 1e6:>8.2f}M {flops / 1e9:>12.2f}")
