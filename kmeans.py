@@ -17,6 +17,7 @@ torchrun --nproc_per_node 8 kmeans.py fit --data IMAGENET --features clip --k 81
 python kmeans.py bench                                      time of a Lloyd iteration over that of the product X C^T
 """
 import argparse
+import contextlib
 import hashlib
 import itertools
 import math
@@ -336,6 +337,44 @@ def print0(*words):
         print(*words, flush=True)
 
 
+def setup(device=None):
+    """(rank, world, torch.device): joins torchrun's processes (NCCL on CUDA, gloo on the CPU); alone under python."""
+    rank, world, local = (int(os.environ.get(key, default))
+                          for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:              # an unknown name, or not on this machine
+        raise ValueError(f"--device {device}: {str(error)[:70].splitlines()[0]}") from None
+    if device.type == "cuda":
+        device = torch.device("cuda", local if device.index is None else device.index)
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+@contextlib.contextmanager
+def catch_signals():
+    """Yields a function: did any process get SIGTERM or SIGINT? All get the same answer in the same step."""
+    received = torch.zeros(1)
+    # A side group on the CPU: to ask through NCCL would wait for the GPU in every step.
+    group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+
+    def received_anywhere():
+        flag = received.clone()
+        if group is not None:
+            dist.all_reduce(flag, group=group)
+        return flag.item() > 0
+    numbers = signal.SIGTERM, signal.SIGINT
+    before = [signal.signal(number, lambda *_: received.fill_(1)) for number in numbers]
+    try:
+        yield received_anywhere
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
+
+
 def barrier():
     """Wait for all processes."""
     if rank_and_world()[1] > 1:
@@ -589,15 +628,18 @@ def to_cuda(parts, device):
 
 # --- from a data set to tokenizer.pt and tokens.npy ------------------------------------------------------------------
 
-def ignore_signals(_):
-    """For loading processes: Ctrl-C and SIGTERM may reach them too, but stopping is the main process's decision."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def outlive_signals(_):
+    """For loading processes: Ctrl-C and SIGTERM may reach them too, but stopping is the main process's decision.
+
+    They ignore the one and live on for ten seconds after the other, with which Python also ends them at its exit.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
 
 
 def make_loader(ds, batches, workers=0, device="cpu"):
     """DataLoader over `batches`, lists of the keys of `ds`, in that order."""
-    return DataLoader(ds, batch_sampler=batches, num_workers=workers, worker_init_fn=ignore_signals,
+    return DataLoader(ds, batch_sampler=batches, num_workers=workers, worker_init_fn=outlive_signals,
                       pin_memory=torch.device(device).type == "cuda")
 
 

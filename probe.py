@@ -35,8 +35,9 @@ from tqdm import tqdm
 
 import kmeans
 import train
-from kmeans import barrier, make_loader, rank_and_world
-from vit import MODELS, ViT, draw_grid, exit_on_error, from_weights, principal_colors, read_checkpoint
+import objectives
+from kmeans import barrier, load_batches, make_loader, print0, rank_and_world
+from vit import MODELS, ViT, draw_grid, exit_on_error, from_weights, patchify, principal_colors, read_checkpoint, save
 
 # --- recipes: an explicit flag beats the recipe ---------------------------------------------------------------------
 
@@ -149,7 +150,7 @@ def extract_layers(vit, ds, device, workers=0, batch_size=256, layers=slice(None
     features = torch.zeros(shape, device=device) if out is None else out
     bar = tqdm(total=len(mine), unit="image", desc=ds.name, leave=False, disable=rank != 0 or not sys.stderr.isatty())
     with frozen(vit), bar:
-        for images, _, _ in train.load_batches(ds, mine, batch_size, workers, device):
+        for images, _, _ in load_batches(ds, mine, batch_size, workers, device):
             rows = mine[done:done + len(images)]
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 x = pool_features(vit, train.normalize(images, ds))[:, layers]
@@ -522,7 +523,7 @@ def fit(model, ds, rows, recipe, args, path, classes, **about):
     net = model if world == 1 or encode else \
         DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
     stream, generator = micro_batches(ds, rows, p, step, recipe, args, classes), torch.Generator(device)
-    with train.StopSignal() as stop, tqdm(total=p.stop_at, initial=step, unit="step", leave=False,
+    with kmeans.catch_signals() as received_anywhere, tqdm(total=p.stop_at, initial=step, unit="step", leave=False,
                                           disable=rank != 0 or not sys.stderr.isatty()) as bar:
         stopping = False
         while step < p.stop_at and not stopping:
@@ -544,12 +545,12 @@ def fit(model, ds, rows, recipe, args, path, classes, **about):
             optimizer.zero_grad(set_to_none=True)
             step += 1
             bar.update()
-            stopping = stop.received_anywhere()
+            stopping = received_anywhere()
             if stopping or step == p.stop_at or step % p.save_every == 0:
                 if not torch.stack([value.detach().sum() for value in model.parameters()]).isfinite().all():
                     raise ValueError(f"step {step}: the weights are not finite; try a lower --lr (now {p.lr:g})")
                 if rank == 0:
-                    train.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
+                    save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
                                     args=vars(settings)), path)
     barrier()
     return model.eval() if step == p.steps else None
@@ -567,7 +568,7 @@ def score(model, ds, args, batch_size=256):
     """(heads, 2) top-1 and top-5 accuracy over `ds`; every image counts once."""
     (rank, world), device = rank_and_world(), args.torch_device
     hits = torch.zeros(model.n_heads, 2, device=device, dtype=torch.float64)
-    for x, y, _ in train.load_batches(ds, range(rank, len(ds), world), batch_size, args.workers):
+    for x, y, _ in load_batches(ds, range(rank, len(ds), world), batch_size, args.workers):
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             logits = model(on_device(x, ds, device))
         right = logits.topk(min(5, logits.shape[-1])).indices == y.to(device)[:, None, None]
@@ -613,7 +614,7 @@ def run_settings(folder):
     """The settings (dict) of the run in `folder`, empty if it is none of ours."""
     last = os.path.join(folder, "last.pt")
     settings = read_checkpoint(last).get("args", {}) if os.path.exists(last) else {}
-    return train.with_recipe(settings) if isinstance(settings, dict) and "objective" in settings else {}
+    return settings if isinstance(settings, dict) and "objective" in settings else {}
 
 
 def open_encoder(args):
@@ -784,6 +785,49 @@ def run_tokens(args):
     chance = np.bincount(train_ds.labels).max() / len(train_ds)       # always the most frequent class
     return dict(tokens=top1, top5=top5, head=args.head, vocab_size=vocab_size, chance=chance,
                 tested_on=f"{test_ds.name}, {len(test_ds)} images")
+
+
+# --- the end of a run of train.py ---------------------------------------------------------------------------
+
+def draw_predictions(args, model, ds, test, targets, device):
+    """OUT/predictions.png: held-out images (or else training images), what was hidden, what was predicted."""
+    held_out = ds if test is None else test
+    few = range(0, len(held_out), math.ceil(len(held_out) / 8))
+    images, _, read = next(load_batches(held_out, few, 8, 0, device))
+    patch_pictures, path = None, os.path.join(args.out, "predictions.png")
+    if model.needs == "tokens":                 # a code is drawn as the mean of its patches: of pixels, the centroid
+        sums = torch.zeros(targets.size, 3 * args.patch_size ** 2, device=device)
+        counts = torch.zeros(targets.size, 1, device=device)
+        few = range(0, len(ds), math.ceil(len(ds) / 500))
+        for pixels, _, index in load_batches(ds, few, 64, args.workers, device):
+            tokens = targets.of(pixels, index).flatten()
+            sums.index_add_(0, tokens, patchify(pixels, args.patch_size).flatten(0, 1) / 255)
+            counts += tokens.bincount(minlength=targets.size)[:, None]
+        patch_pictures = torch.where(counts > 0, sums / counts.clamp(min=1), .5)
+    given = targets.of(images, read if held_out is ds else None)
+    rows, labels = objectives.picture_predictions(
+        model, images / 255, ds.mean, ds.std, given, patch_pictures, args.seed)
+    draw_grid(rows, path, labels)
+    print0(f"drawn in {path}: {'training' if held_out is ds else 'held-out'} images; rows {', '.join(labels)}")
+
+
+def print_table(args, vit, step, ds, test, device, started):
+    """k-NN and linear probe of the trained and of the random encoder; the summary line of metrics.jsonl."""
+    path = os.path.join(args.out, "metrics.jsonl")
+    done = [line for line in train.read_metrics(path) if line.get("summary") and line["step"] == step]
+    if done:
+        summary = done[-1]
+    else:
+        print0("k-NN and linear probe of the trained and of the random encoder")
+        floor = train.build(args, 2).encoder.to(device)
+        trained, random = (evaluate(net, ds, test, device, args.workers, args.seed) for net in (vit, floor))
+        summary = dict(summary=True, step=step, linear=trained["linear"], linear_random=random["linear"],
+                       knn=trained["knn"], knn_random=random["knn"], seconds=round(time.time() - started, 1),
+                       objective=args.objective)
+        train.append_metrics(path, **summary)
+    print0(f"\n{'':<18}{'k-NN':>8}{'linear probe':>15}   top-1 % on {test.name}, {len(test)} images")
+    for name, suffix in (("random encoder", "_random"), ("trained encoder", "")):
+        print0(f"{name:<18}{100 * summary['knn' + suffix]:>8.1f}{100 * summary['linear' + suffix]:>15.1f}")
 
 
 # --- command line -------------------------------------------------------------------------------------------------

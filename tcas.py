@@ -496,3 +496,15 @@ def main(argv=None):
 
 if __name__ == "__main__":
     main()
+def describe_codebook(tokens, labels, k, seed=0, sampled=False):  # TEMP
+    labels = np.zeros(len(tokens), np.int64) if labels is None else labels
+    count = lambda labels: cooccurrence(tokens, labels, k, 1 + int(labels.max()))
+    counts = count(labels)
+    share = counts.sum(1) / counts.sum()
+    entropy = torch.special.entr(share).sum().item()
+    lines = [f"codebook: {int((share > 0).sum())} of {k} codes used, perplexity {math.exp(entropy):.1f}; "
+        f"a uniform guess has loss ln {k} = {math.log(k):.3f}, one by code frequency {entropy:.3f}"]
+    if len(np.unique(labels)) > 1:
+        random = count(np.random.default_rng(seed).permutation(labels))
+        lines.append(f"TCAS {tcas(counts):.3f}, of random tokens {tcas(random):.3f}")
+    return lines

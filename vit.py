@@ -4,16 +4,16 @@
     x'_l    = x_{l-1} + LayerScale(Attention(LN(x_{l-1})))                  (Eq. 2)
     x_l     = x'_l + LayerScale(MLP(LN(x'_l)))                              (Eq. 3),   output = LN(x_L)
 
-One encoder serves every objective, because the methods differ only in who may look at whom. `encode` takes rows that
-were already embedded, a boolean mask (rows x keys, True = may attend) and `n_keys`: rows from n_keys on only ask, they
-are never looked at. That is MaPeT's query stream (MaPeT Eq. 3); see `two_stream_mask` in objectives.py.
+One encoder serves every objective, because the methods differ only in who may look at whom. `encode` takes rows
+that were already embedded, a boolean mask (rows x keys, True = may attend) and `n_keys`: rows from n_keys on only
+ask, they are never looked at. That is MaPeT's query stream (Eq. 3); see `two_stream_mask` in objectives.py.
 
-Axes, the same letters in every file: b image, n patch, d width, h head, k token id (codebook size K), p patch side,
-c class, t target. In an attention: q rows that ask, s rows that are looked at.
-Parameter names, shapes and order are timm's, so that DINO, DeiT, MAE and timm files load here and ours load there.
+Axes, the same letters in every file: b image, n patch, d width, h head, k token id (codebook size K), p patch
+side, c class, t target. In an attention: q rows that ask, s rows that are looked at. Parameter names, shapes and
+order are timm's, so that DINO, DeiT, MAE and timm files load here and ours load there.
 
-Read down to the ruled line: patches, positions, modules, ViT. Below it, to be skipped at first: public weights and
-files of weights, frozen features of patches (HOG, CLIP, a ViT), safe writing, pictures.
+Read down to the ruled line: patches, positions, modules, ViT. Below it, to be skipped at first: weights from
+files, frozen features of patches (HOG, CLIP, a ViT), safe writing, pictures.
 
 python vit.py          prints a table: parameters and FLOPs per image of every named size
 """
@@ -26,7 +26,8 @@ import os
 import pickle
 import re
 import sys
-import zipfile
+import traceback
+from zipfile import BadZipFile
 
 import torch
 import torch.distributed as dist
@@ -38,10 +39,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import make_grid
 
 
-# --- patches and positions --------------------------------------------------------------------------------------
+# --- patches and positions --------------------------------------------------------------------------------
 
 def patchify(images, p):
-    """(b, 3, H, W) -> (b, n, p*p*3): patches in raster order, values in MAE's (row, column, channel) order."""
+    """(b, 3, H, W) -> (b, n, p*p*3): patches in raster order, values by (row, column, channel), as MAE."""
     return rearrange(images, "b c (y p) (x q) -> b (y x) (p q c)", p=p, q=p)
 
 
@@ -52,13 +53,13 @@ def unpatchify(patches, p):
 
 
 def gather_patches(x, order):
-    """x (b, n, ...), order (b, m) -> (b, m, ...): patches (or positions, or tokens) of each image, in its order."""
+    """x (b, n, ...), order (b, m) -> (b, m, ...): patches (positions, tokens) of each image, in its order."""
     index = order.reshape(*order.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
     return x.gather(1, index)
 
 
 def sincos_positions(grid, width, prefix=1):
-    """Fixed 2-D sine-cosine positions, (1, prefix + grid*grid, width) float32, zeros for the class token (MAE).
+    """Fixed 2-D sine-cosine positions (MAE), (1, prefix + grid*grid, width) float32; 0 for the class token.
 
     The first half of the width encodes the *column*, the second the row, as in MAE's released weights.
     """
@@ -72,7 +73,7 @@ def sincos_positions(grid, width, prefix=1):
     return F.pad(patches, (0, 0, prefix, 0))[None].float()
 
 
-# --- modules, small to large --------------------------------------------------------------------------------------
+# --- modules, small to large ------------------------------------------------------------------------------
 
 def drop_path(x, rate, noise):
     """Stochastic depth: a sample whose noise (b,), uniform in [0, 1), is below `rate` loses this branch.
@@ -154,11 +155,11 @@ class PatchEmbed(nn.Module):
         p = self.proj.kernel_size[0]
         patches = rearrange(images, "b c (y p) (x q) -> b (y x) (c p q)", p=p, q=p)
         patches = patches if order is None else gather_patches(patches, order)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)         # the convolution, as a product
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)  # the convolution, as a product
 
 
 class ViT(nn.Module):
-    """images (b, 3, S, S), normalised -> (b, prefix + n, d) after the final norm; first the class token, if any.
+    """Normalised images (b, 3, S, S) -> (b, prefix + n, d) after the final norm; first the class token, if any.
 
     pos          "learned" (MaPeT, BEiT, timm) or "sincos" (MAE, ClusterMIM, CAE: fixed, never trained)
     init         "timm" (MaPeT, timm: truncated normal, std 0.02) or "mae" (MAE, ClusterMIM: Xavier-uniform)
@@ -166,8 +167,8 @@ class ViT(nn.Module):
     drop_path    stochastic-depth rate of the last block; earlier blocks rise linearly from 0
     """
 
-    def __init__(self, image_size=224, patch_size=16, width=768, depth=12, heads=12, mlp_ratio=4, layer_scale=None,
-                 drop_path=0., pos="learned", cls_token=True, init="timm"):
+    def __init__(self, image_size=224, patch_size=16, width=768, depth=12, heads=12, mlp_ratio=4,
+                 layer_scale=None, drop_path=0., pos="learned", cls_token=True, init="timm"):
         super().__init__()
         if image_size % patch_size:
             raise ValueError(f"image size {image_size} is not a multiple of patch size {patch_size}")
@@ -205,7 +206,7 @@ class ViT(nn.Module):
         order (b, m): only these patches, in this order -> (b, prefix + m, d)
         """
         if images.shape[-2:] != (self.image_size, self.image_size):
-            raise ValueError(f"images are {tuple(images.shape[-2:])}, this ViT was built for {self.image_size}")
+            raise ValueError(f"images are {tuple(images.shape[-2:])}, this ViT is for {self.image_size} pixels")
         x = self.patch_embed(images, order)
         x = x + (self.pos_embed[:, self.prefix:] if order is None else self.positions(order))
         if not self.prefix:
@@ -217,7 +218,7 @@ class ViT(nn.Module):
 
         mask    (rows, n_keys) bool, True = may attend; None = every row sees the first n_keys rows
         n_keys  rows from here on are queries only: they attend and are never attended to; None = all are keys
-        n_out   only the last n_out rows are wanted: for the others the last block computes keys and values only
+        n_out   only the last n_out rows are wanted: of the others the last block computes keys and values
         noise   (2 * depth, b) uniform numbers that decide stochastic depth; drawn here when None and training
         """
         if noise is None and self.training and self.blocks[-1].drop > 0:
@@ -248,20 +249,21 @@ def mae_init(module):
         nn.init.xavier_uniform_(module.proj.weight.data.flatten(1))     # a view: the weight itself is filled
 
 
-vit_micro = functools.partial(ViT, image_size=48, patch_size=8, width=96, depth=4, heads=3, pos="sincos")   # two cores
+vit_micro = functools.partial(ViT, image_size=48, patch_size=8, width=96, depth=4, heads=3, pos="sincos")  # two cores
 vit_tiny = functools.partial(ViT, width=192, depth=12, heads=3)
 vit_small = functools.partial(ViT, width=384, depth=12, heads=6)
 vit_base = functools.partial(ViT, width=768, depth=12, heads=12)
 vit_large = functools.partial(ViT, width=1024, depth=24, heads=16)
-MODELS = dict(vit_micro=vit_micro, vit_tiny=vit_tiny, vit_small=vit_small, vit_base=vit_base, vit_large=vit_large)
-HEADS = {96: 3, 192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}      # a state dict tells every size but the head count
+MODELS = {"vit_micro": vit_micro, "vit_tiny": vit_tiny, "vit_small": vit_small, "vit_base": vit_base,
+          "vit_large": vit_large}
+HEADS = {96: 3, 192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # a state dict tells every size but the head count
 
 
-# ==================================================================================================================
+# ==========================================================================================================
 # Machinery. The method ends here: what follows reads weights, describes patches, writes files and draws.
-# ==================================================================================================================
+# ==========================================================================================================
 
-# --- weights from files and from the web -------------------------------------------------------------------------
+# --- weights from files and from the web ------------------------------------------------------------------
 
 # Public weights: where, and the hash that their authors published (DINO's published none).
 FACEBOOK = "https://dl.fbaipublicfiles.com/"
@@ -277,12 +279,12 @@ CLIP_URL = f"https://openaipublic.azureedge.net/clip/models/{CLIP_SHA256}/RN50x6
 
 
 def download(url, sha256="", md5=""):
-    """The path of `url` in torch.hub's cache, fetched at the first call; its hash must begin with the one given."""
+    """The path of `url` in torch.hub's cache, fetched at the first call; a hash must begin with what is given."""
     path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
     os.makedirs(os.path.dirname(path), exist_ok=True)
     try:
         if not os.path.exists(path):
-            torch.hub.download_url_to_file(url, path, progress=False)         # atomic: several ranks may fetch
+            torch.hub.download_url_to_file(url, path, progress=False)        # atomic: several ranks may fetch
     except OSError as error:
         raise ValueError(f"cannot fetch {url} ({error}): put the file at {path} yourself") from None
     for kind, wanted in (("sha256", sha256), ("md5", md5)):
@@ -291,7 +293,7 @@ def download(url, sha256="", md5=""):
             while part := wanted and file.read(1 << 24):
                 digest.update(part)
         if wanted and not digest.hexdigest().startswith(wanted):
-            raise ValueError(f"the {kind} of {path} does not begin with {wanted}: remove it, to fetch {url} again")
+            raise ValueError(f"the {kind} of {path} does not begin with {wanted}: remove it to fetch it anew")
     return path
 
 
@@ -300,10 +302,11 @@ def read_checkpoint(path):
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):          # DINO's full checkpoints hold one
+        with torch.serialization.safe_globals([argparse.Namespace]):        # DINO's full checkpoints hold one
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as e:
-        raise ValueError(f"{path}: not a readable checkpoint ({type(e).__name__}); was it cut short?") from None
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError, BadZipFile) as error:
+        kind = type(error).__name__
+        raise ValueError(f"{path}: not a readable checkpoint ({kind}); was it cut short?") from None
 
 
 def read_vit_weights(name_or_path):
@@ -339,7 +342,7 @@ def resize_positions(pos, grid, prefix=1):
 
 
 def load_weights(vit, name_or_path):
-    """Load a public name (`PUBLIC`), a file or a run folder into `vit`, resizing positions to its grid; returns it.
+    """Load a public name, a file or a run folder into `vit`, positions resized to its grid; returns it.
 
     ValueError, naming the file and the first keys that differ, if it does not fit; `vit` is then untouched.
     """
@@ -361,7 +364,7 @@ def load_weights(vit, name_or_path):
 
 
 def from_weights(name_or_path, image_size=None):
-    """The ViT that a file (or public name, or run folder) was made from, with its weights; sizes are the shapes'."""
+    """The ViT that a file, public name or run folder was made from, with its weights; the shapes tell its sizes."""
     state, path = read_vit_weights(name_or_path)
     try:
         width, _, p, _ = state["patch_embed.proj.weight"].shape
@@ -377,16 +380,16 @@ def from_weights(name_or_path, image_size=None):
     return load_weights(vit, path)
 
 
-# --- frozen features of patches: what K-means clusters, what MaskFeat predicts ------------------------------------
+# --- frozen features of patches: what K-means clusters, what MaskFeat predicts ----------------------------
 
-IMAGENET = (.485, .456, .406), (.229, .224, .225)      # mean, std on the scale 0..1: DINO, DeiT and MAE want these
+IMAGENET = (.485, .456, .406), (.229, .224, .225)  # mean, std on the scale 0..1: DINO, DeiT and MAE want these
 CLIP = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
 ENCODERS = {"dino": "dino_vits16", "deit": "deit_small", "mae": "mae_vitb16"}
 
 
 @functools.lru_cache
 def to_channels(values, device):
-    """Three numbers, as (3, 1, 1) on the device: copied there once, as each copy makes the CPU wait for a GPU."""
+    """Three numbers as (3, 1, 1) on the device: copied there once, as a copy makes the CPU wait for a GPU."""
     with torch.inference_mode(False):                                   # wherever the first call comes from
         return torch.tensor(values, device=device).view(3, 1, 1)
 
@@ -404,10 +407,10 @@ def standardize_patches(images, p):
 
 
 def hog(images, p):
-    """Histograms of oriented gradients as in MaskFeat's released code: (b, 3, S, S) normalised -> (b, n, 27 m^2).
+    """Histograms of oriented gradients as in MaskFeat's code: (b, 3, S, S) normalised -> (b, n, 27 m^2).
 
-    9 hard bins of unsigned orientation over m x m cells in a patch, 8 pixels a side (or the largest divisor of p
-    below it); the 9 bins of each cell and channel have unit length. Order: channel, bin, cell row, cell column.
+    9 hard bins of unsigned orientation over m x m cells in a patch, 8 pixels a side (or the largest divisor of
+    p below it); the 9 bins of each cell and channel have unit length. Order: channel, bin, cell row and column.
     """
     cell = next(side for side in range(8, 0, -1) if p % side == 0)
     step = torch.arange(1., -2., -1., device=images.device)
@@ -416,8 +419,8 @@ def hog(images, p):
     gx, gy = (F.conv2d(images, kernel.repeat(3, 1, 1, 1), groups=3) for kernel in (sobel, sobel.T))
     bins = (torch.atan2(gx, gy) / math.pi * 9).floor() % 9              # x first: measured from the y axis
     magnitude = torch.hypot(gx, gy)
-    cells = [reduce(magnitude * (bins == o), "b c (y i) (x j) -> b c y x", "sum", i=cell, j=cell) for o in range(9)]
-    cells = F.normalize(torch.stack(cells, 2), dim=2)
+    add_up = lambda x: reduce(x, "b c (y i) (x j) -> b c y x", "sum", i=cell, j=cell)
+    cells = F.normalize(torch.stack([add_up(magnitude * (bins == o)) for o in range(9)], 2), dim=2)
     return rearrange(cells, "b c o (y i) (x j) -> b (y x) (c o i j)", i=p // cell, j=p // cell)
 
 
@@ -449,7 +452,7 @@ class Bottleneck(nn.Module):
 
 
 class CLIPTrunk(nn.Module):
-    """CLIP's ResNet to the last ReLU of layer 4, no attention pooling: (b, 3, S, S) -> (b, 32 width, S/32, S/32).
+    """CLIP's ResNet to the last ReLU of layer 4, without pooling: (b, 3, S, S) -> (b, 32 width, S/32, S/32).
 
     The default is RN50x64: 4096 features at 14x14 places of 448 pixels (MaPeT Sec. 4.2: k-CLIP).
     """
@@ -474,12 +477,12 @@ class CLIPTrunk(nn.Module):
 
 
 def load_clip():
-    """The trunk of RN50x64 with OpenAI's weights: the state dict of their TorchScript archive, float16 -> float32."""
+    """RN50x64's trunk with OpenAI's weights: the state dict of their TorchScript archive, in float32."""
     path = download(CLIP_URL, sha256=CLIP_SHA256)
     try:
         state = torch.jit.load(path, map_location="cpu").state_dict()
     except RuntimeError:
-        raise ValueError(f"{path}: not OpenAI's TorchScript archive of RN50x64: remove it to fetch it anew") from None
+        raise ValueError(f"{path}: not OpenAI's TorchScript RN50x64: remove it to fetch it anew") from None
     trunk = CLIPTrunk()
     trunk.load_state_dict({key.removeprefix("visual."): v.float() for key, v in state.items()
                            if key.startswith("visual.") and "attnpool" not in key})
@@ -487,9 +490,9 @@ def load_clip():
 
 
 class PatchFeatures(nn.Module):
-    """Normalised images (b, 3, S, S) -> (b, n, d) float32, one row a patch, by something that is never trained.
+    """Normalised images (b, 3, S, S) -> (b, n, d) float32, a row a patch, by what is never trained.
 
-    name   pixel, pixel-norm (each patch standardised), hog, clip, dino, deit, mae, or what `from_weights` takes
+    name   pixel, pixel-norm (each patch standardised), hog, clip, dino, deit, mae, or what from_weights takes
     """
 
     def __init__(self, name, patch_size, image_size):
@@ -498,7 +501,7 @@ class PatchFeatures(nn.Module):
         if image_size % patch_size:
             raise ValueError(f"image size {image_size} is not a multiple of patch size {patch_size}")
         if name == "clip" and patch_size != 16:
-            raise ValueError(f"clip has one feature for every 16 pixels: patch size {patch_size} does not fit")
+            raise ValueError(f"clip has a feature for every 16 pixels: patch size {patch_size} does not fit")
         if name == "clip":
             self.encoder = load_clip()
         elif name not in PATCH_FEATURES:
@@ -508,7 +511,7 @@ class PatchFeatures(nn.Module):
         self.eval().requires_grad_(False)
 
     def train(self, mode=True):
-        return super().train(False)                                     # CLIP's batch norm would move with the images
+        return super().train(False)                             # CLIP's batch norm would move with the images
 
     def forward(self, images):
         if self.encoder is None:
@@ -516,12 +519,12 @@ class PatchFeatures(nn.Module):
         with torch.autocast("cuda", torch.float16, enabled=images.is_cuda):
             if self.name != "clip":
                 return self.encoder(images)[:, self.encoder.prefix:].float()
-            if images.shape[-1] == self.image_size:                     # CLIP sees twice the pixels: stride 32, not 16
+            if images.shape[-1] == self.image_size:            # CLIP sees twice the pixels: stride 32, not 16
                 images = F.interpolate(images, scale_factor=2, mode="bicubic")
             return rearrange(self.encoder(images), "b d y x -> b (y x) d").float()
 
 
-# --- files: all or nothing, and one line for what went wrong ------------------------------------------------------
+# --- files: all or nothing, and one line for what went wrong ----------------------------------------------
 
 @contextlib.contextmanager
 def write_atomically(path):
@@ -535,7 +538,7 @@ def write_atomically(path):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:                            # torch.save turns the disk's into its own
+    except (OSError, RuntimeError) as error:                        # torch.save turns the disk's into its own
         with contextlib.suppress(OSError):
             os.remove(temporary)
         why = getattr(error, "strerror", None) or "is the disk full?"
@@ -550,24 +553,25 @@ def save(state, path):
 
 @contextlib.contextmanager
 def exit_on_error(script):
-    """Bad input ends in one line and exit code 2, a lost process in one line and 1; a bug keeps its traceback.
+    """Bad input ends in one line and exit code 2, a lost process in one and 1; a bug keeps its traceback.
 
-    Bad input (ValueError) is the same on every rank, and rank 0 says it; other errors are said by whom they strike.
+    Bad input (ValueError) is the same on every rank, and rank 0 says it; others are said by whom they strike.
     """
-    rank, code = int(os.environ.get("RANK", 0)), 2
     again = "the same command goes on from what was saved"
     try:
         yield
         return
+    except KeyboardInterrupt:                                       # before the first step; see catch_signals
+        line, code, caught = f"interrupted; {again}", 130, None
     except (ValueError, OSError) as error:
         first, *others = str(error).strip().splitlines() or [type(error).__name__]
         # A loading process sends its whole traceback: the message is the last line.
-        line = re.sub(r"^\w+: ", "", others[-1]) if others and "worker process" in first else first
-        quiet = isinstance(error, ValueError) and rank > 0
+        line = re.sub(r"^\w+: ", "", others[-1]) if "worker process" in first else first
+        code, caught = 2, error
     except RuntimeError as error:
-        first, code, quiet = str(error).strip().split("\n")[0], 1, False
+        first, code, caught = str(error).strip().split("\n")[0], 1, error
         if first.startswith("DataLoader worker"):
-            line = f"a loading process was lost ({first}); short of memory or of /dev/shm? Fewer --workers; {again}"
+            line = f"a loading process was lost ({first}); short of memory, of /dev/shm? Fewer --workers; {again}"
         elif "WORLD_SIZE" in os.environ and re.search("gloo|nccl|connection|peer", str(error), re.I):
             line = f"another process of this run was lost; {again}"
         else:
@@ -575,18 +579,20 @@ def exit_on_error(script):
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
-    if not quiet:
+    if caught:
+        traceback.clear_frames(caught.__traceback__)               # lets go of the loaders, which end at once
+    if not isinstance(caught, ValueError) or int(os.environ.get("RANK", 0)) == 0:
         print(f"{script}: error: {line}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
-# --- pictures -----------------------------------------------------------------------------------------------------
+# --- pictures ---------------------------------------------------------------------------------------------
 
 def principal_colors(target, *others):
-    """Rows (b, n, d) -> [colors (b, n, 3) in 0..1: their three principal components; `others` by the same ones].
+    """Rows (b, n, d) -> [colors (b, n, 3) in 0..1: their three principal components; `others` by the same].
 
-    An axis has no sign of its own: its largest entry is made positive, so that the picture repeats. (Not its sum:
-    rows that leave a LayerNorm sum to zero, and so does any axis of theirs.) A constant component is gray.
+    An axis has no sign of its own: its largest entry is made positive, so that the picture repeats. (Not its
+    sum: rows that leave a LayerNorm sum to zero, and so does any axis of theirs.) A constant one is gray.
     """
     rows = target.flatten(0, 1).float()
     mean = rows.mean(0)
@@ -594,8 +600,9 @@ def principal_colors(target, *others):
     axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
     low, high = ((rows - mean) @ axes).quantile(torch.tensor([.02, .98], device=rows.device), dim=0)
     span = high - low
-    varies = span > 1e-4 * rows.abs().max()                                        # more than rounding
-    return [torch.where(varies, (((x - mean) @ axes - low) / span).clamp(0, 1), .5) for x in (target, *others)]
+    varies = span > 1e-4 * rows.abs().max()                             # more than rounding
+    scaled = [(((x - mean) @ axes - low) / span).clamp(0, 1) for x in (target, *others)]
+    return [torch.where(varies, x, .5) for x in scaled]
 
 
 def draw_grid(rows, path, labels=(), times=None):
@@ -619,7 +626,7 @@ def draw_grid(rows, path, labels=(), times=None):
         picture.save(temporary, format="png")
 
 
-# --- the table of sizes -------------------------------------------------------------------------------------------
+# --- the table of sizes -----------------------------------------------------------------------------------
 
 def count_flops(function, *inputs):
     """Floating-point operations of one call (a multiply-add counts as two); meta tensors cost nothing."""
