@@ -566,6 +566,3 @@ def main(argv=None):
 
 if __name__ == "__main__":
     main()
-def picture_predictions(model, images, mean, std, tokens=None, patch_pictures=None, seed=0):  # TEMP
-    rows = predictions(model, images, mean, std, tokens, patch_pictures, seed)
-    return rows, ["image", "visible", "predicted", "target"][:len(rows)]

@@ -5,6 +5,7 @@ pytest test_all.py -k two_stream_mask   one idea; every function that a student 
 
 References are written out slowly and literally here, so that they can be compared with the paper line by line.
 """
+import argparse
 import contextlib
 import copy
 import functools
@@ -50,6 +51,11 @@ TINY = dict(image_size=24, patch_size=8, width=32, depth=2, heads=2)            
 def tiny(**over):
     torch.manual_seed(0)
     return V.ViT(**{**TINY, **over})
+
+
+def state_of(module):
+    """All parameters and buffers of a module, as bytes: equal before and after means that nothing was changed."""
+    return {name: value.detach().numpy().tobytes() for name, value in module.state_dict().items()}
 
 
 def refused(main, argv, capsys, *words):
@@ -279,7 +285,7 @@ def test_weights_resize_positions(tmp_path):
 
 def test_wrong_weights_are_refused(tmp_path):
     vit, path = tiny(), str(tmp_path / "w.pt")
-    before = probe.fingerprint(vit)
+    before = state_of(vit)
     for state, words in ((tiny(depth=3).state_dict(), "blocks.2.norm1.weight unknown"),
                          (tiny(layer_scale=.1).state_dict(), "blocks.0.ls1.gamma unknown"),
                          (tiny(width=16).state_dict(), r"cls_token \(1, 1, 16\) instead of \(1, 1, 32\)"),
@@ -293,7 +299,7 @@ def test_wrong_weights_are_refused(tmp_path):
         with pytest.raises(ValueError, match=words) as error:
             V.load_weights(vit, bad)
         assert bad in str(error.value) and "\n" not in str(error.value)
-    assert probe.fingerprint(vit) == before
+    assert state_of(vit) == before
 
 
 def test_download_checks_the_hash(tmp_path, monkeypatch):
@@ -2583,9 +2589,8 @@ def test_knn_equals_brute_force():
 
 def test_features_of_every_block(folder):
     ds, vit = train.open_dataset(folder, "train", 24), tiny(drop_path=.5).train()
-    before = probe.fingerprint(vit)
     features, labels = probe.extract(vit, ds, torch.device("cpu"), batch_size=7)
-    assert probe.fingerprint(vit) == before and labels.tolist() == ds.labels.tolist()
+    assert labels.tolist() == ds.labels.tolist()
     images = train.normalize(torch.stack([ds[i][0] for i in (0, 39)]), ds)
     outputs = []
     for block in vit.eval().blocks:
@@ -2601,14 +2606,30 @@ def test_features_of_every_block(folder):
     assert probe.pool_features(tiny(cls_token=False), images).shape == (2, 2, 1, 32)
 
 
-def test_a_change_of_the_frozen_encoder_is_noticed():
-    vit = tiny()
-    vit.register_buffer("running", torch.zeros(1))
-    with probe.frozen(vit):
-        vit(torch.zeros(1, 3, 24, 24))
-    for value in (vit.norm.bias, vit.running):                             # a weight, a buffer
-        with pytest.raises(RuntimeError, match="changed"), probe.frozen(vit):
-            value.data[0] += 1e-6
+class Normed(V.ViT):
+    """A ViT with a buffer that moves in training mode."""
+
+    def __init__(self, **how):
+        super().__init__(**how)
+        self.batch_norm = nn.BatchNorm1d(self.width)
+
+    def embed(self, images, order=None):
+        return self.batch_norm(super().embed(images, order).transpose(1, 2)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("command", [["knn"], ["linear"], ["linear", "--protocol", "mae", "--batch-size", "16", "--epochs", "2"],
+                                     ["linear", "--protocol", "beit", "--batch-size", "16", "--epochs", "2"], ["show"]])
+def test_no_probe_changes_a_frozen_encoder(command, folder, tmp_path, monkeypatch):
+    """Neither its weights nor its buffers (a BatchNorm's running mean), even if it comes in training mode."""
+    torch.manual_seed(0)
+    vit = Normed(**TINY, drop_path=.5).train()
+    before = state_of(vit)
+    monkeypatch.setattr(probe, "from_weights", lambda *_: vit)
+    argv = [command[0], "any.pt", *command[1:], "--data", folder, "--out", tmp_path]
+    assert probed(*argv, *([] if command == ["show"] else ["--no-floor"]))
+    assert state_of(vit) == before
+    vit.train()(torch.randn(2, 3, 24, 24))
+    assert state_of(vit) != before                                         # so it would have shown
 
 
 def test_views_are_crops_that_depend_on_the_seed(folder):
@@ -2623,27 +2644,19 @@ def test_views_are_crops_that_depend_on_the_seed(folder):
 
 
 def test_pictures_of_the_papers(folder):
-    """Test pictures are the centre 224 of 256, from the whole picture; crops for training stay inside it."""
+    """Test pictures are the centre 224 of 256, from the whole picture."""
     ds = train.open_dataset(folder, "test", 56)                            # files are 40 x 48
-    view = train.with_transform(ds, probe.augmentation(ds, "test"))[0][0]
+    view = train.with_transform(ds, probe.make_transform(ds, "test"))[0][0]
     with Image.open(ds.names[0]) as image:
         resized = image.resize((76, 64), Image.Resampling.BICUBIC)         # 56 * 256 / 224 = 64
     wanted = np.asarray(resized)[4:60, 10:66].transpose(2, 0, 1)
     assert np.array_equal(view.numpy(), wanted)
-    crop = probe.SingleDraw(24, (.08, 1))
-    torch.manual_seed(0)
-    areas = []
-    for _ in range(300):
-        box = crop.make_params([torch.zeros(3, 40, 48)])
-        assert 0 <= box["top"] <= 40 - box["height"] and 0 <= box["left"] <= 48 - box["width"]
-        areas.append(box["height"] * box["width"] / (40 * 48))
-    assert .05 < min(areas) < .15 and .9 < max(areas) <= 1
-    recipe = probe.resolve_recipe(probe.RECIPES["mapet"], probe.parse(["finetune", "x"]))
-    strong = train.Augmented(ds, probe.augmentation(ds, "finetune", recipe), 0)
+    recipe = probe.apply_flags(probe.RECIPES["mapet"], probe.parse(["finetune", "x"]))
+    strong = train.Augmented(ds, probe.make_transform(ds, "finetune", recipe), 0)
     images = torch.stack([strong[e, 0][0] for e in range(8)])
     assert images.dtype == torch.float32 and images.shape == (8, 3, 56, 56)
     textures = train.open_dataset("textures", "val")
-    moved = train.Augmented(textures, probe.augmentation(textures, "fast"), 0)[0, 0][0]
+    moved = train.Augmented(textures, probe.make_transform(textures, "linear"), 0)[0, 0][0]
     around = F.pad(textures[0][0][None].float(), (4, 4, 4, 4), mode="reflect")[0].to(torch.uint8)
     assert any(torch.equal(moved, around[:, y:y + 48, x:x + 48]) for y in range(9) for x in range(9))
 
@@ -2686,20 +2699,20 @@ def layered(n, seed=0):
 def test_fast_probe_chooses_without_the_test_split():
     (x, y), (asked, wanted) = layered(400), layered(200, 1)
     how = dict(rates=(1e-4, 1e-2), decays=(0., .1), epochs=20, batch_size=64)
-    found = probe.choose_head(x, y, 400, asked, wanted, **how)
+    found = probe.choose_head(x, y, asked, wanted, **how)
     assert found["linear"] == 1 and found["held_out"] == 1 and found["heads"] == 36
     assert found["chosen"]["layer"] == 2 and found["chosen"]["pooling"] in ("patch mean", "both")
-    other = probe.choose_head(x, y, 400, asked, shuffled(wanted), **how)
+    other = probe.choose_head(x, y, asked, shuffled(wanted), **how)
     assert other["linear"] < .5 and {**other, "linear": 0} == {**found, "linear": 0}
-    chance = probe.choose_head(x, shuffled(y), 400, asked, wanted, **how)
+    chance = probe.choose_head(x, shuffled(y), asked, wanted, **how)
     assert abs(chance["linear"] - 1 / 3) < .15
 
 
-def test_no_view_of_a_held_out_image_is_trained_on():
-    """128 numbers tell 100 images apart: a head that had seen a view of an image would know its random label."""
+def test_no_held_out_image_is_trained_on():
+    """128 numbers tell 100 images apart: a head that had seen an image would know its random label."""
     x = torch.randn(100, 1, 2, 64, generator=torch.Generator().manual_seed(0))
     y = torch.randint(3, (100,), generator=torch.Generator().manual_seed(1))
-    found = probe.choose_head(torch.cat([x, x]), y.repeat(2), 100, x, y, rates=(.01,), decays=(0.,), batch_size=20)
+    found = probe.choose_head(x, y, x, y, rates=(.01,), decays=(0.,), batch_size=20)
     assert found["held_out"] < .8 and found["linear"] == 1                 # in the end it is trained on all of them
 
 
@@ -2740,7 +2753,7 @@ def test_layer_decay_by_hand():
 
 
 def test_recipes_of_the_papers_for_probes():
-    """METHODS 1.8 and 4.5."""
+    """MaPeT Table 8 and Sec. D, by BEiT; MAE App. A.1, which ClusterMIM follows."""
     mae, beit = probe.PROTOCOLS["mae"], probe.PROTOCOLS["beit"]
     assert [mae[key] for key in ("optimizer", "blr", "batch_size", "epochs", "warmup_epochs", "weight_decay")] == \
         ["lars", .1, 16384, 90, 10, 0]
@@ -2758,7 +2771,7 @@ def test_recipes_of_the_papers_for_probes():
         assert (recipe["mixup"], recipe["cutmix"], recipe["smoothing"], recipe["erase"], recipe["randaugment"],
                 recipe["weight_decay"]) == (.8, 1, .1, .25, 9, .05)
     args = probe.argparse.Namespace(micro_batch=None, steps=None)
-    plan = probe.plan_steps(probe.argparse.Namespace(**base), 5000, args, False)
+    plan = probe.make_schedule(probe.argparse.Namespace(**base), 5000, args, False)
     assert plan.lr == pytest.approx(5e-4 * 1024 / 256) and plan.steps == 400 and plan.warmup == 20
 
 
@@ -2804,6 +2817,15 @@ def test_probe_commands(folder, small_run, tmp_path, capsys):
     assert "random vit_micro" in capsys.readouterr().out and lines_of(tmp_path / "floor")[0]["floor"] is None
 
 
+def test_accuracies_are_printed_in_percent(capsys):
+    line = dict(what="linear", linear=31 / 240, held_out=.12916666666666668, by_layer=[1 / 3, 1.], k={20: 2 / 3},
+                floor=dict(linear=1 / 7), source="run", tested_on="images")
+    probe.report(argparse.Namespace(what="linear", protocol="beit"), line)
+    printed = capsys.readouterr().out
+    assert printed.split("\n")[0] == "linear (beit) 12.9 %   (floor 14.3 %)   run, images"
+    assert "held_out: 12.9 %" in printed and "by_layer: 33.3 %, 100.0 %" in printed and "k = 20: 66.7 %" in printed
+
+
 def test_protocols_of_the_papers(folder, small_run, tmp_path, monkeypatch):
     """What they report, and how often the encoder runs: that is what `fast` saves."""
     seen, pool_features = [], probe.pool_features
@@ -2818,8 +2840,8 @@ def test_protocols_of_the_papers(folder, small_run, tmp_path, monkeypatch):
     mae = probed("linear", small_run, "--protocol", "mae", "--epochs", 10, "--lr", 40, "--warmup-epochs", 1, *same)
     assert mae["linear"] > .8 and "best_layer" not in mae
     saved = torch.load(tmp_path / "out" / "linear-mae.pt", weights_only=True)["model"]
-    assert sorted(saved) == ["heads.0.bias", "heads.0.weight", "norms.0.num_batches_tracked", "norms.0.running_mean",
-                             "norms.0.running_var"]
+    assert sorted(saved) == ["heads.0.bias", "heads.0.weight", "norm.num_batches_tracked", "norm.running_mean",
+                             "norm.running_var"]
 
 
 FINETUNE = ["--epochs", 4, "--batch-size", 16, "--lr", 1e-3, "--warmup-epochs", 1]
@@ -2843,10 +2865,42 @@ def test_finetune_starts_from_the_weights_and_resumes(folder, small_run, tmp_pat
     a, b = (torch.load(tmp_path / name / "finetune.pt", weights_only=True)["model"] for name in ("whole", "parts"))
     assert all(torch.equal(a[key], b[key]) for key in a)                   # bit for bit
     assert result["finetune"] == whole["finetune"]
-    again = ["finetune", small_run, *FINETUNE, "--lr", 2e-3, "--out", tmp_path / "parts", "--device", "cpu"]
-    refused(probe.main, again, capsys, "--lr 0.001 there, 0.002 here", "--fresh")
+    again = ["finetune", small_run, *FINETUNE, "--out", tmp_path / "parts", "--device", "cpu"]
+    refused(probe.main, [*again, "--lr", 2e-3], capsys, "--lr 0.001 there, 0.002 here", "--fresh")
+    refused(probe.main, [*again, "--random-init"], capsys, "--weights", "--fresh")            # of other weights
     few = probed("finetune", small_run, *FINETUNE, "--out", tmp_path / "few", "--labelled", 16, "--no-floor")
     assert few["labelled"] == 16
+
+
+def test_a_stopped_training_says_how_it_goes_on(small_run, tmp_path, monkeypatch, capsys):
+    command = ["finetune", small_run, *FINETUNE, "--out", tmp_path, "--no-floor"]             # 8 steps
+    assert probed(*command, "--steps", 3) is None
+    printed = capsys.readouterr().out
+    assert "stopped at step 3 of 8 by --steps" in printed and "same command" not in printed
+    monkeypatch.setattr(probe, "catch_signals", lambda: contextlib.nullcontext(lambda: True))
+    assert probed(*command) is None
+    assert "finetune.pt: stopped at step 4 of 8 by a signal; the same command goes on" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert probed(*command)["finetune"] >= 0 and "going on at step 4" in capsys.readouterr().out
+    assert "probe.jsonl" in os.listdir(tmp_path) and len(lines_of(tmp_path)) == 1
+
+
+def test_features_in_a_file(small_run, tmp_path, monkeypatch, capsys):
+    """The file is there while heads are trained and gone at the end, whatever the end is; a full disk is one line."""
+    command, seen = ["linear", small_run, "--memory", 1e-9, "--out", tmp_path], []
+
+    def fail(x, *_):
+        seen.append((x.dtype, x.shape, np.array_equal(np.load(tmp_path / "features.npy"), x)))
+        raise ValueError("no head is good enough")
+    monkeypatch.setattr(probe, "choose_head", fail)
+    refused(probe.main, command, capsys, "no head is good enough")
+    assert seen == [(torch.float16, (40, 4, 2, 96), True)] and os.listdir(tmp_path) == []
+
+    def full_disk(path, shape, value):
+        raise OSError(f"{path} cannot be written (No space left on device)")
+    monkeypatch.setattr(kmeans, "reserve", full_disk)
+    refused(probe.main, command, capsys, "features.npy", "No space")
+    assert os.listdir(tmp_path) == []
 
 
 def test_probes_of_two_processes_equal_one(folder, small_run, tmp_path):
@@ -2890,12 +2944,15 @@ def test_tokens_alone(folder, small_run, tmp_path, capsys):
     test_tokens = kmeans.load_tokens(os.path.join(run, "tokens-images-test.npy"))
     tokenizer, ds = kmeans.load_tokenizer(os.path.join(run, "tokenizer.pt")), train.open_dataset(folder, "test", 24)
     assert np.array_equal(test_tokens[:4], tokenizer(torch.stack([ds[i][0] for i in range(4)])).numpy())
-    alone = probed("tokens", os.path.join(run, "tokens.npy"), "--data", folder, "--out", tmp_path / "alone", *how)
-    assert "8 images" in alone["tested_on"] and "held-out" in alone["tested_on"] and alone["tokens"] > .6
+    stored = [os.path.join(run, name) for name in ("tokens.npy", "tokens-images-test.npy")]
+    alone = ["tokens", stored[0], "--data", folder, "--out", tmp_path / "alone", *how]
+    assert probed(*alone, "--test-tokens", stored[1])["tokens"] == by_mlp["tokens"]           # the same tokens: the same
+    refused(probe.main, alone, capsys, "tokens.npy", "--test-tokens")
+    refused(probe.main, ["tokens", run, "--test-tokens", stored[1]], capsys, "tokenizer.pt", "--test-tokens")
     vit = probed("tokens", run, "--head", "vit_micro", "--epochs", 8, "--batch-size", 10, "--lr", 1e-3)
     assert vit["tokens"] > .6 and vit["head"] == "vit_micro"
     np.save(tmp_path / "short.npy", np.zeros((39, 9), np.uint16))
-    refused(probe.main, ["tokens", tmp_path / "short.npy", "--data", folder], capsys, "short.npy", "39", "40")
+    refused(probe.main, [*alone, "--test-tokens", tmp_path / "short.npy"], capsys, "short.npy", "39", "40")
     refused(probe.main, ["tokens", tmp_path / "no.pt", "--data", folder], capsys, "no.pt", "no such file")
 
 
@@ -2903,7 +2960,7 @@ def test_token_mlp_is_a_bag_and_token_vit_is_not():
     torch.manual_seed(0)
     tokens = torch.randint(6, (2, 9))
     mlp = probe.TokenMLP(6, 3)
-    literal = mlp.head(F.relu(mlp.hidden(mlp.table(tokens))).mean(1))      # METHODS 9, patch by patch
+    literal = mlp.head(F.relu(mlp.hidden(mlp.table(tokens))).mean(1))      # MaPeT Table 4, patch by patch
     torch.testing.assert_close(mlp(tokens)[:, 0], literal)
     torch.testing.assert_close(mlp(tokens), mlp(tokens.flip(1)))
     assert mlp(tokens).shape == (2, 1, 3) and mlp.table.weight.shape == (6, 192)
