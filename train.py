@@ -498,10 +498,10 @@ def open_folder(folder, split, image_size, classes_file=None):
     return Pictures(f"{folder}/{split}", paths, labels, classes, image_size)
 
 
-def with_transform(ds, transform, size=None):
+def with_transform(ds, transform, **changes):
     """`ds` with another transform (of the whole picture) in place of its center square."""
     ds = copy.copy(ds)
-    ds.transform, ds.image_size = transform, size or ds.image_size
+    vars(ds).update(transform=transform, **changes)
     return ds
 
 
@@ -655,7 +655,7 @@ def make_targets(args, ds, needs, tokenizer, targets, device):
         one = torch.zeros(1, 3, args.image_size, args.image_size, dtype=torch.uint8, device=device)
         return Targets(make=tokenizer.rows, size=tokenizer.rows(one).shape[-1])
     how = dict(device=device, workers=args.workers, progress=rank_and_world()[0] == 0 and sys.stderr.isatty())
-    at_size = lambda size: ds if size == ds.image_size else with_transform(ds, center_square(size), size)
+    at_size = lambda size: ds if size == ds.image_size else with_transform(ds, center_square(size), image_size=size)
     if tokenizer is None:
         k, clip = args.vocab_size, args.features == "clip"
         print0(f"fitting a K-means tokenizer: {args.features} features, K = {k}, 5 % of the patches")
