@@ -1,27 +1,30 @@
 """K-means and the K-means tokenizer: images -> patch features -> nearest centroid (ClusterMIM, arXiv:2407.09087).
 
-    t(x) = argmin_k ||f(x) - c_k||^2            f: raw pixels, HOG, or a frozen encoder (DINO, DeiT, MAE, CLIP, ours)
-         = argmax_k f(x).c_k - ||c_k||^2 / 2    ||f(x)||^2 is the same for every k: one matrix product and an argmax
+    t(x) = argmin_k ||f(x) - c_k||^2        f: raw pixels, HOG, or a frozen encoder (DINO, DeiT, MAE, CLIP, ours)
+         = argmax_k f(x).c_k - ||c_k||^2/2  ||f(x)||^2 is the same for every k: one product and an argmax
 
-    Lloyd: repeat   t_i = argmin_k ||x_i - c_k||^2,   c_k = mean of the x_i with t_i = k     (the inertia never rises)
+`lloyd` is all of K-means, in eight lines; the rest is the same for any number of rows, on any device, in one process
+or many. Rows are read block by block and a block's scores are gone after its argmax: memory beyond the data is
+O(block K + K d). Several codebooks (restarts, axis r) are fitted at once to the same rows.
 
-The first section is the whole algorithm; how rows are read, CUDA, features, files and commands come after it.
-Rows are read block by block and a block's scores are gone after its argmax: memory beyond the data is
-O(block K + K d). The same loop takes a tensor, a memory map or a stream, one process or many, one problem or a batch.
+Read down to the ruled line: K-means, its seeding, the tokenizer. Below it, to be skipped at first: exact distances
+and empty clusters, processes, reading rows, CUDA kernels, tokenizer.pt and tokens.npy, pictures, commands.
 
-python kmeans.py fit --out runs/tok                         embedded images, raw pixels, K = 64: 20 s on two CPU cores
-python kmeans.py tokenize --tokenizer runs/tok/tokenizer.pt --out runs/tok     tokens.npy; goes on after a kill
-python kmeans.py show --tokenizer runs/tok/tokenizer.pt --out runs/tok         codebook.png, tokens.png
+python kmeans.py fit                             embedded images, raw pixels, K = 64: 20 s on two CPU cores
+python kmeans.py tokenize --tokenizer runs/tokenizer-textures-pixel-k64/tokenizer.pt    goes on after a kill
+python kmeans.py show --tokenizer runs/tokenizer-textures-pixel-k64/tokenizer.pt        codebook.png, tokens.png
 torchrun --nproc_per_node 8 kmeans.py fit --data IMAGENET --features clip --k 8192 --init random --restarts 5 \\
-    --max-iter 20                                           k-CLIP (MaPeT, METHODS 1.7); --plan says what it takes
-python kmeans.py bench                                      time of a Lloyd iteration over that of the product X C^T
+    --max-iter 20                                k-CLIP (MaPeT Sec. 4.2)
+python kmeans.py bench                           time of a Lloyd iteration over that of the product X C^T
 """
 import argparse
 import contextlib
+import functools
 import hashlib
 import itertools
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -36,98 +39,74 @@ from einops import rearrange, repeat
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from vit import (CLIP, ENCODERS, IMAGENET, PatchFeatures, draw_grid, exit_on_error, normalize, patchify, read_checkpoint, save,
-                 unpatchify, write_atomically)
+from vit import (CLIP, ENCODERS, IMAGENET, PatchFeatures, draw_grid, exit_on_error, normalize, patchify,
+                 read_checkpoint, save, unpatchify, write_atomically)
 
 try:
     import triton
     import triton.language as tl
-except ImportError:                                     # no Triton for macOS and Windows: plain torch takes over
+except ImportError:                         # no Triton for macOS and Windows: plain torch takes over
     triton = None
 
-UNSET = np.uint16(65535)                                           # no token: what is still missing in a half-written tokens.npy
+UNSET = np.uint16(65535)                    # no token: what is still missing in a half-written tokens.npy
 
 
-# --- the algorithm: assign, update, seed, repeat, tokenize -----------------------------------------------------------
-# Shapes: b independent problems of m rows (a block) with d values; r restarts of each, so r codebooks of k centroids.
-# To read one problem with one start, take r = b = 1.
+# --- K-means ------------------------------------------------------------------------------------------------
+
+def lloyd(x, centroids, n_iter):
+    """K-means: rows x (n, d), centroids (k, d) float -> labels (n,), centroids (k, d) after n_iter iterations."""
+    for _ in range(n_iter):
+        labels = torch.cdist(x, centroids).argmin(1)                        # assign: the nearest centroid
+        sums = torch.zeros_like(centroids).index_add_(0, labels, x)         # update: the mean of its rows
+        counts = torch.bincount(labels, minlength=len(centroids))[:, None]
+        centroids = torch.where(counts > 0, sums / counts, centroids)       # an empty cluster stays where it is
+    return torch.cdist(x, centroids).argmin(1), centroids
+
 
 def find_nearest(x, w, bias):
-    """Assign: argmax_k x.w_k + bias_k -> labels (r, b, m) int64, scores (r, b, m) float32; of equals the smallest k.
+    """argmax_k x.w_k + bias_k -> labels (r, m) int64, scores (r, m) float32; of equals the smallest k.
 
-    x (b, m, d) of any dtype; w (r, b, k, d) and bias (r, b, k) float32, from `fold`.
+    A block x (m, d) of any dtype; w (r, k, d) and bias (r, k) float32 of r codebooks, from `score_weights`.
     """
-    if fused(x):
+    if use_triton(x):
         return find_nearest_fused(x, w, bias)
-    scores = product(x.float(), rearrange(w, "r b k d -> b (r k) d"), rearrange(bias, "r b k -> b (r k)"))
-    best, labels = rearrange(scores, "b m (r k) -> r b m k", r=len(w)).max(-1)
+    scores = multiply(x.float(), w.flatten(0, 1), bias.flatten())
+    best, labels = rearrange(scores, "m (r k) -> r m k", r=len(w)).max(-1)
     return labels, best
 
 
-def fold(c, origin, scale, shift):
-    """w, bias with x.w_k + bias_k = (x' - o).(c_k - o) - ||c_k - o||^2 / 2, where x' = scale x + shift is clustered.
+def score_weights(c, origin, scale, shift):
+    """w, bias with x.w_k + bias_k = (x' - o).(c_k - o) - ||c_k - o||^2 / 2 for stored rows x, x' = scale x + shift.
 
     Any origin o gives the same labels. The data's mean keeps the numbers small: float32 tells near centroids apart.
     """
-    c = c.double() - origin[..., None, :]
-    bias = (c * (shift - origin)[..., None, :]).sum(-1) - c.square().sum(-1) / 2
+    c = c.double() - origin
+    bias = (c * (shift - origin)).sum(-1) - c.square().sum(-1) / 2
     return (c * scale).float(), bias.float()
 
 
 def add_rows(sums, counts, labels, x):
-    """Update: add rows x (b, m, d) to sums (r, b, k, d) float32, and 1 to counts (r, b, k) float64, by labels."""
-    if fused(x):
+    """Add rows x (m, d) to sums (r, k, d) float32, and 1 to counts (r, k) float64, by labels (r, m)."""
+    if use_triton(x):
         return add_rows_fused(sums, counts, labels, x)
     x = x.float()
-    for r, b in np.ndindex(labels.shape[:2]):
-        sums[r, b].index_add_(0, labels[r, b], x[b])
-        counts[r, b] += torch.bincount(labels[r, b], minlength=counts.shape[-1])
+    for r in range(len(labels)):
+        sums[r].index_add_(0, labels[r], x)
+        counts[r] += torch.bincount(labels[r], minlength=counts.shape[-1])
 
 
-def kmeans_plusplus(x, u):
-    """Seed: greedy k-means++ (Arthur & Vassilvitskii 2007; trials as in scikit-learn), rows (b, m, d) -> (b, k).
-
-    Each new seed is the best of some rows drawn with probability proportional to the squared distance to the nearest
-    seed so far. u (b, k, trials), uniform in [0, 1), makes every choice.
-    """
-    problem = torch.arange(len(x), device=x.device)
-    x = x - x.mean(1, keepdim=True)                                     # small numbers round less
-    norm = x.square().sum(-1)
-
-    def distances_to(index):                                            # (b, trials) -> (b, trials, m)
-        at = problem[:, None], index
-        return (norm[:, None] + norm[at][..., None] - 2 * x[at] @ x.transpose(1, 2)).clamp_(min=0)
-
-    seeds = (u[:, :1, 0] * x.shape[1]).long()                           # the first: any row
-    closest = distances_to(seeds)[:, 0]
-    for i in range(1, u.shape[1]):
-        closest[problem, seeds[:, -1]] = 0                              # exactly, whatever was rounded
-        mass = closest.double().cumsum(-1)                              # drawing: where in it u falls
-        trial = torch.searchsorted(mass, u[:, i] * mass[:, -1:], right=True).clamp_(max=x.shape[1] - 1)
-        distances = torch.minimum(closest[:, None], distances_to(trial))
-        best = distances.sum(-1).argmin(-1)
-        closest = distances[problem, best]
-        seeds = torch.cat([seeds, trial[problem, best][:, None]], 1)
-    return seeds
-
-
-def assign_blocks(data, c, origin):
-    """Blocks (b, m, d) with labels and scores (r, b, m) of their rows, for centroids c (r, b, k, d)."""
-    w, bias = fold(c, origin, data.scale, data.shift)
-    for block in data:
-        yield block, *find_nearest(block, w, bias)
-
-
-def lloyd_pass(data, c, origin):
-    """One pass of Lloyd over all processes: c (r, b, k, d) -> sums (as c), counts (r, b, k), total score (r, b)."""
+def run_pass(data, c, origin):
+    """One pass over all processes' rows: c (r, k, d) -> sums (as c), counts (r, k), total score (r,); float64."""
     sums, part = torch.zeros_like(c, dtype=torch.float64), torch.zeros_like(c)
-    counts, total = torch.zeros_like(sums[..., 0]), torch.zeros_like(sums[..., 0, 0])
+    counts, total = torch.zeros_like(sums[..., 0]), torch.zeros_like(sums[:, 0, 0])
+    w, bias = score_weights(c, origin, data.scale, data.shift)
     added = 0
-    for block, labels, score in assign_blocks(data, c, origin):
+    for block in data:
+        labels, scores = find_nearest(block, w, bias)
         add_rows(part, counts, labels, block)
-        total += score.sum(-1)
-        added += block.shape[1]
-        if added >= 1 << 16:              # float32 adds 65536 uint8 values exactly (below 2^24), and others well enough
+        total += scores.sum(-1)
+        added += len(block)
+        if added >= 1 << 16:          # float32 adds 65536 uint8 values exactly (below 2^24), others well enough
             sums += part
             part.zero_()
             added = 0
@@ -136,18 +115,43 @@ def lloyd_pass(data, c, origin):
     return sums, counts, total
 
 
+def kmeans_plusplus(x, u):
+    """Greedy k-means++ (Arthur & Vassilvitskii 2007; trials as in scikit-learn): rows (m, d) -> seeds (k,), indices.
+
+    Each new seed is the best of some rows drawn with probability proportional to the squared distance to the
+    nearest seed so far. u (k, trials), uniform in [0, 1), makes every choice.
+    """
+    x = x - x.mean(0)                                                   # small numbers round less
+    norm = x.square().sum(-1)
+
+    def squared_distances(index):                                       # (t,) -> (t, m)
+        product = x[None, index] @ x.T[None]
+        return (norm + norm[index][:, None] - 2 * product[0]).clamp_(min=0)
+
+    seeds = (u[:1, 0] * len(x)).long()                                  # the first: any row
+    closest = squared_distances(seeds)[0]
+    for i in range(1, len(u)):
+        closest[seeds[-1]] = 0                                          # exactly, whatever was rounded
+        mass = closest.double().cumsum(-1)                              # drawing: where in it u falls
+        trials = torch.searchsorted(mass, u[i] * mass[-1], right=True).clamp_(max=len(x) - 1)
+        distances = torch.minimum(closest, squared_distances(trials))
+        best = distances.sum(-1).argmin()
+        closest, seeds = distances[best], torch.cat([seeds, trials[best][None]])
+    return seeds
+
+
 class KMeans:
     """Lloyd's algorithm.
 
     k, metric   number of clusters; "euclidean", or "cosine": rows have unit length, and so have the centroids
     init        "k-means++" on a seeded sample of max(16384, 4 k) rows, "random" rows, or a tensor (k, d)
     tol         stop when the centroids move (squared, summed) less than tol times the mean variance of a column
-    restarts    seedings that run side by side as a batch; the one with the least inertia is kept
+    restarts    seedings that run side by side; the one with the least inertia is kept
     mean, std   of uint8 pixels, see Rows; device: where arrays and streams are worked on; rows: block size
 
     Afterwards: centroids (k, d) float32, counts (k,) int64 (0: a dead code), inertia (sum of squared distances),
-    n_iter, history (the inertia at each iteration). For a batch of problems all have b in front. With torch.distributed
-    initialised every process passes its own rows and ends with the centroids of one process on all rows.
+    n_iter, history (the inertia at each iteration). With torch.distributed initialised every process passes its
+    own rows and ends with the centroids of one process on all rows.
     """
 
     def __init__(self, k, metric="euclidean", init="k-means++", max_iter=100, tol=1e-4, seed=0, restarts=1, mean=None,
@@ -162,84 +166,75 @@ class KMeans:
         self.restarts, self.progress = restarts, progress
         self.input = dict(metric=metric, mean=mean, std=std, device=device, rows=rows)
 
-    def seed_centroids(self, data, n, start):
-        """(r, b, k, d): every process makes the same choices among the n rows of all; its own begin at `start`."""
-        generator = torch.Generator().manual_seed(self.seed)
-        shape = self.restarts, data.b, self.k, data.d
-        if torch.is_tensor(self.init):
-            if self.init.shape not in (shape[2:], shape[1:]):
-                raise ValueError(f"init is {tuple(self.init.shape)}: {self.k} centroids of {data.d} values are wanted")
-            return self.init.to(data.device).float().expand(shape).clone()
-        if self.init == "random":
-            index = torch.cat([torch.randperm(n, generator=generator)[:self.k] for _ in range(self.restarts)])
-            return rearrange(data.at(index, start), "b (r k) d -> r b k d", r=self.restarts)
-        size = max(16384, 4 * self.k)
-        sample = data.at(torch.randperm(n, generator=generator)[:size] if size < n else torch.arange(n), start)
-        u = torch.rand(*shape[:3], 2 + int(math.log(self.k)), generator=generator, dtype=torch.float64).to(data.device)
-        indices = [kmeans_plusplus(sample, u[r]) for r in range(self.restarts)]
-        return torch.stack([sample.gather(1, repeat(index, "b k -> b k d", d=data.d)) for index in indices])
-
     def fit(self, x):
         data = Rows(x, self.k, **self.input)
         n, start, mean, scatter = compute_statistics(data)
         if self.k > n:
             raise ValueError(f"{self.k} clusters of {n} rows: there must be at least as many rows as clusters")
-        # Cosine: the rows have unit length, and centroids must get it back, or the longest would win (METHODS 4.3).
+        # Cosine: the rows have unit length, and centroids must get it back, or the longest would win.
         unit = F.normalize if self.metric == "cosine" else lambda c, dim: c
         c = unit(self.seed_centroids(data, n, start), dim=-1)
-        history, n_iter = [], torch.zeros_like(c[..., 0, 0], dtype=torch.long)
-        done = torch.zeros_like(n_iter, dtype=torch.bool)               # (r, b): which have converged
+        history, n_iter = [], torch.zeros(self.restarts, dtype=torch.long, device=c.device)
+        done = torch.zeros(self.restarts, dtype=torch.bool, device=c.device)
         for _ in tqdm(range(self.max_iter), desc="k-means", unit=" passes", disable=not self.progress):
-            sums, counts, score = lloyd_pass(data, c, mean)
-            history.append((scatter - 2 * score).clamp(min=0))          # sum ||x-c||^2 = sum ||x-mean||^2 - 2 sum score
+            sums, counts, score = run_pass(data, c, mean)
+            history.append((scatter - 2 * score).clamp(min=0))          # ||x-c||^2 = ||x-mean||^2 - 2 score, summed
             means = data.scale * sums / counts[..., None] + data.shift  # the sums are of rows as stored: uint8 pixels
             new = torch.where(counts[..., None] > 0, means, c.double())
             if (counts == 0).any():
                 new = reseed(data, c, new, counts == 0, mean, start)
-            new = torch.where(done[..., None, None], c, unit(new, dim=-1).float())     # a problem that is done stays so
+            new = torch.where(done[:, None, None], c, unit(new, dim=-1).float())     # what is done stays
             moved = (new - c).double().square().sum((-1, -2))
             c, n_iter = new, n_iter + ~done
             done = done | (moved <= self.tol * scatter / (n * data.d))
             if done.all():
                 break
-        counts, inertia = torch.zeros_like(counts), torch.zeros_like(score)
-        for labels, distances in exact_distances(data, c, mean):               # of the last centroids, exactly
-            counts.scatter_add_(-1, labels, torch.ones_like(labels, dtype=counts.dtype))
-            inertia += distances.sum(-1)
-        all_reduce(counts, inertia)
-        best = inertia.argmin(0), torch.arange(data.b, device=c.device)  # the best restart of each problem
-        keep = (lambda v: v[best]) if data.batched else (lambda v: v[best][0])
-        self.centroids, self.counts = keep(c), keep(counts).long()
-        self.inertia, self.n_iter = keep(inertia), keep(n_iter)
-        self.history = torch.stack([keep(v) for v in history], -1)
-        if not data.batched:
-            self.inertia, self.n_iter = self.inertia.item(), self.n_iter.item()
-            self.history = self.history[:self.n_iter].tolist()
+        counts, inertia = count_exactly(data, c, mean)
+        best = inertia.argmin()
+        self.centroids, self.counts, self.inertia = c[best], counts[best].long(), inertia[best].item()
+        self.n_iter = n_iter[best].item()
+        self.history = torch.stack(history)[:self.n_iter, best].tolist()
         return self
+
+    def seed_centroids(self, data, n, start):
+        """(r, k, d): every process makes the same choices among the n rows of all; its own begin at `start`."""
+        generator = torch.Generator().manual_seed(self.seed)
+        r, k, d = self.restarts, self.k, data.d
+        if torch.is_tensor(self.init):
+            if self.init.shape != (k, d):
+                raise ValueError(f"init is {tuple(self.init.shape)}: {k} centroids of {d} values are wanted")
+            return self.init.to(data.device).float().expand(r, k, d).clone()
+        if self.init == "random":
+            index = torch.cat([torch.randperm(n, generator=generator)[:k] for _ in range(r)])
+            return data.gather(index, start).view(r, k, d)
+        size = max(16384, 4 * k)
+        sample = torch.randperm(n, generator=generator)[:size] if size < n else torch.arange(n)
+        sample = data.gather(sample, start)
+        u = torch.rand(r, k, 2 + int(math.log(k)), generator=generator, dtype=torch.float64).to(data.device)
+        return torch.stack([sample[kmeans_plusplus(sample, u[i])] for i in range(r)])
 
     def predict(self, x):
         return assign(x, self.centroids, **self.input)[0]
 
 
 def assign(x, centroids, metric="euclidean", mean=None, std=None, device=None, rows=None):
-    """Nearest centroids: labels (n,) int64, squared distances (n,) float32; with a batch (b, n, d) both are (b, n).
+    """Nearest centroids (k, d) of rows (n, d): labels (n,) int64, squared distances (n,) float32.
 
-    x and the other arguments as in KMeans and Rows; centroids (k, d), or (b, k, d) of a batch. Never holds (n, k).
+    The arguments as in KMeans and Rows. Never holds (n, k).
     """
-    data = Rows(x, centroids.shape[-2], metric, mean, std, device or centroids.device, rows)
-    if centroids.shape[-1] != data.d or centroids.ndim == 3 and len(centroids) != data.b:
+    data = Rows(x, len(centroids), metric, mean, std, device or centroids.device, rows)
+    if centroids.shape[-1] != data.d:
         raise ValueError(f"rows {tuple(data.shape)} do not fit centroids {tuple(centroids.shape)}")
-    c = centroids.to(data.device).float().expand(1, data.b, *centroids.shape[-2:])
-    parts = zip(*exact_distances(data, c, c.double().mean((0, 2))))
-    labels, distances = (torch.cat(part, -1)[0] for part in parts)      # [0]: there are no restarts
-    return (labels, distances) if data.batched else (labels[0], distances[0])
+    c = centroids.to(data.device).float()[None]
+    labels, distances = zip(*measure_distances(data, c, c[0].double().mean(0)))
+    return torch.cat(labels, 1)[0], torch.cat(distances, 1)[0]
 
 
 class KMeansTokenizer(nn.Module):
     """images (b, 3, S, S) -> tokens (b, n) int64. uint8 images are normalised here, float images already are.
 
-    S is image_size; for clip also twice that, which spares it the blur of enlarging (`input_size`: what suits best).
-    It belongs beside a model, never inside: MAE's weight initialisation would wipe it (METHODS 4.3).
+    S is image_size; for clip also twice that, which spares it the blur of enlarging (`input_size`: what suits
+    best). It belongs beside a model, never inside: MAE's weight initialisation would wipe it.
     """
 
     def __init__(self, features, centroids, metric, patch_size, image_size, mean, std):
@@ -255,7 +250,7 @@ class KMeansTokenizer(nn.Module):
     def rows(self, images):
         """What is clustered: (b, n, d); pixels stay uint8, which `assign` standardises."""
         side = images.shape[-1]
-        if images.ndim != 4 or images.shape[1:] != (3, side, side) or side not in (self.image_size, self.input_size):
+        if images.shape[1:] != (3, side, side) or side not in (self.image_size, self.input_size):
             raise ValueError(f"this tokenizer takes images (b, 3, {self.input_size}, {self.input_size}), "
                              f"not {tuple(images.shape)}")
         if self.features == "pixel":
@@ -265,69 +260,86 @@ class KMeansTokenizer(nn.Module):
     def assign(self, images):
         """Tokens (b, n) and squared distances (b, n)."""
         rows = self.rows(images)
-        found = assign(rows.flatten(0, 1), self.centroids, self.metric, self.mean, self.std)
-        return tuple(v.view(rows.shape[:2]) for v in found)
+        labels, distances = assign(rows.flatten(0, 1), self.centroids, self.metric, self.mean, self.std)
+        return labels.view(rows.shape[:2]), distances.view(rows.shape[:2])
 
     def forward(self, images):
         return self.assign(images)[0]
 
     def save(self, path):
-        keys = ("features", "metric", "patch_size", "image_size", "mean", "std", "vocab_size")
+        keys = "features", "metric", "patch_size", "image_size", "mean", "std", "vocab_size"
         save({"centroids": self.centroids.cpu(), **{key: getattr(self, key) for key in keys}}, path)
 
 
-# --- the rest of the fit: exact distances, empty clusters, the mean of the data --------------------------------------
+# ==========================================================================================================
+# Machinery. The method ends here: what follows reads rows and images, runs on CUDA, and takes commands.
+# ==========================================================================================================
 
-def exact_distances(data, c, origin):
-    """Labels and squared distances ||x - c_label||^2 (r, b, m), block by block; by definition: no cancellation."""
-    for block, labels, _ in assign_blocks(data, c, origin):
-        own = c.gather(2, labels[..., None].expand(-1, -1, -1, c.shape[-1]))
-        yield labels, (data.values(block) - own).square_().sum(-1)
+# --- the rest of the fit: exact distances, empty clusters, the mean of the data -----------------------------
+
+def measure_distances(data, c, origin):
+    """Yields labels and squared distances ||x - c_label||^2 (r, m) of each block; by definition: no cancellation."""
+    w, bias = score_weights(c, origin, data.scale, data.shift)
+    for block in data:
+        labels, _ = find_nearest(block, w, bias)
+        own = torch.stack([c[r, labels[r]] for r in range(len(c))])
+        yield labels, (data.standardize(block) - own).square_().sum(-1)
+
+
+def count_exactly(data, c, origin):
+    """Counts (r, k) and inertia (r,) of centroids c over all processes, float64."""
+    counts = torch.zeros(c.shape[:2], dtype=torch.float64, device=c.device)
+    inertia = torch.zeros_like(counts[:, 0])
+    for labels, distances in measure_distances(data, c, origin):
+        counts.scatter_add_(-1, labels, torch.ones_like(labels, dtype=counts.dtype))
+        inertia += distances.sum(-1)
+    all_reduce(counts, inertia)
+    return counts, inertia
 
 
 def reseed(data, c, new, empty, origin, start):
-    """`new` (r, b, k, d) with its empty clusters moved onto the rows that are farthest from their centroids c."""
+    """`new` (r, k, d) with its empty clusters moved onto the rows that are farthest from their centroids c."""
     m, first = int(empty.sum(-1).max()), start
-    far = torch.full((*empty.shape[:2], m), -1., device=c.device)       # the m greatest distances, and of which rows
+    far = torch.full((len(c), m), -1., device=c.device)         # the m greatest distances, and of which rows
     index = torch.zeros_like(far, dtype=torch.long)
-    for labels, distances in exact_distances(data, c, origin):
+    for labels, distances in measure_distances(data, c, origin):
         rows = torch.arange(first, first + labels.shape[-1], device=c.device).expand_as(labels)
         far, at = torch.cat([far, distances], -1).topk(m)
         index = torch.cat([index, rows], -1).gather(-1, at)
         first += labels.shape[-1]
     far, at = all_gather(far).topk(m)
     index = all_gather(index).gather(-1, at)
-    for r, b in empty.any(-1).nonzero().tolist():
-        codes = empty[r, b].nonzero()[:, 0]
-        codes = codes[far[r, b, :len(codes)] > 0]                       # every row sits on a centroid: nothing to gain
-        new[r, b, codes] = data.at(index[r, b, :len(codes)].cpu(), start)[b].double()
+    for r in empty.any(-1).nonzero()[:, 0].tolist():
+        codes = empty[r].nonzero()[:, 0]
+        codes = codes[far[r, :len(codes)] > 0]                  # every row sits on a centroid: nothing to gain
+        new[r, codes] = data.gather(index[r, :len(codes)].cpu(), start).double()
     return new
 
 
 def compute_statistics(data):
-    """One pass: n of all processes, rows before this one's, mean (b, d), total squared distance to it (b,), float64."""
+    """n of all processes, rows before this one's, mean (d,), total squared distance to it (), float64: one pass."""
     n, origin, sums, squares = 0, None, 0., 0.
     for block in data:
-        x = data.values(block)
-        if origin is None:                                              # near the mean: no cancellation below
-            origin = x.mean(1, keepdim=True)
+        x = data.standardize(block)
+        if origin is None:                                      # near the mean: no cancellation below
+            origin = x.mean(0, keepdim=True)
             all_reduce(origin)
             origin /= rank_and_world()[1]
         x = x - origin
-        n, sums, squares = n + x.shape[1], sums + x.sum(1).double(), squares + x.square().sum((1, 2)).double()
+        n, sums, squares = n + len(x), sums + x.sum(0).double(), squares + x.square().sum().double()
     sizes = all_gather(torch.tensor([n], device=data.device)).tolist()
     all_reduce(sums, squares)
     total = sum(sizes)
-    scatter = squares - sums.square().sum(-1) / total
-    if not torch.isfinite(scatter).all():
+    scatter = squares - sums.square().sum() / total
+    if not torch.isfinite(scatter):
         raise ValueError("K-means got NaN or infinite values (or some beyond 1e18): clean the data first")
-    return total, sum(sizes[:rank_and_world()[0]]), origin[:, 0].double() + sums / total, scatter.clamp(min=0)
+    return total, sum(sizes[:rank_and_world()[0]]), origin[0].double() + sums / total, scatter.clamp(min=0)
 
 
-# --- reading rows: a tensor, an array or memory map, or a function that starts a stream; one process or many ---------
+# --- processes ----------------------------------------------------------------------------------------------
 
 def rank_and_world():
-    """(rank, world) of the running process group; (0, 1) without one."""
+    """(rank, world size) of the running process group; (0, 1) without one."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
@@ -335,6 +347,28 @@ def print0(*words):
     """print, on rank 0 only."""
     if rank_and_world()[0] == 0:
         print(*words, flush=True)
+
+
+def barrier():
+    """Wait for all processes."""
+    if rank_and_world()[1] > 1:
+        dist.barrier()
+
+
+def all_reduce(*tensors):
+    """Sum each tensor over all processes, in place."""
+    if rank_and_world()[1] > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def all_gather(tensor):
+    """The tensors of all processes, side by side in the last dimension."""
+    if rank_and_world()[1] == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(rank_and_world()[1])]
+    dist.all_gather(parts, tensor)
+    return torch.cat(parts, -1)
 
 
 def setup(device=None):
@@ -375,258 +409,222 @@ def catch_signals():
             signal.signal(number, handler)
 
 
-def barrier():
-    """Wait for all processes."""
-    if rank_and_world()[1] > 1:
-        dist.barrier()
-
-
-def all_reduce(*tensors):
-    """Sum each tensor over all processes, in place."""
-    if rank_and_world()[1] > 1:
-        for tensor in tensors:
-            dist.all_reduce(tensor)
-
-
-def all_gather(tensor):
-    """The tensors of all processes, side by side in the last dimension."""
-    if rank_and_world()[1] == 1:
-        return tensor
-    parts = [torch.empty_like(tensor) for _ in range(rank_and_world()[1])]
-    dist.all_gather(parts, tensor)
-    return torch.cat(parts, -1)
-
+# --- reading rows: a tensor, an array or memory map, or a function that starts a stream ---------------------
 
 class Rows:
-    """The rows to cluster; iterating yields them as blocks (b, m, d) on `device`, in order, as they enter the product.
+    """The rows to cluster; iterating yields them as blocks (m, d) on `device`, in order, as they are stored.
 
-    x   (n, d) or (b, n, d): tensor, array or memory map; or a function without arguments that yields (m, d) chunks
-    uint8 pixels stay 1 byte: what is clustered is scale x + shift, and `fold` moves both into the centroids. Only
-    cosine needs unit rows at once. mean, std: of 3 channels, scale 0..1, for rows in patchify's order (channel last).
+    x   (n, d): tensor, array or memory map; or a function without arguments that yields (m, d) chunks
+    uint8 pixels stay 1 byte: what is clustered is scale x + shift, and `score_weights` moves both into the
+    centroids. Only cosine needs unit rows at once. mean, std: of 3 channels, on the scale 0..1, for rows in
+    patchify's order (the channel runs fastest).
     """
 
     def __init__(self, x, k, metric="euclidean", mean=None, std=None, device=None, rows=None):
         self.parts = x if callable(x) else lambda: [x]
         first = next(iter(self.parts()), None)
-        if first is None or first.ndim not in (2, 3) or 0 in first.shape:
-            raise ValueError("K-means takes rows (n, d), n and d > 0, or a batch (b, n, d), not " +
-                             ("an empty stream" if first is None else f"an array of shape {tuple(first.shape)}"))
-        self.shape, self.batched = first.shape, first.ndim == 3
-        self.b, self.d = first.shape[0] if self.batched else 1, first.shape[-1]
+        if first is None or first.ndim != 2 or 0 in first.shape:
+            found = "an empty stream" if first is None else f"an array of shape {tuple(first.shape)}"
+            raise ValueError(f"K-means takes rows (n, d), n and d > 0, not {found}")
+        self.shape, self.d = first.shape, first.shape[1]
         self.resident = torch.is_tensor(first) and first.is_cuda
         self.device = first.device if self.resident else torch.device(device or "cpu")
-        # On the CPU (and without Triton) a block's scores, k a row, should fit a cache. Fused kernels keep none, and
-        # large blocks hide their launches.
-        cuda = self.device.type == "cuda"
-        most = (1 << 28) // self.d if cuda and triton is not None else (1 << 23) // k
-        self.rows = rows or max(256, min(1 << 19 if cuda else 4096, most // self.b))
-        unchanged = torch.ones(self.d, dtype=torch.float64), torch.zeros(self.d, dtype=torch.float64)
-        pixels = str(first.dtype).endswith("uint8")                      # torch.uint8, or numpy's
-        self.scale, self.shift = (v.to(self.device) for v in (pixel_scale(self.d, mean, std) if pixels else unchanged))
+        self.rows = rows or choose_block(k, self.d, self.device)
+        self.scale, self.shift = (v.to(self.device) for v in pixel_scale(first, mean, std))
         self.before_unit = None
-        if metric == "cosine":
+        if metric == "cosine":                                  # what is stored is scaled before, not after
             self.before_unit = self.scale.float(), self.shift.float()
-            self.scale, self.shift = (v.to(self.device) for v in unchanged)
-
-    def cut(self):
-        for part in self.parts():
-            if part.ndim != len(self.shape) or part.shape[-1] != self.d:
-                raise ValueError(f"the stream began with {tuple(self.shape)} and goes on with {tuple(part.shape)}")
-            for start in range(0, part.shape[-2], self.rows):
-                block = part[..., start:start + self.rows, :]
-                if not torch.is_tensor(block):
-                    block = torch.from_numpy(np.array(block))           # a copy: memory maps may be read-only
-                yield block.view(self.b, -1, self.d)
+            self.scale, self.shift = torch.ones_like(self.scale), torch.zeros_like(self.shift)
 
     def __iter__(self):
-        blocks = to_cuda(self.cut(), self.device) if self.device.type == "cuda" and not self.resident else self.cut()
+        blocks = self.cut_blocks()
+        if self.device.type == "cuda" and not self.resident:
+            blocks = copy_ahead(blocks, self.device)
         for block in blocks:
             if self.before_unit:
-                block = F.normalize(block.float() * self.before_unit[0] + self.before_unit[1], dim=-1)
+                scale, shift = self.before_unit
+                block = F.normalize(block.float() * scale + shift, dim=-1)
             yield block
 
-    def values(self, block):
+    def cut_blocks(self):
+        for part in self.parts():
+            if part.ndim != 2 or part.shape[1] != self.d:
+                raise ValueError(f"the stream began with {tuple(self.shape)} and goes on with {tuple(part.shape)}")
+            for start in range(0, len(part), self.rows):
+                block = part[start:start + self.rows]
+                # An array is copied: memory maps may be read-only.
+                yield block if torch.is_tensor(block) else torch.from_numpy(np.array(block))
+
+    def standardize(self, block):
         """What is clustered, in float32."""
         return block.float() * self.scale.float() + self.shift.float()
 
-    def at(self, index, start):
-        """Values (b, s, d) of the rows index (s,) of all processes together, of which ours begin at row `start`."""
-        out = torch.zeros(self.b, len(index), self.d, device=self.device)
+    def gather(self, index, start):
+        """Values (s, d) of the rows index (s,) of all processes together, of which ours begin at row `start`."""
+        out = torch.zeros(len(index), self.d, device=self.device)
         for block in self:
-            inside = (index >= start) & (index < start + block.shape[1])
-            out[:, inside.to(out.device)] = self.values(block[:, (index[inside] - start).to(block.device)])
-            start += block.shape[1]
+            inside = (index >= start) & (index < start + len(block))
+            out[inside.to(out.device)] = self.standardize(block[(index[inside] - start).to(block.device)])
+            start += len(block)
         all_reduce(out)
         return out
 
 
-def pixel_scale(d, mean, std):
-    """scale, shift (d,) float64 such that scale * x + shift = (x / 255 - mean) / std for uint8 rows x (m, d)."""
+def choose_block(k, d, device):
+    """Rows at once: on the CPU (and without Triton) the scores, k a row, should fit a cache. Fused kernels keep none,
+    and large blocks hide their launches."""
+    cuda = device.type == "cuda"
+    most = (1 << 28) // d if cuda and triton is not None else (1 << 23) // k
+    return max(256, min(1 << 19 if cuda else 4096, most))
+
+
+def pixel_scale(x, mean, std):
+    """scale, shift (d,) float64: scale * x + shift = (x / 255 - mean) / std for uint8 rows x (m, d), x for others."""
+    d = x.shape[1]
+    if not str(x.dtype).endswith("uint8"):                      # torch.uint8, or numpy's
+        return torch.ones(d, dtype=torch.float64), torch.zeros(d, dtype=torch.float64)
     mean, std = (torch.tensor(v, dtype=torch.float64).expand(3) for v in (mean or 0., std or 1.))
     if d % 3 and (mean.unique().numel() > 1 or std.unique().numel() > 1):
         raise ValueError(f"rows of {d} uint8 values are not pixels of 3 channels: mean and std do not fit")
     return tuple(v.repeat(-(-d // 3))[:d] for v in (1 / (255 * std), -mean / std))
 
 
-def product(x, w, bias):
-    """x w^T + bias on the CPU (or on CUDA without Triton): (b, m, d), (b, k, d), (b, k) -> (b, m, k)."""
-    if len(x) > 1 or x.is_cuda or not torch.backends.mkldnn.is_available():
-        return torch.baddbmm(bias[:, None], x, w.transpose(1, 2))
+def multiply(x, w, bias):
+    """x w^T + bias: (m, d), (k, d), (k,) -> (m, k), on the CPU, or on CUDA without Triton."""
+    if x.is_cuda or not torch.backends.mkldnn.is_available():
+        return torch.addmm(bias, x, w.T)
     # A 1x1 convolution is the same product, but by oneDNN: on AMD's CPUs twice as fast as MKL's matrix product.
-    image = rearrange(x[:, :, None], "b m one d -> b d m one")          # channels last, as the rows lie in memory
-    scores = F.conv2d(image, rearrange(w, "1 k d -> k d 1 1"), bias[0])
-    return rearrange(scores, "b k m 1 -> b m k")
+    image = rearrange(x[None, :, None], "b m one d -> b d m one")       # channels last, as the rows lie in memory
+    return rearrange(F.conv2d(image, w[:, :, None, None], bias), "1 k m 1 -> m k")
 
 
-# --- the same two steps on CUDA: no score reaches memory, no two programs add to the same number ---------------------
+def copy_ahead(parts, device):
+    """CPU tensors -> tensors on `device`, in order: one is copied, on a stream of its own, while one is used."""
+    copier, ahead = torch.cuda.Stream(device), None
+    for part in itertools.chain(parts, [None]):
+        current, ready = torch.cuda.current_stream(device), ahead
+        current.wait_stream(copier)                             # for `ready` only: the next copy starts below
+        with torch.cuda.stream(copier):
+            ahead = None if part is None else part.pin_memory().to(device, non_blocking=True)
+        if ready is not None:
+            ready.record_stream(current)                        # its memory is not for reuse before we are done
+            yield ready
 
-def fused(x):
+
+# --- the same two steps on CUDA: no score reaches memory, no two programs add to the same number ------------
+
+def use_triton(x):
     return triton is not None and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
 
 
 if triton is not None:
     @triton.jit
-    def nearest_kernel(x, w, bias, labels, scores, m, k, d, b, center, shrink, unit, HALF: tl.constexpr,
+    def nearest_kernel(x, w, bias, labels, scores, m, k, d, center, shrink, unit, HALF: tl.constexpr,
                        ROWS: tl.constexpr, CODES: tl.constexpr, WIDTH: tl.constexpr):
-        """One program: ROWS rows of one problem against all codes, CODES at a time; the scores stay in registers."""
+        """One program: ROWS rows against all codes of one codebook, CODES at a time; scores stay in registers."""
         row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        problem = tl.program_id(1).to(tl.int64)
-        x_row = x + ((problem % b) * m + row[:, None]) * d
+        book = tl.program_id(1).to(tl.int64)
+        x_row = x + row[:, None] * d
         best = tl.full((ROWS,), float("-inf"), tl.float32)
         label = tl.zeros((ROWS,), tl.int32)
         for first in range(0, k, CODES):
             code = first + tl.arange(0, CODES)
-            w_row = w + (problem * k + code[None, :]) * d
+            w_row = w + (book * k + code[None, :]) * d
             dot = tl.zeros((ROWS, CODES), tl.float32)
             for at in range(0, d, WIDTH):
                 column = at + tl.arange(0, WIDTH)
-                xs = tl.load(x_row + column[None, :], (row[:, None] < m) & (column[None, :] < d), 0).to(tl.float32)
+                seen = (row[:, None] < m) & (column[None, :] < d)
+                xs = tl.load(x_row + column[None, :], seen, 0).to(tl.float32)
                 ws = tl.load(w_row + column[:, None], (code[None, :] < k) & (column[:, None] < d), 0)
                 if HALF:
                     xs = ((xs - center) * shrink).to(tl.float16)
-                dot = tl.dot(xs, ws, dot, input_precision="tf32x3")           # as precise as float32 where not HALF
-            score = dot * unit + tl.load(bias + problem * k + code, code < k, float("-inf"))[None, :]
+                dot = tl.dot(xs, ws, dot, input_precision="tf32x3")       # as precise as float32 where not HALF
+            score = dot * unit + tl.load(bias + book * k + code, code < k, float("-inf"))[None, :]
             top, arg = tl.max(score, 1, return_indices=True)
             label = tl.where(top > best, first + arg, label)
             best = tl.maximum(top, best)
-        tl.store(labels + problem * m + row, label, row < m)
-        tl.store(scores + problem * m + row, best, row < m)
+        tl.store(labels + book * m + row, label, row < m)
+        tl.store(scores + book * m + row, best, row < m)
 
     @triton.jit
-    def one_hot_kernel(x, labels, sums, counts, m, k, d, b, span, splits, HALF: tl.constexpr,
+    def one_hot_kernel(x, labels, sums, counts, m, k, d, span, splits, HALF: tl.constexpr,
                        ROWS: tl.constexpr, CODES: tl.constexpr, WIDTH: tl.constexpr):
         """One program: one-hot(labels)^T x over `span` rows and WIDTH columns, all codes at once in registers."""
-        split, problem = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+        split, book = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
         column = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
         code = tl.arange(0, CODES)
         total = tl.zeros((CODES, WIDTH), tl.float32)
         count = tl.zeros((CODES,), tl.float32)
         for at in range(0, span, ROWS):
             row = split * span + at + tl.arange(0, ROWS)
-            label = tl.load(labels + problem * m + row, row < m, -1)
-            xs = tl.load(x + ((problem % b) * m + row[:, None]) * d + column[None, :],
-                         (row[:, None] < m) & (column[None, :] < d), 0).to(tl.float32)
+            label = tl.load(labels + book * m + row, row < m, -1)
+            seen = (row[:, None] < m) & (column[None, :] < d)
+            xs = tl.load(x + row[:, None] * d + column[None, :], seen, 0).to(tl.float32)
             hot = (label[None, :] == code[:, None]).to(tl.float32)
             count += tl.sum(hot, 1)
             if HALF:
                 hot, xs = hot.to(tl.float16), xs.to(tl.float16)
             total = tl.dot(hot, xs, total, input_precision="tf32x3")
-        out = (problem * splits + split) * k + code
+        out = (book * splits + split) * k + code
         tl.store(sums + out[:, None] * d + column[None, :], total, (code[:, None] < k) & (column[None, :] < d))
         if tl.program_id(0) == 0:
             tl.store(counts + out, count, code < k)
 
-    @triton.jit
-    def segment_kernel(x, order, starts, sums, m, k, d, b, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-        """One program: sums += rows order[starts[code]:starts[code + 1]], those of one cluster, in WIDTH columns."""
-        code, problem = tl.program_id(0), tl.program_id(2).to(tl.int64)
-        column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-        start = tl.load(starts + problem * (k + 1) + code)
-        stop = tl.load(starts + problem * (k + 1) + code + 1)
-        total = tl.zeros((WIDTH,), tl.float32)
-        for at in range(start, stop, ROWS):
-            place = at + tl.arange(0, ROWS)
-            row = tl.load(order + problem * m + place, place < stop, 0)
-            xs = tl.load(x + ((problem % b) * m + row[:, None]) * d + column[None, :],
-                         (place[:, None] < stop) & (column[None, :] < d), 0)
-            total += tl.sum(xs.to(tl.float32), 0)
-        out = sums + (problem * k + code) * d + column
-        tl.store(out, tl.load(out, column < d, 0) + total, column < d)
-
 
 def tile(size, most):
-    return min(most, max(16, triton.next_power_of_2(size)))             # 16 is the least that a matrix unit takes
+    return min(most, max(16, triton.next_power_of_2(size)))     # 16 is the least that a matrix unit takes
 
 
 def power_of_two(x):
     """The greatest one that is at most max |x|."""
-    return 2. ** math.floor(math.log2(max(torch.linalg.vector_norm(x.flatten(), math.inf).item(), 1e-30)))
+    largest = torch.linalg.vector_norm(x.flatten(), math.inf).item()
+    return 2. ** math.floor(math.log2(max(largest, 1e-30)))
 
 
 def find_nearest_fused(x, w, bias):
-    """`nearest` without a matrix of scores. Wide uint8 and 16-bit rows use float16 products, all others tf32 x 3.
+    """`find_nearest` without a matrix of scores. Wide uint8 and 16-bit rows: float16 products, others tf32 x 3.
 
-    uint8 - 128 is exact in float16, and so are bfloat16's 8 bits once a power of two has moved them into range: only
-    w is rounded, to 11 bits (bfloat16 has 8). Over 256 columns and more the errors average out far below 1e-4.
+    uint8 - 128 is exact in float16, and so are bfloat16's 8 bits once a power of two has moved them into range:
+    only w is rounded, to 11 bits (bfloat16 has 8). Over 256 columns the errors average out far below 1e-4.
     """
-    (r, b, k, d), m = w.shape, x.shape[1]
+    (r, k, d), m = w.shape, len(x)
     x, half, center, shrink, unit = x.contiguous(), x.dtype != torch.float32 and d >= 256, 0., 1., 1.
     if half:
         if x.dtype == torch.uint8:
-            center, bias = 128., bias + 128 * w.sum(-1)                 # x.w = (x - 128).w + 128 sum(w)
+            center, bias = 128., bias + 128 * w.sum(-1)         # x.w = (x - 128).w + 128 sum(w)
         elif x.dtype == torch.bfloat16:
             shrink = 1 / power_of_two(x)
         unit = power_of_two(w)
         w = (w / unit).half()
-    labels = torch.empty(r, b, m, dtype=torch.int32, device=x.device)
-    scores = torch.empty(r, b, m, device=x.device)
-    nearest_kernel[triton.cdiv(m, 128), r * b](
-        x, w.contiguous(), bias.contiguous(), labels, scores, m, k, d, b, center, shrink, unit / shrink, half,
+    labels = torch.empty(r, m, dtype=torch.int32, device=x.device)
+    scores = torch.empty(r, m, device=x.device)
+    nearest_kernel[triton.cdiv(m, 128), r](
+        x, w.contiguous(), bias.contiguous(), labels, scores, m, k, d, center, shrink, unit / shrink, half,
         128, tile(k, 128), tile(d, 64 if half else 32), num_warps=8)
     return labels.long(), scores
 
 
 def add_rows_fused(sums, counts, labels, x, one_hot=None):
-    """`add_rows` without atomics: a one-hot matrix product for up to 256 codes, sums of sorted segments for more."""
-    (r, b, k, d), m, x, labels = sums.shape, x.shape[1], x.contiguous(), labels.contiguous()
+    """`add_rows` without atomics: a one-hot matrix product for up to 256 codes, sums of sorted rows for more."""
+    (r, k, d), m, x, labels = sums.shape, len(x), x.contiguous(), labels.contiguous()
     if k <= 256 if one_hot is None else one_hot:
-        span, width = min(16384, triton.cdiv(m, 64) * 64), tile(d, 64)  # < 65536 rows: float32 adds uint8 exactly
+        span, width = min(16384, triton.cdiv(m, 64) * 64), tile(d, 64)   # < 65536 rows: float32 adds uint8 exactly
         splits, half = triton.cdiv(m, span), x.dtype in (torch.uint8, torch.float16)
-        part = torch.empty(r * b, splits, k, d, device=x.device)
-        count = torch.empty(r * b, splits, k, device=x.device)
-        one_hot_kernel[triton.cdiv(d, width), splits, r * b](x, labels, part, count, m, k, d, b, span, splits, half,
-                                                             64, tile(k, 256), width, num_warps=8)
-        sums += part.sum(1).view_as(sums)
-        counts += count.sum(1, dtype=torch.float64).view_as(counts)
-    else:
-        ordered, order = labels.view(r * b, m).sort(stable=True)
-        codes = torch.arange(k + 1, device=x.device).repeat(r * b, 1)
-        starts, width = torch.searchsorted(ordered, codes), tile(d, 256)
-        segment_kernel[k, triton.cdiv(d, width), r * b](x, order, starts, sums, m, k, d, b, 32, width)
-        counts += starts.diff().view_as(counts)
+        part = torch.empty(r, splits, k, d, device=x.device)
+        count = torch.empty(r, splits, k, device=x.device)
+        one_hot_kernel[triton.cdiv(d, width), splits, r](
+            x, labels, part, count, m, k, d, span, splits, half, 64, tile(k, 256), width, num_warps=8)
+        sums += part.sum(1)
+        counts += count.sum(1, dtype=torch.float64)
+        return
+    for i in range(r):
+        lengths = torch.bincount(labels[i], minlength=k)
+        ordered = x[labels[i].sort(stable=True).indices].float()
+        sums[i] += torch.segment_reduce(ordered, "sum", lengths=lengths, axis=0, initial=0)
+        counts[i] += lengths
 
 
-def to_cuda(parts, device):
-    """CPU tensors -> tensors on `device`, in order: two pinned buffers, one is copied while the other is used."""
-    copier, pinned, ahead = torch.cuda.Stream(device), [None, None], None
-    copied = [torch.cuda.Event(), torch.cuda.Event()]
-    for i, part in enumerate(itertools.chain(parts, [None])):
-        if part is not None:
-            copied[i % 2].synchronize()                                 # the last copy out of this buffer is over
-            if pinned[i % 2] is None or pinned[i % 2].shape != part.shape:
-                pinned[i % 2] = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
-            pinned[i % 2].copy_(part)
-            with torch.cuda.stream(copier):
-                following = pinned[i % 2].to(device, non_blocking=True)
-                copied[i % 2].record()
-        if ahead is not None:
-            torch.cuda.current_stream(device).wait_event(copied[(i - 1) % 2])
-            ahead.record_stream(torch.cuda.current_stream(device))      # its memory is not for reuse before we are done
-            yield ahead
-        ahead = following
-
-
-# --- from a data set to tokenizer.pt and tokens.npy ------------------------------------------------------------------
+# --- from a data set to tokenizer.pt and tokens.npy ---------------------------------------------------------
 
 def outlive_signals(_):
     """For loading processes: Ctrl-C and SIGTERM may reach them too, but stopping is the main process's decision.
@@ -644,13 +642,11 @@ def make_loader(ds, batches, workers=0, device="cpu"):
 
 
 def load_batches(ds, indices, batch_size, workers=0, device="cpu"):
-    """(images uint8 (b, 3, S, S) on device, labels (b,), index really read (b,)) over `indices`, in that order.
-
-    A data set that replaces damaged pictures by neighbours is told of it (`note_unreadable`), here in the main process.
-    """
+    """(images uint8 (b, 3, S, S) on device, labels (b,), index really read (b,)) over `indices`, in that order."""
     indices = torch.as_tensor(indices).split(batch_size)
-    for wanted, (images, labels, read) in zip(indices, make_loader(ds, [part.tolist() for part in indices], workers, device)):
-        if hasattr(ds, "note_unreadable"):
+    loader = make_loader(ds, [part.tolist() for part in indices], workers, device)
+    for wanted, (images, labels, read) in zip(indices, loader):
+        if hasattr(ds, "note_unreadable"):                      # a neighbour may stand in for a damaged picture
             ds.note_unreadable(wanted, read)
         yield images.to(device, non_blocking=True), labels, read
 
@@ -660,38 +656,32 @@ def derive_seed(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def patches_kept(fraction, features, n):
-    """How many of an image's n patches K-means sees: all, but 5 % for k-CLIP (METHODS 1.7), or the share asked for."""
-    if fraction is not None and not 0 < fraction <= 1:
-        raise ValueError(f"fraction is a share of each image's patches, above 0 and at most 1, not {fraction}")
-    return max(1, round((fraction or (.05 if features == "clip" else 1)) * n))
-
-
-def patch_stream(tokenizer, ds, keep, seed, batch_size, workers, device):
+def stream_patches(tokenizer, ds, keep, seed, batch_size, workers, device):
     """(function that starts a stream of this process's rows, their number): `keep` patches of each image.
 
-    Images come in a seeded order over the whole set: sorted by class, as folders are, they would seed k-means++ with
-    one class (METHODS 4.4). Which patches are kept depends on (seed, image) alone.
+    Images come in a seeded order over the whole set: sorted by class, as folders are, they would seed k-means++
+    with one class (as ClusterMIM's code does). Which patches are kept depends on (seed, image) alone.
     """
     rank, world = rank_and_world()
     order = torch.randperm(len(ds), generator=torch.Generator().manual_seed(seed))
     mine = order[rank * len(ds) // world:(rank + 1) * len(ds) // world]
 
-    def some(image, n):
+    def choose(image, n):
         return torch.randperm(n, generator=torch.Generator().manual_seed(derive_seed(seed, image)))[:keep]
 
     def stream():
-        for picked, (images, _, _) in zip(mine.split(batch_size), load_batches(ds, mine, batch_size, workers, device)):
+        batches = load_batches(ds, mine, batch_size, workers, device)
+        for picked, (images, _, _) in zip(mine.split(batch_size), batches):
             x = tokenizer.rows(images)
             if keep < x.shape[1]:
-                kept = torch.stack([some(image, x.shape[1]) for image in picked.tolist()]).to(device)
+                kept = torch.stack([choose(image, x.shape[1]) for image in picked.tolist()]).to(device)
                 x = x.gather(1, repeat(kept, "b n -> b n d", d=x.shape[2]))
             yield x.flatten(0, 1)
     return stream, len(mine) * keep
 
 
 def available_memory(device):
-    """Bytes of data that one process may keep in memory: 80 % of what CUDA has free, or its share of half the RAM."""
+    """Bytes that one process may fill: 80 % of what CUDA has free, or its share of half the RAM."""
     if device.type == "cuda":
         return .8 * torch.cuda.mem_get_info(device)[0]
     if not hasattr(os, "sysconf"):                                      # Windows
@@ -706,21 +696,24 @@ def blank_tokenizer(ds, features, patch_size, image_size=None, k=1, metric="eucl
 
 
 def fit_tokenizer(ds, features="pixel", k=64, metric="euclidean", patch_size=16, image_size=None, fraction=None,
-                  init="k-means++", max_iter=100, tol=1e-4, restarts=1, seed=0, batch_size=64, workers=0, device="cpu",
+                  init=None, max_iter=None, tol=1e-4, restarts=None, seed=0, batch_size=64, workers=0, device="cpu",
                   progress=False):
-    """K-means on the patches of `ds`: a KMeansTokenizer, the same on every process; its .kmeans is the fitted KMeans.
+    """K-means on the patches of `ds`: a KMeansTokenizer, the same on every process; its .kmeans is the KMeans.
 
-    fraction   of each image's patches, at least one; None: all of them, but k-CLIP's 5 % for clip
-    The rows are computed once and kept (pixels: 1 byte a value, others float16 on CUDA) if `room` says they fit,
+    fraction   of each image's patches, at least one; default: all of them
+    Defaults for clip are k-CLIP's (MaPeT Sec. 4.2 and its code): 5 % of the patches, random seeds, 20 iterations,
+    the best of 5; otherwise k-means++, 100 iterations, one start.
+    The rows are computed once and kept (pixels: 1 byte a value, others float16 on CUDA) if they fit into memory,
     otherwise they are streamed from the images in every pass.
-    Time: textures with the defaults of `fit` (432 000 rows, K = 64) takes all 100 iterations, 14 s on two CPU cores.
-    On a quarter of the rows the inertia was 0.5 % higher after 10 iterations and 0.2 % after 20: --max-iter 20.
     """
-    device = torch.device(device)
+    clip, device = features == "clip", torch.device(device)
+    init, max_iter = init or ("random" if clip else "k-means++"), max_iter or (20 if clip else 100)
+    restarts, fraction = restarts or (5 if clip else 1), fraction or (.05 if clip else 1.)
+    if fraction > 1:
+        raise ValueError(f"fraction is a share of each image's patches, above 0 and at most 1, not {fraction}")
     tokenizer = blank_tokenizer(ds, features, patch_size, image_size, k, metric).to(device)
-    mean, std = tokenizer.mean, tokenizer.std
-    keep = patches_kept(fraction, features, tokenizer.n_patches)
-    stream, n = patch_stream(tokenizer, ds, keep, seed, batch_size, workers, device)
+    keep = max(1, round(fraction * tokenizer.n_patches))
+    stream, n = stream_patches(tokenizer, ds, keep, seed, batch_size, workers, device)
     first = next(stream())
     kind = torch.float16 if device.type == "cuda" and first.dtype == torch.float32 else first.dtype
     data = stream
@@ -729,7 +722,8 @@ def fit_tokenizer(ds, features="pixel", k=64, metric="euclidean", patch_size=16,
         for x in tqdm(stream(), desc="patches", unit=" batches", disable=not progress):
             data[at:at + len(x)] = x
             at += len(x)
-    kmeans = KMeans(k, metric, init, max_iter, tol, seed, restarts, mean, std, device, progress=progress).fit(data)
+    kmeans = KMeans(k, metric, init, max_iter, tol, seed, restarts, tokenizer.mean, tokenizer.std, device,
+                    progress=progress).fit(data)
     tokenizer.centroids, tokenizer.kmeans = kmeans.centroids, kmeans
     return tokenizer
 
@@ -759,31 +753,34 @@ def load_tokens(path):
     return tokens
 
 
+def reserve(path, shape, value):
+    """A .npy file full of `value`, all of it written: a memory map of a file with holes dies on a full disk."""
+    block = np.full((min(4096, shape[0]), *shape[1:]), value)
+    with write_atomically(path) as temporary, open(temporary, "wb") as file:
+        header = np.lib.format.header_data_from_array_1_0(block)
+        np.lib.format.write_array_header_1_0(file, {**header, "shape": tuple(shape)})
+        for start in range(0, shape[0], len(block)):
+            file.write(block[:shape[0] - start])
+
+
 def check_tokens(path, tokenizer, ds):
     """The complete tokens at `path`, after a look at three images: they must be of this tokenizer and data set."""
     tokens, shape = load_tokens(path), (len(ds), tokenizer.n_patches)
     if tokens.shape != shape:
         raise ValueError(f"{path} holds tokens of shape {tokens.shape}, {ds.name} with this tokenizer needs {shape}: "
                          "remove the file or choose another folder")
-    some = sorted({0, len(ds) // 2, len(ds) - 1})
-    images, _, _ = next(load_batches(ds, some, len(some), device=tokenizer.centroids.device))
-    anew = tokenizer(images).cpu().numpy()
-    if (anew == tokens[some]).mean() < .9:                              # other hardware may break a near-tie otherwise
+    few = sorted({0, len(ds) // 2, len(ds) - 1})
+    images, _, _ = next(load_batches(ds, few, len(few), device=tokenizer.centroids.device))
+    if (tokenizer(images).cpu().numpy() == tokens[few]).mean() < .9:      # other hardware may break a near-tie
         raise ValueError(f"{path} is of another tokenizer or of other images: remove it or choose another folder")
     return tokens
 
 
-def reserve(path, shape, value):
-    """A .npy file full of `value`, all of it written: a memory map of a file with holes dies when the disk is full."""
-    with write_atomically(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, np.broadcast_to(value, shape))
-
-
 def tokenize(tokenizer, ds, path, batch_size=64, workers=0, device="cpu", progress=False):
-    """Tokens of all images in the data set's own order: writes `path`, returns it as a memory map (images, n) uint16.
+    """Tokens of all images in the data set's own order: writes `path`, a memory map (images, n) uint16.
 
-    Rows go into a file beside it that starts out as UNSET; a killed run is taken up at the rows that still have UNSET,
-    and the file gets its name when there is none. Several processes share the missing rows (and the file system).
+    Rows go into a file beside it that starts out as UNSET; a killed run is taken up at the rows that still have
+    UNSET, and the file gets its name when there is none. Several processes share the missing rows (and the disk).
     """
     tokenizer = tokenizer.to(device)
     if tokenizer.vocab_size > UNSET:
@@ -792,18 +789,18 @@ def tokenize(tokenizer, ds, path, batch_size=64, workers=0, device="cpu", progre
         return check_tokens(path, tokenizer, ds)
     rank, world = rank_and_world()
     made_of = tokenizer.centroids.cpu().numpy().tobytes() + f"{ds.name} {len(ds)} {tokenizer.features}".encode()
-    partial = f"{path}.{hashlib.sha256(made_of).hexdigest()[:8]}.partial"  # another tokenizer's rows are never mixed in
+    partial = f"{path}.{hashlib.sha256(made_of).hexdigest()[:8]}.partial"    # another tokenizer's: never mixed in
     if rank == 0 and not os.path.exists(partial):
         reserve(partial, (len(ds), tokenizer.n_patches), UNSET)
     barrier()
     tokens = np.lib.format.open_memmap(partial, "r+")
-    missing = np.flatnonzero((tokens == UNSET).any(1))
-    barrier()                                                              # nobody writes before everybody has looked
+    missing = torch.from_numpy(np.flatnonzero((tokens == UNSET).any(1)))
+    barrier()                                                           # nobody writes before everybody has looked
     mine = missing[rank * len(missing) // world:(rank + 1) * len(missing) // world]
-    done = len(ds) - len(missing)
-    with tqdm(total=len(ds), initial=done, desc="tokens", unit=" images", disable=not progress) as bar:
-        for at, (images, _, _) in zip(range(0, len(mine), batch_size), load_batches(ds, mine, batch_size, workers, device)):
-            tokens[mine[at:at + batch_size]] = tokenizer(images).cpu().numpy()
+    batches = zip(mine.split(batch_size), load_batches(ds, mine, batch_size, workers, device))
+    with tqdm(total=len(ds), initial=len(ds) - len(missing), desc="tokens", disable=not progress) as bar:
+        for rows, (images, _, _) in batches:
+            tokens[rows] = tokenizer(images).cpu().numpy()
             bar.update(len(images) * world)
     tokens.flush()
     barrier()
@@ -813,22 +810,23 @@ def tokenize(tokenizer, ds, path, batch_size=64, workers=0, device="cpu", progre
     return load_tokens(path)
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+# --- pictures -----------------------------------------------------------------------------------------------
 
 def rebuild_images(tokenizer, tokens):
-    """Tokens (b, n) of raw pixels -> images (b, 3, S, S) in 0..1, each patch its centroid; None for other features."""
+    """Tokens (b, n) of raw pixels -> [images (b, 3, S, S) in 0..1, each patch its centroid]; [] for others."""
     if tokenizer.features != "pixel" or tokenizer.metric != "euclidean":
-        return None
+        return []
     c = tokenizer.centroids.cpu()
-    scale, shift = pixel_scale(c.shape[1], tokenizer.mean, tokenizer.std)
-    return unpatchify(((c - shift) / scale / 255).float()[tokens], tokenizer.patch_size).clamp(0, 1)
+    scale, shift = pixel_scale(c.to(torch.uint8), tokenizer.mean, tokenizer.std)
+    pixels = ((c - shift) / scale / 255).float()
+    return [unpatchify(pixels[tokens], tokenizer.patch_size).clamp(0, 1)]
 
 
 def draw_codebook(tokenizer, ds, path, rows=16, columns=12, images=400):
     """PNG: one row for each of the most used codes: its centroid (pixels only), then the patches nearest to it."""
-    every = range(0, len(ds), max(1, len(ds) // images))
+    few = range(0, len(ds), max(1, len(ds) // images))
     p = tokenizer.patch_size * tokenizer.input_size // tokenizer.image_size         # CLIP sees twice the pixels
-    found = [(patchify(x, p), *tokenizer.assign(x)) for x, _, _ in load_batches(ds, every, 64)]
+    found = [(patchify(x, p), *tokenizer.assign(x)) for x, _, _ in load_batches(ds, few, 64)]
     patches, labels, distances = (torch.cat(parts).flatten(0, 1) for parts in zip(*found))
     lines = []
     for code in labels.bincount(minlength=tokenizer.vocab_size).argsort(descending=True)[:rows]:
@@ -836,27 +834,25 @@ def draw_codebook(tokenizer, ds, path, rows=16, columns=12, images=400):
         own = own[distances[own].argsort()[:columns]]
         line = unpatchify(patches[own][:, None] / 255, p)
         line = F.pad(line, (0, 0, 0, 0, 0, 0, 0, columns - len(own)), value=1.)
-        centroid = rebuild_images(tokenizer, code.view(1, 1))
-        lines.append(line if centroid is None else torch.cat([centroid, line]))
+        lines.append(torch.cat([*rebuild_images(tokenizer, code.view(1, 1)), line]))
     draw_grid(lines, path, times=max(1, 32 // p))                       # small patches are enlarged
 
 
 def draw_tokens(tokenizer, ds, path, images=6):
-    """PNG: images; under each its token map, one colour a token; of raw pixels also the image that its tokens make."""
+    """PNG: images; under each its token map, one color a token; of raw pixels also the image that its tokens make."""
     x, _, _ = next(load_batches(ds, range(0, len(ds), max(1, len(ds) // images)), images))
     tokens = tokenizer(x)
     colors = torch.rand(tokenizer.vocab_size, 3, generator=torch.Generator().manual_seed(0))
     maps = rearrange(colors[tokens], "b (y x) c -> b c y x", y=tokenizer.image_size // tokenizer.patch_size)
-    rows = [x / 255, F.interpolate(maps, x.shape[-2:]), rebuild_images(tokenizer, tokens)]
-    draw_grid([row for row in rows if row is not None], path)
+    draw_grid([x / 255, F.interpolate(maps, x.shape[-2:]), *rebuild_images(tokenizer, tokens)], path)
 
 
-# --- measuring -------------------------------------------------------------------------------------------------------
+# --- measuring ----------------------------------------------------------------------------------------------
 
-def seconds(*functions, repeats=7):
-    """The least time of a call of each, device work included; they take turns, so that noise strikes all of them."""
+def time_calls(*functions, repeats=7):
+    """Least seconds of a call of each, device work included; they take turns: noise strikes all of them."""
     best = [math.inf] * len(functions)
-    for i in list(range(len(functions))) * (repeats + 1):             # the first round warms up, and is never the least
+    for i in list(range(len(functions))) * (repeats + 1):       # the first round warms up, and is never the least
         start = time.perf_counter()
         functions[i]()
         if torch.cuda.is_available():
@@ -866,66 +862,44 @@ def seconds(*functions, repeats=7):
 
 
 def bench_cpu(n, d, ks):
-    import resource                                                     # not on Windows
+    import resource                                             # not on Windows
     x = torch.randn(n, d, generator=torch.Generator().manual_seed(0))
-    unit = 1 << 10 if sys.platform == "linux" else 1 << 20              # Linux counts in kB, macOS in bytes
+    unit = 1 << 10 if sys.platform == "linux" else 1 << 20      # Linux counts in kB, macOS in bytes
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     before = peak()
     KMeans(max(ks), max_iter=2).fit(x)
     print0(f"peak memory of a fit beyond the data, n = {n}, d = {d}, K = {max(ks)}: {peak() - before:.0f} MB")
     print0(f"{'K':>6} {'product ms':>10} {'iteration ms':>12} {'ratio':>6}")
-    origin = x.mean(0, keepdim=True).double()
+    origin = x.mean(0).double()
     for k in ks:
         c, data = x[:k].clone(), Rows(x, k)
-        product, iteration = seconds(lambda: x @ c.T, lambda: lloyd_pass(data, c[None, None], origin))
+        product, iteration = time_calls(lambda: x @ c.T, lambda: run_pass(data, c[None], origin))
         print0(f"{k:>6} {1e3 * product:>10.0f} {1e3 * iteration:>12.0f} {iteration / product:>6.2f}")
 
 
 def bench_cuda(device):
     a = torch.empty(1 << 30, dtype=torch.uint8, device=device)
     b = torch.empty_like(a)
-    bandwidth = 2 * a.numel() / seconds(lambda: b.copy_(a))[0]
+    bandwidth = 2 * a.numel() / time_calls(lambda: b.copy_(a))[0]
     a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
-    rate = 2 * 8192 ** 3 / seconds(lambda: a @ b)[0]
+    rate = 2 * 8192 ** 3 / time_calls(lambda: a @ b)[0]
     print0(f"copy {bandwidth / 1e12:.2f} TB/s read + written, bfloat16 product {rate / 1e12:.0f} TFLOP/s")
     for n, d, k, kind in ((24_800_000, 768, 100, torch.uint8), (4_200_000, 1024, 8192, torch.bfloat16)):
         x = torch.empty(n, d, dtype=kind, device=device)
         for part in x.split(1 << 18):
             part.random_(256) if kind == torch.uint8 else part.normal_()
         data = Rows(x, k)
-        c = data.values(x[None, :k])[None]
-        origin = c.double().mean((0, 2))
-        t = seconds(lambda: lloyd_pass(data, c, origin))[0]
-        print0(f"n = {n}, d = {d}, K = {k}, {kind}: {t:.4f} s an iteration: the data at {x.nbytes / t / bandwidth:.0%} of "
-            f"the copy bandwidth, products at {2 * n * d * k / t / rate:.0%} of the bfloat16 rate")
-        labels, sums = torch.randint(k, (1, 1, 1 << 19), device=device), torch.zeros_like(c)
-        counts = torch.zeros(1, 1, k, dtype=torch.float64, device=device)
-        for one_hot in (True, False)[k > 256:]:
-            t = seconds(lambda: add_rows_fused(sums, counts, labels, x[None, :1 << 19], one_hot))[0]
-            print0(f"    sums of 2^19 rows by {'one-hot product' if one_hot else 'sorted segments'}: {1e3 * t:.2f} ms")
+        c = data.standardize(x[:k])[None]
+        origin = c[0].double().mean(0)
+        t = time_calls(functools.partial(run_pass, data, c, origin))[0]
+        print0(f"n = {n}, d = {d}, K = {k}, {kind}: {t:.4f} s an iteration: the data at {x.nbytes / t / bandwidth:.0%} "
+               f"of the copy bandwidth, products at {2 * n * d * k / t / rate:.0%} of the bfloat16 rate")
         del x, data
 
 
-def plan(args, images, p, size, k, device):
-    """What `fit` would take. Rates are assumptions for one H100 or H200, stated where they are used."""
-    n, world = (size // p) ** 2, args.processes or rank_and_world()[1]
-    # Known widths: a plan needs no download. The others are asked for, which also checks the sizes.
-    d = {"clip": 4096, "dino": 384, "deit": 384, "mae": 768}.get(args.features)
-    d = d or PatchFeatures(args.features, p, size)(torch.zeros(1, 3, size, size)).shape[-1]
-    rows = images * patches_kept(args.fraction, args.features, n)
-    each = rows * d * (1 if args.features == "pixel" else 2 if device.type == "cuda" else 4) / world
-    have = args.memory_gb * .8e9 if args.memory_gb else available_memory(device)
-    flops = 2 * rows * d * k * args.restarts
-    gpu = max(flops / world / 400e12, 2 * each / 2.5e12)
-    print0(f"{images} images, {rows} of {images * n} patches: rows of {d} values, K = {k}, {world} processes")
-    print0(f"data {each / 1e9:.2f} GB a process, room for {have / 1e9:.2f}: " +
-        ("kept in memory" if each < have else "STREAMED: the images are read, and encoded, again in every iteration"))
-    print0(f"codebook {k * d * 4e-6:.1f} MB, tokens.npy {2e-6 * images * n:.1f} MB")
-    print0(f"at most {args.max_iter} iterations of {flops:.2e} FLOP: {gpu:.3g} s each at 400 TFLOP/s and 2.5 TB/s a "
-        f"process (assumed), {flops / world / 300e9:.3g} s on two CPU cores at 300 GFLOP/s")
+# --- command line -------------------------------------------------------------------------------------------
 
-
-def build_parser():
+def parse(argv, check_numbers):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], prog="kmeans.py")
     commands = parser.add_subparsers(dest="command", required=True)
     fit, tokens, show, bench = (commands.add_parser(name, help=line, description=line) for name, line in (
@@ -934,101 +908,104 @@ def build_parser():
     for add in (fit.add_argument, tokens.add_argument, show.add_argument):
         add("--data", default="textures", help="textures, a torchvision name or a folder")
         add("--classes", help="file of class folders to keep, e.g. ImageNet-100's")
-        add("--out", default="runs/tokenizer", help="folder for what is written (%(default)s)")
+        add("--out", help="folder for what is written (default: runs/tokenizer-DATA-FEATURES-kK, the tokenizer's)")
         add("--batch-size", type=int, default=64, help="images a process at a time (%(default)s)")
-        add("--workers", type=int, default=0, help="loader processes (%(default)s)")
+        add("--workers", type=int, default=0, help="loading processes (%(default)s)")
     for add in (tokens.add_argument, show.add_argument):
         add("--tokenizer", required=True, help="tokenizer.pt of kmeans.py fit or train.py")
-        add("--split", default="train", choices=["train", "test"])
+        add("--split", default="train", choices=["train", "test"], help="tokens of the test split: tokens-test.npy")
     for add in (fit.add_argument, tokens.add_argument, show.add_argument, bench.add_argument):
         add("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     add = fit.add_argument
     add("--image-size", type=int, help="pixels a side (textures 48, otherwise 224)")
     add("--patch-size", type=int, help="pixels a side (textures 8, otherwise 16)")
     add("--features", default="pixel", help="pixel, pixel-norm, hog, dino, deit, mae, clip, a ViT file")
-    add("--k", "--vocab-size", type=int, help="codebook size (textures 64; ClusterMIM's best: 50 pixels, 100 features)")
+    add("--k", "--vocab-size", type=int, help="codebook size (textures 64; ClusterMIM 50 for pixels, 100 for features)")
     add("--metric", default="euclidean", choices=["euclidean", "cosine"])
-    add("--init", default="k-means++", choices=["k-means++", "random"], help="k-CLIP: random")
-    add("--max-iter", type=int, default=100, help="passes over the patches (100; k-CLIP 20)")
+    add("--init", choices=["k-means++", "random"], help="of the centroids (default: k-means++; clip random)")
+    add("--max-iter", type=int, help="passes over the patches (100; clip 20)")
     add("--tol", type=float, default=1e-4, help="movement that counts as none (%(default)s)")
-    add("--restarts", type=int, default=1, help="seedings, of which the best is kept (1; k-CLIP 5)")
+    add("--restarts", type=int, help="seedings, of which the best is kept (1; clip 5)")
     add("--fraction", type=float, help="share of each image's patches that is used (1; clip .05)")
-    add("--seed", type=int, default=0)
-    add("--plan", action="store_true", help="print what it would take, and stop")
-    add("--processes", type=int, help="for --plan: number of GPUs (default: those of this run)")
-    add("--memory-gb", type=float, help="for --plan: memory of one GPU (default: that of this one)")
+    add("--seed", type=int, default=0, help="of the patches and the first centroids (%(default)s)")
     show.add_argument("--rows", type=int, default=16, help="codes to draw, the most used ones (%(default)s)")
     show.add_argument("--images", type=int, default=400, help="images to look for patches in (%(default)s)")
     bench.add_argument("--n", type=int, default=100_000, help="rows, CPU only (%(default)s)")
     bench.add_argument("--d", type=int, default=768, help="their width, CPU only (%(default)s)")
     bench.add_argument("--k", type=int, nargs="+", default=[50, 100, 1000], help="codebook sizes, CPU only")
-    return parser
+    args = parser.parse_args(argv)
+    check_numbers(parser, args, {"workers", "seed", "tol"})
+    return args
 
 
-def check_flags(args):
-    """argparse takes any number: ValueError, naming the flag, for those that mean nothing."""
-    for name, value in vars(args).items():
-        least = 0 if name in ("workers", "seed", "tol", "fraction", "memory_gb") else 1
-        for number in value if isinstance(value, list) else [value]:
-            if type(number) in (int, float) and not number >= least:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {number}")
+def name_folder(args, k):
+    """runs/tokenizer-DATA-FEATURES-kK, and what else was asked for: two tokenizers do not meet in one folder."""
+    parts = ["tokenizer", os.path.basename(os.path.normpath(args.data)), args.features, f"k{k}"]
+    usual = dict(metric="euclidean", tol=1e-4, seed=0)
+    for key in ("metric", "init", "max_iter", "tol", "restarts", "fraction", "image_size", "patch_size", "seed"):
+        if (value := getattr(args, key)) not in (None, usual.get(key)):
+            parts.append(f"{key.replace('_', '')}{value}")
+    return os.path.join("runs", re.sub(r"[^\w.-]+", "_", "-".join(parts)))
 
 
-def run_fit(args, open_dataset, device, rank):
-    textures, clip = args.data == "textures", args.features == "clip"
+def run_fit(args, open_dataset, device):
+    textures, clip, started = args.data == "textures", args.features == "clip", time.perf_counter()
     size, p = args.image_size or (48 if textures else 224), args.patch_size or (8 if textures else 16)
     k = args.k or (64 if textures else 50 if args.features == "pixel" else 100)
+    args.out = args.out or name_folder(args, k)
+    check_folder(args.out)
     ds = open_dataset(args.data, "train", size * (1 + clip), classes=args.classes)       # CLIP sees twice the pixels
-    if args.plan:
-        return plan(args, len(ds), p, size, k, device)
-    start, progress = time.perf_counter(), rank == 0 and sys.stderr.isatty()
+    progress = rank_and_world()[0] == 0 and sys.stderr.isatty()
     tokenizer = fit_tokenizer(ds, args.features, k, args.metric, p, size, args.fraction, args.init, args.max_iter,
                               args.tol, args.restarts, args.seed, args.batch_size, args.workers, device, progress)
     found, path = tokenizer.kmeans, os.path.join(args.out, "tokenizer.pt")
     n = int(found.counts.sum())
     share = found.counts / n
-    print0(f"{n} patches, K = {k}: {found.n_iter} iterations, {time.perf_counter() - start:.1f} s, squared distance "
-        f"a patch {found.history[0] / n:.4g} -> {found.inertia / n:.4g}")
+    print0(f"{n} patches, K = {k}: {found.n_iter} iterations, {time.perf_counter() - started:.1f} s, squared distance "
+           f"a patch {found.history[0] / n:.4g} -> {found.inertia / n:.4g}")
     print0(f"{(share > 0).sum()} of {k} codes used, perplexity {torch.special.entr(share).sum().exp():.1f}, "
-        f"shares {share.min():.2%} to {share.max():.2%}")
-    if rank == 0:
+           f"shares {share.min():.2%} to {share.max():.2%}")
+    if rank_and_world()[0] == 0:
         verb = "replaced" if os.path.exists(path) else "wrote"          # tokens.npy of the old one will be refused
         tokenizer.save(path)
         print0(f"{verb} {path}")
 
 
+def check_folder(out):
+    """Before the work: it must not be for nothing."""
+    os.makedirs(out, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise ValueError(f"--out {out}: this folder cannot be written, choose another")
+
+
 def main(argv=None):
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    from train import open_dataset, setup                               # the only import against the table's order
+    from train import check_numbers, open_dataset                       # the only import against the table's order
+    args = parse(argv, check_numbers)
     with exit_on_error("kmeans.py"):
-        check_flags(args)
-        rank, world, device = setup(args.device)
+        rank, _, device = setup(args.device)
         if device.type not in ("cpu", "cuda"):
             raise ValueError(f"--device {args.device}: K-means adds up in float64, on cpu or cuda")
         if args.command == "bench":
             if device.type == "cpu":
                 print0("CUDA: not run (no GPU, or --device cpu)")
             return bench_cuda(device) if device.type == "cuda" else bench_cpu(args.n, args.d, args.k)
-        if not getattr(args, "plan", False):                            # before the work: it must not be for nothing
-            os.makedirs(args.out, exist_ok=True)
-            if not os.access(args.out, os.W_OK):
-                raise ValueError(f"--out {args.out}: this folder cannot be written, choose another")
         if args.command == "fit":
-            return run_fit(args, open_dataset, device, rank)
+            return run_fit(args, open_dataset, device)
         tokenizer = load_tokenizer(args.tokenizer)
+        args.out = args.out or os.path.dirname(args.tokenizer) or "."
+        check_folder(args.out)
         ds = open_dataset(args.data, args.split, tokenizer.input_size, classes=args.classes)
         if ds is None:
             raise ValueError(f"--data {args.data}: no folder for --split {args.split} (val or test) in it")
+        path = lambda name: os.path.join(args.out, name)
         if args.command == "tokenize":
-            path = os.path.join(args.out, "tokens.npy")
-            progress = rank == 0 and sys.stderr.isatty()
-            tokens = tokenize(tokenizer, ds, path, args.batch_size, args.workers, device, progress)
-            print0(f"{path}: {tokens.shape[0]} images x {tokens.shape[1]} tokens of {tokenizer.vocab_size}")
+            progress, name = rank == 0 and sys.stderr.isatty(), "tokens" + "-test" * (args.split == "test")
+            tokens = tokenize(tokenizer, ds, path(f"{name}.npy"), args.batch_size, args.workers, device, progress)
+            print0(f"{path(name)}.npy: {tokens.shape[0]} images x {tokens.shape[1]} tokens of {tokenizer.vocab_size}")
         elif rank == 0:
-            draw_codebook(tokenizer, ds, os.path.join(args.out, "codebook.png"), args.rows, images=args.images)
-            draw_tokens(tokenizer, ds, os.path.join(args.out, "tokens.png"))
-            print0(f"wrote {args.out}/codebook.png and {args.out}/tokens.png")
+            draw_codebook(tokenizer, ds, path("codebook.png"), args.rows, images=args.images)
+            draw_tokens(tokenizer, ds, path("tokens.png"))
+            print0(f"wrote {path('codebook.png')} and {path('tokens.png')}")
 
 
 if __name__ == "__main__":
