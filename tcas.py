@@ -1,17 +1,20 @@
-"""TCAS, a score of tokenizers that needs no training, and its theory (ClusterMIM, arXiv:2407.09087, Sec. 2 and 3).
+"""TCAS, a score of tokenizers that needs no training, and its theory (ClusterMIM, 2407.09087, Sec. 2 and 3).
 
-    R[k, c] = patches with token k in images of class c     R' = R with rows of norm 1     C = R' R'^T        (Sec. 3.1)
-    TCAS    = 1/K sum_i (1 - C_ii)^2 + 1/K^2 sum_{i != j} C_ij^2         0 is best                            (Eq. 8)
+    R[k, c] = patches with token k in images of class c;  R' = R, rows of norm 1;  C = R' R'^T      (Sec. 3.1)
+    TCAS    = 1/K sum_i (1 - C_ii)^2 + 1/K^2 sum_{i != j} C_ij^2                     0 is best      (Eq. 8)
 
-Is each token of one class (first term), are two tokens of different classes (second)? The text divides rows by their
-sum (norm "l1"); the published values fit rows of unit length only (norm "l2", the default), whose first term is zero.
-In l2 a single token, or one token for several whole classes, scores 0 as well: compare tokenizers of equal K.
+Is each token of one class (first term), are two tokens of different ones (second)? The text divides rows by
+their sum (norm "l1"); the published values fit rows of unit length only ("l2", the default; first term 0).
+So l2 is 0 if and only if all patches of a class have the same token. Whole classes may share it, and one token for
+everything scores 0: compare tokenizers of equal K.
 
-python tcas.py score --data textures --tokenizer a.pt b.pt   a table: labels < good tokenizers < random tokens; a minute
-python tcas.py score --probes runs/*                         the tokenizers of finished runs, Pearson r, the fitted line
-python tcas.py toy --n 10 --overlap 2 --classes 2            Sec. 2.2 by brute force and by algebra, seconds: class-wise
-                                                             tokens have the least bound, in a window of c2/c1 only
-python tcas.py toy --graph ring --n 12 --width 1             a sparse graph, where class-wise tokens win for any c1, c2
+Read down to the ruled line: the score, the toy model point by point, the same by algebra, Theorem 1. Below it, to
+be skipped at first: words, pictures and the two commands.
+
+python tcas.py score --data textures --tokenizer a.pt b.pt   labels < good tokenizers < random tokens
+python tcas.py score --probes runs/*                         finished runs: Pearson r, a line per objective
+python tcas.py toy --n 10 --overlap 2 --classes 2            Sec. 2.2 by brute force and by algebra, seconds
+python tcas.py toy --graph ring --n 12 --width 1             a sparse graph: class-wise tokens always win
 """
 import argparse
 import functools
@@ -19,46 +22,28 @@ import json
 import math
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import repeat
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-EPS = 1e-12                                         # two numbers of the toy model that are closer than this are equal
+EPS = 1e-12                                         # two numbers of the toy model that are closer are equal
 TOKENIZERS = ("mae", "classwise", "crossclass")     # Sec. 2.2: S^MAE, S^class, S^cross
-LEGEND = """
-w_in, w_x   mean edge weight of two points of one class only, of the same or of different classes
-sum, alpha  of all squared eigenvalues, ||A||_F^2 (Eq. 17); labelling error, the edges between classes (Eq. 18)
-tail        of the squared eigenvalues beyond the first one per class: what the theory behind the bound sums
-linked      fraction of the pairs of one class that have an edge at all
-bound       c1 sum + c2 alpha (Eq. 3) with c1 = {c1:g}, c2 = {c2:g}, less is better; bound_tail with tail for sum
-"""
-WHY = {"complete": """
-Merging tokens cannot lower w_x nor raise an eigenvalue (p q / (p + q) is concave; A projects on the tokens): each
-tokenizer trades spectrum for labelling error, of which MAE has the least. So the order of the bounds is a matter of
-c2/c1. With 2 classes, class-wise < MAE needs c2/c1 < 2 (1 - r)(2 - r), r = overlap/n, Theorem 1 c2/c1 >= 4 - 2/n: no
-constants make both true. Every tail is 0, as all points of a class are linked already: see --graph ring.""",
-       "ring": """
-Each point meets its neighbours only. Class-wise tokens cannot raise the mean weight inside a class, but link pairs that
-MAE leaves apart: the tail falls to 0 and alpha stays 0, the least bound there is, for any c1 and c2. This is the sense
-in which tokens "raise intra-class connectivity". A local tokenizer ("pairs", two neighbours) is in between."""}
 
 
-# --- token-class alignment similarity (Sec. 3.1) -----------------------------------------------------------------
+# --- token-class alignment similarity (Sec. 3.1) ------------------------------------------------------------
 
-def cooccurrence(tokens, labels, k, c, distributed=False, chunk=1 << 22):
-    """R[k, c], the number of patches with token k in images of class c: (k, c) int64 on the device of `tokens`.
+def cooccurrence(tokens, labels, k, c, chunk=1 << 22):
+    """R[k, c], the number of patches with token k in images of class c: (k, c) int64, where `tokens` are.
 
-    tokens (m, n) integers in 0..k-1, a row per image: a tensor, an array or a memory map; labels (m,) in 0..c-1, each
-    patch has the class of its image. Reads `chunk` patches at a time, so ImageNet's 251 M fit; counts of parts add up.
-    distributed=True: every rank of torch.distributed calls it, with its own images, and every rank gets the sum.
-    ValueError when tokens, labels, k and c do not fit each other.
+    tokens (m, n) integers in 0..k-1, a row per image: a tensor, an array or a memory map, read `chunk` patches at a
+    time; labels (m,) in 0..c-1. Counts of parts (of the images, of processes) add up. ValueError if they do not fit.
     """
     m, n = tokens.shape
     device = tokens.device if torch.is_tensor(tokens) else "cpu"
@@ -66,69 +51,68 @@ def cooccurrence(tokens, labels, k, c, distributed=False, chunk=1 << 22):
     if len(labels) != m:
         raise ValueError(f"tokens of {m} images but {len(labels)} labels: they must be of the same data set")
     if m and not 0 <= labels.min() <= labels.max() < c:
-        raise ValueError(f"labels from {labels.min()} to {labels.max()}, outside 0..{c - 1}: every image needs a class")
+        raise ValueError(f"labels from {labels.min()} to {labels.max()}, outside 0..{c - 1}: all need one")
     counts = torch.zeros(k * c, dtype=torch.int64, device=device)
     step = max(1, chunk // n)
     for start in range(0, m, step):
         part = tokens[start:start + step]
         part = part.long() if torch.is_tensor(part) else torch.from_numpy(part.astype(np.int64))
         if not 0 <= part.min() <= part.max() < k:
-            raise ValueError(f"tokens from {part.min()} to {part.max()}, outside 0..{k - 1}: not a codebook of {k}")
+            raise ValueError(f"tokens from {part.min()} to {part.max()}, outside 0..{k - 1}, the codebook")
         pair = part * c + labels[start:start + step, None]
         counts += torch.bincount(pair.flatten(), minlength=k * c)
-    if distributed:
-        counts = counts.cuda() if dist.get_backend() == "nccl" else counts                 # NCCL sums on GPUs only
-        dist.all_reduce(counts)
     return counts.view(k, c)
 
 
 def tcas_terms(counts, norm="l2", weighted=False, chunk=2048):
-    """Both terms of Eq. 8 and what one needs to read them: dict of tcas impurity confusion used dead perplexity.
+    """Both terms of Eq. 8 and what helps to read them, a dict: tcas impurity confusion used dead perplexity.
 
-    counts (k, c), see `cooccurrence`. Dead codes (no patch) are dropped: they have no class distribution. The paper's
-    averages (1/K, 1/K^2) count every used code once, however rare; `weighted` counts it by its share of the patches.
-    Too few patches look like alignment in l2: random tokens score about (p / (1 + p))^2 with p patches per (k, c) cell.
+    counts (k, c), see `cooccurrence`. Dead codes (no patch) are dropped: they have no class distribution. The
+    paper's averages count every used code once, however rare; `weighted`: by its share of the patches.
+    Few patches look like alignment in l2: random tokens score about (p / (1 + p))^2, p patches a (k, c) cell.
     Memory (c, c) + (chunk, c) float64, time O(k c^2): the (k, k) matrix C is never built.
     """
     if norm not in ("l2", "l1") or counts.ndim != 2 or counts.min() < 0:
-        raise ValueError(f"TCAS takes counts (k, c) >= 0 and norm l2 or l1, not {tuple(counts.shape)} and {norm!r}")
+        raise ValueError(f"TCAS takes counts (k, c) >= 0, norm l2 or l1, not {tuple(counts.shape)}, {norm!r}")
     if (counts.sum(0) > 0).sum() < 2:
         raise ValueError("TCAS compares classes: patches of at least 2 classes are needed")
-    mass = counts.sum(1).double()
-    share = mass / mass.sum()                                      # of the patches, per token
-    used = int((mass > 0).sum())
-    weight = share if weighted else (mass > 0).double() / used
+    patches = counts.sum(1).double()
+    share = patches / patches.sum()
+    used = int((patches > 0).sum())
+    weight = share if weighted else (patches > 0).double() / used
     gram, impurity, diagonal = 0, 0, 0
     for r, w in zip(counts.split(chunk), weight.split(chunk)):
-        r = F.normalize(r.double(), p=2 if norm == "l2" else 1, dim=1)                   # R'; rows of dead codes stay 0
+        r = F.normalize(r.double(), p=2 if norm == "l2" else 1, dim=1)       # R'; rows of dead codes stay 0
         c_ii = r.square().sum(1)
         impurity += w @ (1 - c_ii).square()                        # 1/K sum_i (1 - C_ii)^2
         diagonal += (w * c_ii).square().sum()
         gram = gram + r.T @ (w[:, None] * r)
-    confusion = (gram.square().sum() - diagonal).clamp(min=0)      # sum_ij C_ij^2 = ||R'^T R'||_F^2, less i = j
+    confusion = (gram.square().sum() - diagonal).clamp(min=0)      # sum C_ij^2 = ||R'^T R'||_F^2, less i = j
     return {"tcas": float(impurity + confusion), "impurity": float(impurity), "confusion": float(confusion),
-            "used": used, "dead": len(counts) - used, "perplexity": float(torch.special.entr(share).sum().exp())}
+            "used": used, "dead": len(counts) - used,
+            "perplexity": float(torch.special.entr(share).sum().exp())}
 
 
 def tcas(counts, norm="l2", weighted=False):
-    """Token-class alignment similarity (Eq. 8), a float, 0 is best. `tcas_terms` returns its two terms as well."""
+    """Token-class alignment similarity (Eq. 8), a float, 0 is best; `tcas_terms` has its two terms."""
     return tcas_terms(counts, norm, weighted)["tcas"]
 
 
 def bag_accuracy(tokens, labels, k, c, held=None, epochs=20, batch=256, lr=.01, seed=0, device="cpu"):
-    """Accuracy (0..1) of a linear softmax head on the histogram of an image's tokens: what a bag of tokens tells.
+    """Accuracy (0..1) of a linear softmax head on the histogram of an image's tokens, a bag of words.
 
-    tokens (m, n), labels (m,) fit the head and held = (tokens, labels) scores it, or else a random fifth of the images
-    does. Such a head is a row of c logits per token, summed over the patches. Adam, learning rate falling to 0.
+    tokens (m, n), labels (m,) fit it and held = (tokens, labels) scores it, or else a random fifth of the images.
+    The head is a row of c logits per token, summed over the patches. Adam, learning rate falling to 0.
     """
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(tokens))
     if held is None:
         order, out = np.split(order, [len(order) * 4 // 5])
         held = tokens[out], labels[out]
-    x, y, held_x, held_y = (torch.from_numpy(np.asarray(a, np.int64)).to(device) for a in (tokens, labels, *held))
+    to_device = lambda a: torch.from_numpy(np.asarray(a, np.int64)).to(device)
+    x, y, held_x, held_y = map(to_device, (tokens, labels, *held))
     head, bias = nn.EmbeddingBag(k, c, mode="sum", device=device), nn.Parameter(torch.zeros(c, device=device))
-    nn.init.zeros_(head.weight)                                    # the problem is convex: the start does not matter
+    nn.init.zeros_(head.weight)                                    # the problem is convex: any start will do
     optimizer = torch.optim.Adam([head.weight, bias], lr)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, epochs * math.ceil(len(order) / batch))
     for _ in range(epochs):
@@ -138,59 +122,51 @@ def bag_accuracy(tokens, labels, k, c, held=None, epochs=20, batch=256, lr=.01, 
             optimizer.step()
             schedule.step()
     with torch.no_grad():
-        right = [(head(part) + bias).argmax(1) == label for part, label in zip(held_x.split(4096), held_y.split(4096))]
-    return torch.cat(right).double().mean().item()
+        guess = torch.cat([(head(part) + bias).argmax(1) for part in held_x.split(4096)])
+    return (guess == held_y).double().mean().item()
 
 
-def fit_line(x, y):
-    """Least squares y = intercept + slope x -> (Pearson r, slope, intercept). The "r-value 0.85" of App. E is r^2."""
-    if len(x) < 3 or np.std(x) < EPS or np.std(y) < EPS:
-        raise ValueError(f"no line through {len(x)} runs: at least 3 are needed, of different TCAS and accuracy")
-    slope, intercept = np.polyfit(x, y, 1)
-    return float(np.corrcoef(x, y)[0, 1]), float(slope), float(intercept)
-
-
-# --- the toy model (Sec. 2.2, App. B and C), brute force ---------------------------------------------------------
+# --- the toy model (Sec. 2.2, App. B and C), brute force ----------------------------------------------------
 
 def populations(n, overlap, classes):
     """Classes of n points, any two share `overlap` -> groups [(classes they are in, number of points)], in order,
-    and membership Z (points, classes) float64, 1 where the point is in the class."""
+    and membership Z (points, classes) float64: is the point in the class?"""
     own = n - (classes - 1) * overlap
     if classes < 2 or overlap < 0 or own < 1 or classes * n > 2000:
-        raise ValueError(f"--classes {classes} --n {n} --overlap {overlap}: needs 2 classes, at most 2000 points, "
+        raise ValueError(f"--classes {classes} --n {n} --overlap {overlap}: needs 2 classes, 2000 points at most, "
                          "and (classes - 1) * overlap < n, so that every class has points of its own")
     groups = [[((c,), own)] + [((c, other), overlap) for other in range(c + 1, classes)] for c in range(classes)]
     groups = [(owners, size) for group in groups for owners, size in group if size]
-    return groups, torch.tensor([[float(c in owners) for c in range(classes)] for owners, size in groups
-                                 for _ in range(size)], dtype=torch.float64)
+    z = [[c in owners for c in range(classes)] for owners, size in groups for _ in range(size)]
+    return groups, torch.tensor(z).double()
 
 
-def in_words(groups):
+def name_groups(groups):
     return ", ".join(f"{size} of class {' and '.join(map(str, owners))}" for owners, size in groups)
 
 
 def assignment(tokenizer, groups):
-    """The token of every point, (points,) int64. `tokenizer` is a name, or a list in the order of `groups`."""
+    """The token of every point, (points,) int64; `tokenizer`: a name, or a list in the order of `groups`."""
     points = [(owners, size, i) for owners, size in groups for i in range(size)]
-    named = {"mae": range(len(points)),                                             # every point its own
-             "classwise": [owners[i * len(owners) // size] for owners, size, i in points],  # overlaps: half to each
-             "crossclass": [i % 2 for _, _, i in points],                           # two, each half of every group
-             "pairs": [j - i % 2 for j, (_, _, i) in enumerate(points)]}            # neighbours, two by two
+    named = {"mae": range(len(points)),                                      # every point its own
+             "classwise": [owners[i * len(owners) // size] for owners, size, i in points],  # overlaps: halves
+             "crossclass": [i % 2 for _, _, i in points],                    # two, each half of every group
+             "pairs": [j - i % 2 for j, (_, _, i) in enumerate(points)]}     # neighbours, two by two
     if isinstance(tokenizer, str):
         if tokenizer not in named:
             raise ValueError(f"no tokenizer {tokenizer!r}: {', '.join(named)}, or a list of tokens")
-        halved = {"classwise": 2, "crossclass": 1}.get(tokenizer, math.inf)         # groups of this many classes
+        halved = {"classwise": 2, "crossclass": 1}.get(tokenizer, math.inf)  # groups of this many classes
         if any(size % 2 for owners, size in groups if len(owners) >= halved):
-            raise ValueError(f"{tokenizer} tokens halve groups, here are {in_words(groups)}: change --n or --overlap")
+            raise ValueError(f"{tokenizer} tokens halve groups, {name_groups(groups)}: other --n, --overlap")
         tokenizer = named[tokenizer]
     if len(tokenizer) != len(points):
-        raise ValueError(f"{len(tokenizer)} tokens for {len(points)} points: give {in_words(groups)}, in this order")
+        raise ValueError(f"{len(tokenizer)} tokens for {len(points)} points: {name_groups(groups)}, in this order")
     return torch.unique(torch.tensor(tokenizer), return_inverse=True)[1]
 
 
 def mask_graph(z, graph="complete", width=1):
-    """M(x1, x2) (points, points), the joint probability of visible and masked view: draw a class, a point of it, then a
-    second point of it, which is any one ("complete", App. B) or at most `width` places away ("ring")."""
+    """M(x1, x2) (points, points), the joint probability of both views: draw a class, a point of it, then a
+    second one, any ("complete", App. B) or at most `width` places away ("ring")."""
     mask = torch.zeros(len(z), len(z), dtype=torch.float64)
     for member in z.T:
         index = member.nonzero()[:, 0]
@@ -202,9 +178,9 @@ def mask_graph(z, graph="complete", width=1):
 
 
 def augmentation_graph(mask, tokens):
-    """Tokenised mask graph M(x, S) (Eq. 4), augmentation graph A(x, x') (Sec. 2.1), A normalised (Eqs. 9, 16)."""
-    to_token = mask @ F.one_hot(tokens).double()                             # M(x, S) = sum of M(x, x2) over x2 in S
-    a = (to_token / to_token.sum(0)) @ to_token.T                            # A(x, x') = sum_S M(x, S) M(x', S) / d(S)
+    """Mask graph M(x, S) (Eq. 4), augmentation graph A(x, x') (Sec. 2.1), A normalised (Eqs. 9, 16)."""
+    to_token = mask @ F.one_hot(tokens).double()                             # sum of M(x, x2), x2 in S
+    a = (to_token / to_token.sum(0)) @ to_token.T                            # sum_S M(x, S) M(x', S) / d(S)
     d = mask.sum(1)
     return to_token, a, a / torch.outer(d, d).sqrt()
 
@@ -213,27 +189,28 @@ def describe(mask, z, tokens):
     """The numbers behind the bound and the claims, for one tokenizer. Keys: see `toy_model`."""
     to_token, a, normalized = augmentation_graph(mask, tokens)
     classes = z.shape[1]
-    label = z / z.sum(1, keepdim=True)                                       # a shared point is of either class, evenly
+    label = z / z.sum(1, keepdim=True)                                       # shared points: evenly
     only = z * (z.sum(1, keepdim=True) == 1)                                 # the points of one class only
     between = only.T @ a @ only / torch.outer(only.sum(0), only.sum(0))      # mean weight, class by class
     spectrum = torch.linalg.eigvalsh(normalized).flip(0)
     return {"w_in": between.trace().item() / classes,
             "w_x": (between.sum() - between.trace()).item() / (classes * (classes - 1)),
-            "sum": normalized.square().sum().item(),                         # ||A||_F^2 = sum lambda^2 (Eq. 17)
+            "sum": normalized.square().sum().item(),                         # sum lambda^2 (Eq. 17)
             "alpha": abs(1 - (label.T @ a @ label).trace().item()),          # P(y(x) != y(x')) (Eq. 18)
             "tail": spectrum[classes:].square().sum().item(),
             "linked": (a[z @ z.T > 0] > EPS).double().mean().item(),
-            "spectrum": spectrum, "tokens": tokens, "mask": to_token, "graph": a, "normalised": normalized}
+            "spectrum": spectrum, "tokens": tokens, "mask": to_token, "graph": a, "normalized": normalized}
 
 
 def toy_model(n, overlap, tokenizer="mae", classes=2, graph="complete", width=1, c1=1., c2=None):
-    """The augmentation graph of one tokenizer in the world of Sec. 2.2, built point by point: a dict of exact numbers.
+    """The augmentation graph of one tokenizer in the world of Sec. 2.2, point by point: a dict of numbers.
 
-    tokenizer: "mae", "classwise", "crossclass", "pairs", or a list with the token of every point (see `assignment`).
-    w_in, w_x: mean weight of two points of one class only, of the same or of different classes; linked: fraction of the
-    pairs of one class that have an edge; sum, tail: of the squared eigenvalues, all of them (the paper) or all but the
-    first one per class (the usual theory); alpha: labelling error; bound = c1 sum + c2 alpha (Eq. 3), and bound_tail.
-    c2 defaults to the number of classes. spectrum, tokens, mask M(x, S), graph A and normalised are tensors.
+    tokenizer   "mae", "classwise", "crossclass", "pairs", or a list with the token of every point
+    w_in, w_x   mean weight of two points of one class only, of the same or of different classes
+    linked      fraction of the pairs of one class that have an edge
+    sum, tail   of the squared eigenvalues: all (the paper), all but the first one per class (usual theory)
+    alpha       labelling error; bound = c1 sum + c2 alpha (Eq. 3), bound_tail; c2 defaults to `classes`
+    Tensors: spectrum, tokens, mask M(x, S), graph A and normalized.
     """
     groups, z = populations(n, overlap, classes)
     c2 = classes if c2 is None else c2
@@ -246,14 +223,14 @@ def toy_model(n, overlap, tokenizer="mae", classes=2, graph="complete", width=1,
     return toy | {"bound": c1 * toy["sum"] + c2 * toy["alpha"], "bound_tail": c1 * toy["tail"] + c2 * toy["alpha"]}
 
 
-# --- the same by algebra, and the paper's claims -----------------------------------------------------------------
+# --- the same by algebra, and Theorem 1 ---------------------------------------------------------------------
 
 def closed_form(n, overlap, tokenizer="mae", classes=2):
     """w_in, w_x, sum and alpha of `toy_model` on the complete graph, by algebra.
 
-    With p_c(S) the points of token S that are in class c, A depends on the tokens only through the matrix
-    T_cd = 1/n sum_S p_c p_d / sum_e p_e. It is mu I + (1 - mu) / C for the three tokenizers, and for any if C = 2 (Eqs.
-    10-15): mu = 1, no confusion of classes, to mu = 0, nothing but confusion.
+    With p_c(S) the points of token S that are in class c, A depends on the tokens through the matrix
+    T_cd = 1/n sum_S p_c p_d / sum_e p_e only: mu I + (1 - mu) / C for the three tokenizers, or any if C = 2
+    (Eqs. 10-15); from mu = 1, no confusion of classes, to mu = 0, nothing but confusion.
     """
     kappa = 1 - classes * overlap / (2 * n)
     if isinstance(tokenizer, str):
@@ -266,12 +243,12 @@ def closed_form(n, overlap, tokenizer="mae", classes=2):
         raise ValueError("the closed form of an arbitrary tokenizer is for 2 classes")
     t_in, t_x = mu + (1 - mu) / classes, (1 - mu) / classes                  # T_cc and T_cd
     return {"w_in": t_in / (classes * n * n), "w_x": t_x / (classes * n * n),
-            "sum": 1 + (classes - 1) * (mu * kappa) ** 2,                    # eigenvalues: 1, C - 1 times mu kappa, 0
+            "sum": 1 + (classes - 1) * (mu * kappa) ** 2,                    # spectrum: 1, mu kappa, 0
             "alpha": (classes - 1) / classes * (1 - mu * kappa ** 2)}
 
 
 def window(better, worse, spectrum="sum", tie=False):
-    """(low, high): the c2/c1 between which `better` has the smaller bound, c1 sum + c2 alpha; (0, 0) = for none."""
+    """(low, high): the c2/c1 for which `better` has the smaller c1 sum + c2 alpha; (0, 0) = for none."""
     d_sum, d_alpha = (better[key] - worse[key] for key in (spectrum, "alpha"))
     if abs(d_alpha) < EPS:
         return (0., math.inf) if d_sum < (EPS if tie else -EPS) else (0., 0.)
@@ -280,7 +257,7 @@ def window(better, worse, spectrum="sum", tie=False):
 
 
 def partitions(points):
-    """Every way to put the points into tokens, each once, as lists of tokens: 1, 2, 5, 15, 52, 203, 877, 4140 ..."""
+    """Every way to put points into tokens, each once, as lists of tokens: 1, 2, 5, 15, 52, 203, 877, 4140 ..."""
     if points == 0:
         yield []
         return
@@ -292,22 +269,68 @@ def partitions(points):
 def theorem1(mask, z):
     """Theorem 1 by trying every tokenizer of at most 8 points, where M(x1, x2) > 0 only inside a class.
 
-    -> {"sum": (low, high), "tail": (low, high)}: the c2/c1 for which no tokenizer has a smaller bound than the labels;
-    and the number of tokenizers tried.
+    -> {"sum": (low, high), "tail": (low, high)}, the c2/c1 for which no tokenizer has a smaller bound than
+    the labels, and the number of tokenizers tried.
     """
-    label = describe(mask, z, z.argmax(1))
-    tried = [describe(mask, z, torch.tensor(tokens)) for tokens in partitions(len(z))]
-    limits = {key: zip(*(window(label, other, key, tie=True) for other in tried)) for key in ("sum", "tail")}
-    return {key: (max(lows), min(highs)) for key, (lows, highs) in limits.items()}, len(tried)
+    labels = describe(mask, z, z.argmax(1))
+    limits, tried = {"sum": (0., math.inf), "tail": (0., math.inf)}, 0
+    for tokens in partitions(len(z)):
+        rival = describe(mask, z, torch.tensor(tokens))
+        tried += 1
+        for key, (low, high) in limits.items():
+            rival_low, rival_high = window(labels, rival, key, tie=True)
+            limits[key] = max(low, rival_low), min(high, rival_high)
+    return limits, tried
+
+
+# ==================================================================================================================
+# Machinery. The method ends here: what follows puts the results into words, tables and pictures.
+# ==================================================================================================================
+
+# --- words and pictures -------------------------------------------------------------------------------------
+
+def describe_codebook(tokens, labels, k, seed=0, sampled=False):
+    """Lines on what a codebook is worth before any training: used codes, TCAS beside that of shuffled labels.
+
+    tokens (m, n) in 0..k-1; labels (m,), or None or -1: none, then as with one class there is no TCAS. sampled:
+    tokens of a few images only, then there is none either if it would be biased (see `tcas_terms`).
+    """
+    m, n = tokens.shape
+    labels = np.zeros(m, np.int64) if labels is None or min(labels) < 0 else np.asarray(labels)
+    classes = len(np.unique(labels))
+    counts = cooccurrence(tokens, labels, k, 1 + int(labels.max()))
+    share = counts.sum(1) / counts.sum()
+    entropy = torch.special.entr(share).sum().item()
+    lines = [f"codebook: {int((share > 0).sum())} of {k} codes used, perplexity {math.exp(entropy):.1f}; "
+             f"a uniform guess has loss ln {k} = {math.log(k):.3f}, one by code frequency {entropy:.3f}"]
+    if sampled:
+        lines.insert(0, f"tokens are made of each crop as it comes; the codebook on {m} whole images:")
+    if classes < 2:
+        return lines
+    if sampled and m * n < 50 * k * classes:
+        return lines + [f"no TCAS: with {m * n / (k * classes):.2g} patches for each token and class any tokens "
+                        f"look aligned; it takes 50, i.e. {math.ceil(50 * k * classes / n)} images"]
+    shuffled = np.random.default_rng(seed).permutation(labels)               # the same codes, of no class
+    random = cooccurrence(tokens, shuffled, *counts.shape)
+    return lines + [f"TCAS {tcas(counts):.3f}, of random tokens {tcas(random):.3f} "
+                    "(0: all patches of a class have the same token)"]
+
+
+def fit_line(x, y):
+    """Least squares y = intercept + slope x -> Pearson r, slope, intercept. App. E's "r-value" is r^2."""
+    if len(x) < 3 or np.std(x) < EPS or np.std(y) < EPS:
+        raise ValueError(f"no line through {len(x)} runs: it takes at least 3, of unequal TCAS and accuracy")
+    slope, intercept = np.polyfit(x, y, 1)
+    return float(np.corrcoef(x, y)[0, 1]), float(slope), float(intercept)
 
 
 def claims(toys, found, tried):
-    """The claims of Sec. 2.2, App. C and Theorem 1, each with the (low, high) of c2/c1 for which it is true here.
+    """The claims of Sec. 2.2, App. C and Theorem 1, each with the (low, high) of c2/c1 where it holds.
 
     toys: {name: toy_model(...)} of the three tokenizers; found, tried: what `theorem1` returned.
     """
     mae, own, cross = (toys[name] for name in TOKENIZERS)
-    less = lambda a, b: (0., math.inf) if a < b - EPS else (0., 0.)          # true or false, whatever c1 and c2
+    less = lambda a, b: (0., math.inf) if a < b - EPS else (0., 0.)          # whatever c1 and c2
     yield "class-wise tokens raise the weights inside a class above MAE's", less(mae["w_in"], own["w_in"])
     yield "class-wise tokens lower the weights between classes below MAE's", less(own["w_x"], mae["w_x"])
     yield "class-wise tokens link more pairs of one class than MAE", less(mae["linked"], own["linked"])
@@ -331,10 +354,9 @@ def verdict(low, high):
 
 
 def draw(toys, groups, side=240):
-    """Adjacency matrices A, points sorted by class, a panel per tokenizer: (3, h, w) in 0..1. Darker = larger.
+    """Matrices A, points sorted by class, a panel per tokenizer: (3, h, w) in 0..1; darker = larger, one scale.
 
-    One scale for all panels. The strips at the top and the left show each point's token, a colour per token; red lines
-    part the groups of points.
+    Strips at the top and the left: each point's token, a color per token; red lines part groups of points.
     """
     sizes = [size for _, size in groups]
     scale = max(1, side // sum(sizes))
@@ -346,7 +368,7 @@ def draw(toys, groups, side=240):
         shade = repeat((toy["graph"] / top).sqrt().float(), "x y -> 1 (x i) (y j)", i=scale, j=scale)
         image = 1 - shade * (1 - ink)
         image[:, ends], image[:, :, ends] = red, red
-        # One hue per token, a golden ratio of the colour wheel apart.
+        # One hue per token, a golden ratio of the color wheel apart.
         turn = 2 * math.pi * (toy["tokens"] * .618 + torch.tensor([0, 1 / 3, 2 / 3])[:, None])
         strip = F.pad(repeat(.6 + .4 * turn.cos(), "rgb x -> rgb 10 (x j)", j=scale), (0, 0, 0, 4), value=1.)
         image = torch.cat([F.pad(strip, (14, 0), value=1.), torch.cat([strip.transpose(1, 2), image], 2)], 1)
@@ -354,144 +376,178 @@ def draw(toys, groups, side=240):
     return torch.cat(panels, 2)
 
 
-# --- what the commands do ----------------------------------------------------------------------------------------
+# --- the commands -------------------------------------------------------------------------------------------
 
-def toy(args):
-    """Prints a row of numbers per tokenizer, brute force above algebra, then the claims, and draws the graphs."""
+LEGEND = """
+w_in, w_x   mean edge weight of two points of one class only, of the same or of different classes
+sum, alpha  of all squared eigenvalues (Eq. 17); labelling error, the edges between classes (Eq. 18)
+tail        of the squared eigenvalues beyond the first one per class: what the theory behind the bound sums
+linked      fraction of the pairs of one class that have an edge at all
+bound       c1 sum + c2 alpha (Eq. 3), c1 = {c1:g}, c2 = {c2:g}, less is better; bound_tail with tail for sum
+"""
+WHY = {"complete": """
+Merging tokens cannot lower w_x nor raise an eigenvalue, so the order of the bounds is a matter of c2/c1. With 2
+classes, class-wise < MAE needs c2/c1 < 2 (1 - r)(2 - r), r = overlap/n, Theorem 1 c2/c1 >= 4 - 2/n: never both.
+Every tail is 0, as all points of a class are linked already: see --graph ring.""",
+       "ring": """
+Each point meets its neighbours only. Class-wise tokens link pairs that MAE leaves apart: tail and alpha are 0, the
+least bound for any c1, c2. So tokens "raise intra-class connectivity"; "pairs", a local tokenizer, in part."""}
+
+
+def toy(args, vit):
+    """Prints a row of numbers per tokenizer, brute force above algebra, and the claims; draws the graphs."""
     ring = args.graph == "ring"
     overlap = args.overlap if args.overlap is not None else 0 if ring else 2
-    names = {name: name for name in TOKENIZERS + ("pairs",) * ring} | ({"yours": args.assign} if args.assign else {})
-    toys = {name: toy_model(args.n, overlap, tokenizer, args.classes, args.graph, args.width, args.c1, args.c2)
-            for name, tokenizer in names.items()}
+    tokenizers = {name: name for name in TOKENIZERS + ("pairs",) * ring} | {"yours": args.assign}
+    toys = {name: toy_model(args.n, overlap, tokens, args.classes, args.graph, args.width, args.c1, args.c2)
+            for name, tokens in tokenizers.items() if tokens}
     groups, z = populations(args.n, overlap, args.classes)
-    print(f"{args.graph} graph of {len(z)} points: {in_words(groups)}")
+    print(f"{args.graph} graph of {len(z)} points: {name_groups(groups)}")
     columns = ("w_in", "w_x", "sum", "alpha", "tail", "linked", "bound", "bound_tail")
     print(f"\n{'':10}" + "".join(f"{column:>12}" for column in columns))
     for name, numbers in toys.items():
         print(f"{name:10}" + "".join(f"{numbers[column]:12.7f}" for column in columns))
         if not ring and (name in TOKENIZERS or args.classes == 2):
-            exact = closed_form(args.n, overlap, names[name], args.classes)
+            exact = closed_form(args.n, overlap, tokenizers[name], args.classes)
             print(f"{'  algebra':10}" + "".join(f"{exact[column]:12.7f}" for column in columns[:4]))
     print(LEGEND.format(c1=args.c1, c2=args.classes if args.c2 is None else args.c2))
-    _, z = populations(4 if ring else 3, 0, 2)                               # Theorem 1: classes without overlap
+    _, z = populations(4 if ring else 3, 0, 2)                     # Theorem 1: classes without overlap
     for claim, limits in claims(toys, *theorem1(mask_graph(z, args.graph), z)):
         print(f"{verdict(*limits):28} {claim}")
     print(WHY[args.graph])
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    save_image(draw(toys, groups), args.out + ".tmp", format="png")
-    os.replace(args.out + ".tmp", args.out)
+    with vit.write_atomically(args.out) as temporary:
+        save_image(draw(toys, groups), temporary, format="png")
     print(f"\n{args.out}: the graphs, panels from left to right: {', '.join(toys)}")
 
 
 def read_runs(folders):
-    """[(folder, its tokenizer.pt, linear-probe accuracy 0..1)] of the finished runs of train.py among `folders`."""
+    """[(folder, its tokenizer.pt, linear-probe accuracy 0..1, objective)] of train.py's finished runs."""
     runs = []
     for folder in map(Path, folders):
-        log = folder / "metrics.jsonl"
-        lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-        found = [line["linear"] for line in lines if line.get("summary") and line.get("linear") is not None]
-        if found and (folder / "tokenizer.pt").is_file():
-            runs.append((str(folder), str(folder / "tokenizer.pt"), found[-1]))
+        log, tokenizer = folder / "metrics.jsonl", folder / "tokenizer.pt"
+        lines = log.read_text().splitlines() if log.is_file() else []
+        lines = [json.loads(line) for line in lines if line.endswith("}")]   # a killed run leaves half a line
+        found = [line for line in lines if line.get("summary") and line.get("linear") is not None]
+        if found and tokenizer.is_file():
+            objective = found[-1].get("objective", "unknown")
+            runs.append((str(folder), str(tokenizer), found[-1]["linear"], objective))
         elif folder.is_dir():
             print(f"{folder}: left out, no {'tokenizer.pt' if found else 'linear accuracy in metrics.jsonl'}")
-    if folders and len(runs) < 3:
-        raise ValueError(f"--probes: needs 3 runs or more that have tokenizer.pt and linear accuracy, not {len(runs)}")
+    if folders and max(Counter(run[3] for run in runs).values(), default=0) < 3:
+        raise ValueError("--probes: needs 3 runs or more of one objective, with tokenizer.pt, linear accuracy")
     return runs
 
 
+def encode(tokenizer, ds, args, kmeans, device):
+    """(tokens (m, n) uint16, labels (m,)) of the images that were really read; None if there is no split."""
+    if ds is None:
+        return None
+    chosen = np.sort(np.random.default_rng(args.seed).permutation(len(ds))[:args.images])
+    batches = tqdm(kmeans.load_batches(ds, chosen, args.batch_size, args.workers, device), ds.name,
+                   math.ceil(len(chosen) / args.batch_size), disable=not sys.stderr.isatty())
+    tokens, labels = zip(*[(tokenizer(images).cpu().numpy(), labels) for images, labels, _ in batches])
+    return np.concatenate(tokens).astype(np.uint16), np.concatenate(labels)
+
+
+def print_row(name, k, fit, held, args, device):
+    """Prints a line of the table, returns its TCAS. fit, held: (tokens, labels) of a split, or None."""
+    if fit[1] is None or fit[1].min() < 0:
+        raise ValueError(f"--data {args.data}: these images have no labels, and TCAS needs them")
+    c = 1 + int(max(labels.max() for _, labels in filter(None, (fit, held))))
+    counts = cooccurrence(*fit, k, c)
+    l2, l1 = (tcas_terms(counts, norm, args.weighted) for norm in ("l2", "l1"))
+    bag = bag_accuracy(*fit, k, c, held, seed=args.seed, device=device)
+    print(f"{name[-40:]:40}{k:7}{l2['used']:7}{l2['perplexity']:12.1f}", end="")
+    print(f"{l2['tcas']:9.3f}{l1['tcas']:9.3f}{bag:8.3f}", flush=True)
+    return l2["tcas"]
+
+
+def print_lines(points):
+    """The line through the runs of each objective; points: [(objective, TCAS, accuracy 0..1)]."""
+    for name in sorted({objective for objective, _, _ in points}):
+        x, y = zip(*[(score, 100 * linear) for objective, score, linear in points if objective == name])
+        try:
+            r, slope, intercept = fit_line(x, y)
+        except ValueError as error:
+            print(f"{name}: left out, {error}")
+            continue
+        print(f"{name}: linear probe = {intercept:.1f} {slope:+.1f} TCAS l2 (%), Pearson r = {r:.3f}, "
+              f"r^2 = {r * r:.3f}, {len(x)} runs")
+    print("the paper's Table 7: 62.9 -24.0 TCAS, r = -0.920, r^2 = 0.846, 16 tokenizers")
+
+
 def score(args, kmeans, train):
-    """Prints a row per tokenizer, token file and run, then the reference rows, then the line through the runs."""
+    """Prints a row per tokenizer, token file and run, the reference rows, the lines through the runs."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("score is one process: make tokens with torchrun kmeans.py tokenize, then score --tokens")
-    sources = [(path, path, None) for path in args.tokenizer + args.tokens] + read_runs(args.probes)
+        raise ValueError("score is one process: torchrun kmeans.py tokenize, then score --tokens")
+    sources = [(path, path, None, None) for path in args.tokenizer + args.tokens] + read_runs(args.probes)
     if not sources:
-        raise ValueError("nothing to score: give --tokenizer, --tokens or --probes (kmeans.py fit makes a tokenizer)")
+        raise ValueError("nothing to score: give --tokenizer (of kmeans.py fit), --tokens or --probes")
     loaded = {path: kmeans.load_tokens(path) if path in args.tokens else kmeans.load_tokenizer(path)
-              for _, path, _ in sources}                                     # all of them first: fail early
+              for _, path, _, _ in sources}                        # all of them first: fail early
     device = train.setup(args.device)[2]
-    opened = functools.cache(lambda split, size: train.open_dataset(args.data, split, image_size=size))
-
-    def encode(tokenizer, split):
-        """(tokens (m, n) uint16, labels (m,)) of the images that were really read; None if there is no such split."""
-        ds = opened(split, tokenizer.image_size)
-        if ds is None:
-            return None
-        some = np.sort(np.random.default_rng(args.seed).permutation(len(ds))[:args.images])
-        steps = tqdm(train.load_batches(ds, some, args.batch_size, args.workers, device), ds.name,
-                     math.ceil(len(some) / args.batch_size), disable=not sys.stderr.isatty())
-        parts = [(tokenizer(images).cpu().numpy().astype(np.uint16), labels) for images, labels, _ in steps]
-        return tuple(np.concatenate(part) for part in zip(*parts))
-
-    def row(name, k, fit, held):
-        """Prints a line, returns its TCAS. fit, held: (tokens, labels) of training and test split, or None."""
-        if fit[1] is None or fit[1].min() < 0:
-            raise ValueError(f"--data {args.data}: these images have no labels, and TCAS needs them")
-        c = 1 + int(max(split[1].max() for split in (fit, held) if split))
-        counts = cooccurrence(*fit, k, c)
-        l2, l1 = (tcas_terms(counts, norm, args.weighted) for norm in ("l2", "l1"))
-        bag = bag_accuracy(*fit, k, c, held, seed=args.seed, device=device)
-        print(f"{name[-40:]:40}{k:7}{l2['used']:7}{l2['perplexity']:12.1f}{l2['tcas']:9.3f}{l1['tcas']:9.3f}{bag:8.3f}",
-              flush=True)
-        return l2["tcas"]
-
+    opened = functools.cache(lambda split, size: train.open_dataset(args.data, split, size, args.classes))
     print(f"{'tokens':40}{'K':>7}{'used':>7}{'perplexity':>12}{'TCAS l2':>9}{'TCAS l1':>9}{'bag':>8}")
     codebooks, points = set(), []
-    for name, path, linear in sources:
+    for name, path, linear, objective in sources:
         if path in args.tokens:
             tokens, held = loaded[path], None
             k, fit = args.vocab_size or int(tokens.max()) + 1, (tokens, opened("train", None).labels)
         else:
             tokenizer = loaded[path].to(device)
-            k, fit, held = tokenizer.vocab_size, encode(tokenizer, "train"), encode(tokenizer, "test")
-        points.append((row(name, k, fit, held), linear))
+            k, size = tokenizer.vocab_size, tokenizer.input_size   # k-CLIP sees twice the pixels
+            fit, held = (encode(tokenizer, opened(split, size), args, kmeans, device)
+                         for split in ("train", "test"))
+        points.append((objective, print_row(name, k, fit, held, args, device), linear))
         codebooks.add(k)
-    # What a score can be: 0 for Theorem 1's optimum, and for tokens that know nothing a value that depends on K.
-    splits, n, rng = (fit, held), fit[0].shape[1], np.random.default_rng(args.seed)
-    row("labels as tokens", 1 + int(fit[1].max()), *[s and (np.repeat(s[1][:, None], n, 1), s[1]) for s in splits])
+    # What a score can be: 0 for Theorem 1's optimum, and what K lets tokens score that know nothing.
+    n, rng = fit[0].shape[1], np.random.default_rng(args.seed)
+    as_tokens = lambda split: split and (np.repeat(split[1][:, None], n, 1), split[1])
+    at_random = lambda split: split and (rng.integers(k, size=(len(split[1]), n), dtype=np.uint16), split[1])
+    print_row("labels as tokens", 1 + int(fit[1].max()), as_tokens(fit), as_tokens(held), args, device)
     for k in sorted(codebooks):
-        row("random tokens", k, *[s and (rng.integers(k, size=(len(s[1]), n), dtype=np.uint16), s[1]) for s in splits])
-    print("bag: accuracy of a linear softmax head on the histogram of an image's tokens, fitted on the training split\n"
-          "and scored on the test split (token files, or no test split: on a random fifth of the images)")
+        print_row("random tokens", k, at_random(fit), at_random(held), args, device)
+    print("bag: accuracy of a linear softmax head on the histogram of an image's tokens, on the test split\n"
+          "(token files, or no test split: on a random fifth of the images, which the fit leaves out)")
     if args.probes:
-        r, slope, intercept = fit_line(*np.array([(x, 100 * y) for x, y in points if y is not None]).T)
-        print(f"linear probe = {intercept:.1f} {slope:+.1f} TCAS l2 (%), Pearson r = {r:.3f}, r^2 = {r * r:.3f}   "
-              "(the paper's Table 7: 62.9 -24.0 TCAS, r = -0.920, r^2 = 0.846)")
+        print_lines([point for point in points if point[2] is not None])
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="tcas.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(prog="tcas.py", description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("score", help="TCAS of tokenizers on a data set with labels")
-    p.add_argument("--data", default="textures", help="data set, see train.py (%(default)s)")
-    p.add_argument("--tokenizer", nargs="+", default=[], metavar="FILE", help="tokenizer.pt files")
-    p.add_argument("--tokens", nargs="+", default=[], metavar="FILE", help="tokens.npy files of the training split")
-    p.add_argument("--probes", nargs="+", default=[], metavar="RUN", help="folders of train.py's runs")
-    p.add_argument("--vocab-size", type=int, help="K of the token files (default: their largest token + 1)")
-    p.add_argument("--weighted", action="store_true", help="average over patches; the paper averages over used codes")
-    p.add_argument("--images", type=int, help="use this many random images of each split only")
-    p.add_argument("--batch-size", type=int, default=64, help="images (%(default)s)")
-    p.add_argument("--workers", type=int, default=0, help="processes that read images (%(default)s)")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
-    p = commands.add_parser("toy", help="the theory of Sec. 2.2, point by point")
-    p.add_argument("--n", type=int, default=10, help="points per class (%(default)s)")
-    p.add_argument("--overlap", type=int, help="points that any two classes share (default 2; 0 for --graph ring)")
-    p.add_argument("--classes", type=int, default=2)
-    p.add_argument("--graph", choices=("complete", "ring"), default="complete", help="who can be masked with whom")
-    p.add_argument("--width", type=int, default=1, help="ring: how many places away (%(default)s)")
-    p.add_argument("--assign", type=int, nargs="+", metavar="TOKEN", help="your own tokenizer: a token per point")
-    p.add_argument("--c1", type=float, default=1., help="weight of the spectrum (%(default)s)")
-    p.add_argument("--c2", type=float, help="weight of the labelling error (default: the number of classes)")
-    p.add_argument("--out", default="runs/toy.png", help="picture (%(default)s)")
+    add = commands.add_parser("score", help="TCAS of tokenizers on a data set with labels").add_argument
+    add("--data", default="textures", help="data set, see train.py (%(default)s)")
+    add("--classes", metavar="FILE", help="class folders to keep, one a line (ImageNet-100)")
+    add("--tokenizer", nargs="+", default=[], metavar="FILE", help="tokenizer.pt files")
+    add("--tokens", nargs="+", default=[], metavar="FILE", help="tokens.npy files of the training split")
+    add("--probes", nargs="+", default=[], metavar="RUN", help="folders of train.py's runs")
+    add("--vocab-size", type=int, help="K of the token files (default: their largest token + 1)")
+    add("--weighted", action="store_true", help="average over patches; the paper averages over used codes")
+    add("--images", type=int, help="use this many random images of each split only")
+    add("--batch-size", type=int, default=64, help="images (%(default)s)")
+    add("--workers", type=int, default=0, help="processes that read images (%(default)s)")
+    add("--seed", type=int, default=0, help="of the images, the random tokens and the bag (%(default)s)")
+    add("--device", help="cuda or cpu (default: cuda where there is one)")
+    add = commands.add_parser("toy", help="the theory of Sec. 2.2, point by point").add_argument
+    add("--n", type=int, default=10, help="points per class (%(default)s)")
+    add("--overlap", type=int, help="points that any two classes share (default 2; 0 for --graph ring)")
+    add("--classes", type=int, default=2, help="of the toy world (%(default)s)")
+    add("--graph", choices=("complete", "ring"), default="complete", help="who can be masked with whom")
+    add("--width", type=int, default=1, help="ring: how many places away (%(default)s)")
+    add("--assign", type=int, nargs="+", metavar="TOKEN", help="your own tokenizer: a token per point")
+    add("--c1", type=float, default=1., help="weight of the spectrum (%(default)s)")
+    add("--c2", type=float, help="weight of the labelling error (default: the number of classes)")
+    add("--out", default="runs/toy.png", help="picture (%(default)s)")
     args = parser.parse_args(argv)
-    try:
-        if args.command == "toy":
-            return toy(args)
-        import kmeans                                                        # only here: they import this file
-        import train
-        score(args, kmeans, train)
-    except (ValueError, OSError) as error:                                   # bad input: one line, and nothing else
-        parser.exit(2, f"tcas.py: error: {error}\n")
+    import kmeans                                                  # only here: train.py imports this file
+    import train
+    import vit
+    train.check_numbers(parser, args, {"seed", "workers", "overlap", "assign"})
+    with vit.exit_on_error("tcas.py"):
+        toy(args, vit) if args.command == "toy" else score(args, kmeans, train)
 
 
 if __name__ == "__main__":

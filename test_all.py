@@ -848,8 +848,6 @@ def literal_tcas(counts, norm, weighted=False):
     return first, second
 
 
-
-
 def test_cooccurrence_is_a_count_whatever_holds_the_tokens(tmp_path):
     rng = np.random.default_rng(0)
     tokens, labels = rng.integers(7, size=(50, 6)), rng.integers(3, size=50)
@@ -867,25 +865,6 @@ def test_cooccurrence_is_a_count_whatever_holds_the_tokens(tmp_path):
     halves = [tcas.cooccurrence(tokens[part], torch.from_numpy(labels[part]), 7, 3)
               for part in (slice(20), slice(20, 50))]
     assert (sum(halves).numpy() == want).all()
-
-
-def count_my_half(rank, meet):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2)
-    tokens, labels = torch.arange(60).view(20, 3) % 7, torch.arange(20) % 4
-    both = tcas.cooccurrence(tokens[rank::2], labels[rank::2], 7, 4, distributed=True)
-    assert both.equal(tcas.cooccurrence(tokens, labels, 7, 4)) and both.sum() == 60     # without the flag: no exchange
-    dist.destroy_process_group()
-
-
-def test_cooccurrence_sums_over_two_processes(tmp_path):
-    context = torch.multiprocessing.get_context("fork")              # forked: torch need not be imported again
-    workers = [context.Process(target=count_my_half, args=(rank, tmp_path / "meet")) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-    assert [worker.exitcode for worker in workers] == [0, 0]
 
 
 @pytest.mark.parametrize("tokens, labels, what", [
@@ -961,6 +940,28 @@ def test_few_patches_look_like_alignment():
     for p in (.25, 1, 30):
         counts = torch.from_numpy(np.random.default_rng(0).poisson(p, (400, 50)))
         assert abs(tcas.tcas(counts) - (p / (1 + p)) ** 2) < .03
+
+
+def test_codebook_in_words():
+    """Random tokens of K = 50, 10 classes: TCAS near 1 - 1/K with many patches, none where a few images would lie."""
+    rng = np.random.default_rng(0)
+    tokens, labels = rng.integers(50, size=(2000, 100)), np.arange(2000) % 10              # 400 patches a cell
+    codebook, score = tcas.describe_codebook(tokens, labels, 50)
+    assert codebook.startswith("codebook: 50 of 50 codes used, perplexity 5") and "ln 50 = 3.912" in codebook
+    own, shuffled = map(float, re.findall(r"(?:TCAS|tokens) (\d\.\d+)", score))
+    assert abs(own - .98) < .03 and abs(shuffled - .98) < .03
+    first, *same = tcas.describe_codebook(tokens, torch.from_numpy(labels), 50, sampled=True)
+    assert "2000 whole images" in first and same == [codebook, score]
+    _, _, none = tcas.describe_codebook(tokens[:249], labels[:249], 50, sampled=True)      # 49.8 patches a cell
+    assert none.startswith("no TCAS") and " 250 images" in none and not re.search(r"TCAS \d", none)
+    assert "TCAS 0." in tcas.describe_codebook(tokens[:250], labels[:250], 50, sampled=True)[2]
+    aligned = labels[:, None].repeat(100, 1)
+    assert tcas.describe_codebook(aligned, labels, 50)[1].startswith("TCAS 0.000, of random tokens 0.8")
+    for unknown in (None, np.full(2000, -1), np.zeros(2000, int)):                         # none, none, one class
+        assert tcas.describe_codebook(tokens, unknown, 50) == [codebook]
+    skewed = np.array([[0, 0, 0, 1]])                                                      # entropy of (3/4, 1/4)
+    assert "2 of 8 codes used, perplexity 1.8; " in tcas.describe_codebook(skewed, None, 8)[0]
+    assert "ln 8 = 2.079, one by code frequency 0.562" in tcas.describe_codebook(skewed, None, 8)[0]
 
 
 def score_imagenet_sized():
@@ -1200,11 +1201,21 @@ def test_toy_command(tmp_path):
 @pytest.mark.parametrize("flags, what", [
     (["--n", 9, "--overlap", 2], "halve groups"), (["--classes", 1], "2 classes"), (["--overlap", 10], "overlap < n"),
     (["--assign", 0, 1], "2 tokens for 18 points"), (["--graph", "ring", "--overlap", 2], "--overlap 0"),
-    (["--graph", "ring", "--width", 6], "--width"), (["--c2", -1], "positive"), (["--n", 10 ** 9], "2000 points")])
+    (["--graph", "ring", "--width", 6], "--width"), (["--n", 10 ** 9], "2000 points")])
 def test_toy_command_refuses_in_one_line(tmp_path, flags, what):
     code, _, err = command("toy", "--out", tmp_path / "toy.png", *flags)
     assert code == 2 and what in err and err.count("\n") == 1 and err.startswith("tcas.py: error: ")
     assert not (tmp_path / "toy.png").exists()
+
+
+def test_numbers_of_both_commands_are_checked(tmp_path, capsys):
+    for flags, what in [(["toy", "--c2", -1], "--c2"), (["toy", "--c1", "nan"], "--c1"), (["toy", "--n", 0], "--n"),
+                        (["toy", "--overlap", -1], "--overlap"), (["toy", "--assign", 0, -1], "--assign"),
+                        (["score", "--images", 0], "--images"), (["score", "--batch-size", -2], "--batch-size")]:
+        refused(tcas.main, flags + ["--out", tmp_path / "toy.png"] * (flags[0] == "toy"), capsys, what)
+    for both in (dict(c1=0), dict(c2=-1)):
+        with pytest.raises(ValueError, match="positive"):
+            tcas.toy_model(10, 2, **both)
 
 
 @pytest.fixture(scope="module")
@@ -1250,17 +1261,21 @@ def test_score_command(dots, tmp_path):
     assert random[1][1] == 8 and random[1][2] > 7                   # all K codes, evenly
 
 
+def write_run(folder, tokenizer, linear, **summary):
+    """A folder as train.py leaves it: tokenizer.pt and metrics.jsonl."""
+    folder.mkdir()
+    (folder / "tokenizer.pt").write_bytes(tokenizer.read_bytes())
+    lines = [{"step": 1, "loss": 2.}, {"summary": True, "linear": linear, "knn": .3, **summary}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 def test_probes(dots, tmp_path):
     for i, (k, linear) in enumerate(((2, .5), (4, .7), (8, .8))):
-        run = tmp_path / f"run{i}"
-        run.mkdir()
-        (run / "tokenizer.pt").write_bytes((dots / f"k{k}.pt").read_bytes())
-        lines = [{"step": 1, "loss": 2.}, {"summary": True, "linear": linear, "knn": .3}]
-        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_run(tmp_path / f"run{i}", dots / f"k{k}.pt", linear)
     (tmp_path / "unfinished").mkdir()
     code, out, err = command("score", "--data", dots, "--probes", *sorted(tmp_path.iterdir()))
     assert code == 0, err
-    assert "unfinished: left out" in out
+    assert "unfinished: left out" in out and "\nunknown: linear probe = " in out
     x = [row[3] for name, row in table(out) if "run" in name]
     r = np.corrcoef(x, [50, 70, 80])[0, 1]
     printed = float(out.split("Pearson r = ")[1].split(",")[0])
@@ -1268,6 +1283,55 @@ def test_probes(dots, tmp_path):
     assert len(x) == 3 and abs(printed - r) < .02 and abs(intercept - np.polyfit(x, [50, 70, 80], 1)[1]) < 1, (out, r)
     code, _, err = command("score", "--data", dots, "--probes", tmp_path / "run0", tmp_path / "unfinished")
     assert code == 2 and "3 runs" in err and err.count("\n") == 1
+
+
+def test_probes_of_different_objectives_have_their_own_lines(dots, tmp_path):
+    """mapet's accuracy falls with TCAS, mae's rises, cae has two runs, mim's three have one tokenizer."""
+    for i, k in enumerate((2, 4, 8)):
+        write_run(tmp_path / f"mapet{i}", dots / f"k{k}.pt", .3 + .1 * i, objective="mapet")
+        write_run(tmp_path / f"mae{i}", dots / f"k{k}.pt", .9 - .1 * i, objective="mae")
+        write_run(tmp_path / f"mim{i}", dots / "k4.pt", .1 * i, objective="mim")
+    for i in range(2):
+        write_run(tmp_path / f"cae{i}", dots / f"k{4 * i + 4}.pt", .2, objective="cae")
+    (tmp_path / "mae0" / "metrics.jsonl").open("a").write('{"step": 7, "lo')              # killed while it wrote
+    code, out, err = command("score", "--data", dots, "--images", 20, "--probes", *sorted(tmp_path.iterdir()))
+    assert code == 0, err
+    said = {line.split(":")[0]: line for line in out.splitlines() if re.match("(mapet|mae|cae|mim): ", line)}
+    assert "left out" in said["cae"] and "2 runs" in said["cae"] and "left out" in said["mim"]
+    score = np.array([row[3] for name, row in table(out) if "mapet" in name])             # as printed, three digits
+    for name, linear in (("mapet", [30, 40, 50]), ("mae", [90, 80, 70])):
+        r = float(said[name].split("Pearson r = ")[1].split(",")[0])
+        assert abs(r - np.corrcoef(score, linear)[0, 1]) < .02 and "3 runs" in said[name]
+    code, _, err = command("score", "--data", dots, "--probes", *[tmp_path / f"{name}{i}" for name in ("mapet", "mae")
+                                                                  for i in range(2)])
+    assert code == 2 and "3 runs or more of one objective" in err and err.count("\n") == 1
+
+
+def test_score_of_some_classes(dots, tmp_path):
+    """--classes FILE, as in train.py: of three class folders two count, and both splits have them only."""
+    shutil.copytree(dots, tmp_path / "three")
+    for split in ("train", "val"):
+        shutil.copytree(dots / split / "dark", tmp_path / "three" / split / "aaa")
+    (tmp_path / "keep.txt").write_text("dark\nbright\n")
+    score = lambda *flags: table(command("score", "--tokenizer", dots / "k8.pt", *flags)[1])
+    two = score("--data", dots)
+    assert len(two) == 3 and score("--data", tmp_path / "three", "--classes", tmp_path / "keep.txt") == two
+    assert score("--data", tmp_path / "three") != two
+    code, _, err = command("score", "--data", dots, "--tokenizer", dots / "k8.pt", "--classes", tmp_path / "k")
+    assert code == 2 and str(tmp_path / "k") in err and err.count("\n") == 1
+
+
+def test_score_reads_images_at_the_size_that_the_tokenizer_wants(dots, monkeypatch):
+    """k-CLIP has image_size 224 and input_size 448; here a stand-in of 16 and 32 pixels."""
+    class Wide(nn.Module):
+        vocab_size, image_size, input_size = 4, 16, 32
+
+        def forward(self, images):
+            assert images.shape[1:] == (3, 32, 32)
+            return images[:, 0, ::8, ::8].flatten(1).long() // 64
+    monkeypatch.setattr(kmeans, "load_tokenizer", lambda path: Wide())
+    code, out, err = command("score", "--data", dots, "--tokenizer", "wide.pt")
+    assert code == 0 and table(out)[0][1][:2] == [4, 4], err
 
 
 def test_score_command_refuses_in_one_line(dots, tmp_path):
