@@ -74,8 +74,8 @@ def blockwise_mask(b, grid, count, min_block=None, generator=None, device=None, 
         top = (rand(b, 10) * (grid + 1 - h)).floor()
         left = (rand(b, 10) * (grid + 1 - w)).floor()
         rows, columns = inside(top, h), inside(left, w)        # of each block, (b, 10, grid)
-        known = ((rows.float() @ hidden.float()) * columns).sum(-1)
-        new = h * w - known
+        again = ((rows.float() @ hidden.float()) * columns).sum(-1)
+        new = h * w - again                                    # patches of the block that no other hides
         fits = unfinished & (h < grid) & (w < grid) & (new > 0) & (new <= remaining)
         first = (fits & (fits.cumsum(1) == 1))[..., None]
         hidden |= (rows & first).any(1)[:, :, None] & (columns & first).any(1)[:, None, :]
@@ -149,7 +149,7 @@ class Objective(nn.Module):
         hidden = blockwise_mask(b, self.encoder.grid, self.targets, generator=generator)
         order = hidden.int().argsort(dim=1, stable=True)
         if torch.device(device).type == "cuda":
-            order = order.pin_memory()                         # or else the copy would wait
+            order = order.pin_memory()                         # so that the copy does not wait for the GPU
         return order.to(device, non_blocking=True)
 
     def split(self, images, order):
@@ -501,11 +501,6 @@ def draw_mask(mask, rows, keys, visible, path, cell=26):
 
 # --- what was predicted, drawn ------------------------------------------------------------------------------
 
-def fill_hidden(whole, hidden, values):
-    """whole (b, n, d) with the patches `hidden` (b, T) replaced by values (b, T, d)."""
-    return whole.scatter(1, hidden[..., None].expand(values.shape), values.to(whole))
-
-
 def picture_pixels(prediction, own, target, mean, std):
     """Predicted pixels (b, T, 3 p^2) -> in 0..1; of "pixel-norm" in the hidden patch's `own` mean and contrast."""
     if target == "pixel-norm":
@@ -537,25 +532,26 @@ def picture_predictions(model, images, mean, std, tokens=None, patch_pictures=No
     images (b, 3, S, S) in 0..1; mean, std (3,) of the normalisation; tokens as in forward, None: not known (then no
     target is drawn); patch_pictures (K, 3 p^2) in 0..1: of each code; seed: of the order.
     """
-    p, was_training = model.encoder.patch_size, model.training
-    mean, std = images.new_tensor(mean), images.new_tensor(std)
+    p, mean, std = model.encoder.patch_size, images.new_tensor(mean), images.new_tensor(std)
     x = (images - mean[:, None, None]) / std[:, None, None]
     order = model.draw_order(len(images), seed, images.device)
     hidden = order[:, model.cut - 1:]
     given = torch.zeros_like(order) if tokens is None else tokens            # only the target row needs them
+    was_training = model.training
     prediction, target = model.eval().predict(x, given, order)
     model.train(was_training)
+    # `whole` (b, n, d) with its hidden patches replaced by values (b, T, d).
+    fill = lambda whole, values: whole.scatter(1, hidden[..., None].expand(values.shape), values.to(whole))
     patches, own = patchify(images, p), gather_patches(patchify(x, p), hidden)
-    rows = [patches, fill_hidden(patches, hidden, torch.full_like(own, .5))]
+    rows = [patches, fill(patches, torch.full_like(own, .5))]
     if model.needs == "tokens":
         codes = [prediction.argmax(-1)] + [target] * (tokens is not None)
-        rows += [fill_hidden(patches, hidden, patch_pictures[code]) for code in codes]
+        rows += [fill(patches, patch_pictures[code]) for code in codes]
     elif model.target in ("pixel", "pixel-norm"):
-        pixels = picture_pixels(prediction.float(), own, model.target, mean, std)
-        rows.append(fill_hidden(patches, hidden, pixels))
+        rows.append(fill(patches, picture_pixels(prediction.float(), own, model.target, mean, std)))
     else:
         whole = model.compute_target(x, tokens)
-        guess = fill_hidden(whole, hidden, prediction.float())
+        guess = fill(whole, prediction.float())
         if model.target == "hog":
             rows += [picture_hog(guess, p), picture_hog(whole, p)]
         else:

@@ -289,31 +289,24 @@ def theorem1(mask, z):
 
 # --- words and pictures -------------------------------------------------------------------------------------
 
-def describe_codebook(tokens, labels, k, seed=0, sampled=False):
+def describe_codebook(tokens, labels, k, seed=0):
     """Lines on what a codebook is worth before any training: used codes, TCAS beside that of shuffled labels.
 
-    tokens (m, n) in 0..k-1; labels (m,), or None or -1: none, then as with one class there is no TCAS. sampled:
-    tokens of a few images only, then there is none either if it would be biased (see `tcas_terms`).
+    tokens (m, n) in 0..k-1; labels (m,), or None or -1: none, then as with one class there is no TCAS.
     """
-    m, n = tokens.shape
-    labels = np.zeros(m, np.int64) if labels is None or min(labels) < 0 else np.asarray(labels)
-    classes = len(np.unique(labels))
+    labels = np.zeros(len(tokens), np.int64) if labels is None else np.asarray(labels)
+    labels = np.zeros_like(labels) if labels.min() < 0 else labels
     counts = cooccurrence(tokens, labels, k, 1 + int(labels.max()))
     share = counts.sum(1) / counts.sum()
     entropy = torch.special.entr(share).sum().item()
     lines = [f"codebook: {int((share > 0).sum())} of {k} codes used, perplexity {math.exp(entropy):.1f}; "
              f"a uniform guess has loss ln {k} = {math.log(k):.3f}, one by code frequency {entropy:.3f}"]
-    if sampled:
-        lines.insert(0, f"tokens are made of each crop as it comes; the codebook on {m} whole images:")
-    if classes < 2:
+    if len(np.unique(labels)) < 2:
         return lines
-    if sampled and m * n < 50 * k * classes:
-        return lines + [f"no TCAS: with {m * n / (k * classes):.2g} patches for each token and class any tokens "
-                        f"look aligned; it takes 50, i.e. {math.ceil(50 * k * classes / n)} images"]
     shuffled = np.random.default_rng(seed).permutation(labels)               # the same codes, of no class
     random = cooccurrence(tokens, shuffled, *counts.shape)
     return lines + [f"TCAS {tcas(counts):.3f}, of random tokens {tcas(random):.3f} "
-                    "(0: all patches of a class have the same token)"]
+                    "(0: no two tokens share a class)"]
 
 
 def fit_line(x, y):
@@ -446,8 +439,8 @@ def encode(tokenizer, ds, args, kmeans, device):
     chosen = np.sort(np.random.default_rng(args.seed).permutation(len(ds))[:args.images])
     batches = tqdm(kmeans.load_batches(ds, chosen, args.batch_size, args.workers, device), ds.name,
                    math.ceil(len(chosen) / args.batch_size), disable=not sys.stderr.isatty())
-    tokens, labels = zip(*[(tokenizer(images).cpu().numpy(), labels) for images, labels, _ in batches])
-    return np.concatenate(tokens).astype(np.uint16), np.concatenate(labels)
+    parts = [(tokenizer(images).to(torch.uint16).cpu().numpy(), labels) for images, labels, _ in batches]
+    return tuple(np.concatenate(part) for part in zip(*parts))
 
 
 def print_row(name, k, fit, held, args, device):
@@ -552,15 +545,3 @@ def main(argv=None):
 
 if __name__ == "__main__":
     main()
-def describe_codebook(tokens, labels, k, seed=0, sampled=False):  # TEMP
-    labels = np.zeros(len(tokens), np.int64) if labels is None else labels
-    count = lambda labels: cooccurrence(tokens, labels, k, 1 + int(labels.max()))
-    counts = count(labels)
-    share = counts.sum(1) / counts.sum()
-    entropy = torch.special.entr(share).sum().item()
-    lines = [f"codebook: {int((share > 0).sum())} of {k} codes used, perplexity {math.exp(entropy):.1f}; "
-        f"a uniform guess has loss ln {k} = {math.log(k):.3f}, one by code frequency {entropy:.3f}"]
-    if len(np.unique(labels)) > 1:
-        random = count(np.random.default_rng(seed).permutation(labels))
-        lines.append(f"TCAS {tcas(counts):.3f}, of random tokens {tcas(random):.3f}")
-    return lines
