@@ -13,8 +13,7 @@ and empty clusters, processes, reading rows, CUDA kernels, tokenizer.pt and toke
 python kmeans.py fit                             embedded images, raw pixels, K = 64: 20 s on two CPU cores
 python kmeans.py tokenize --tokenizer runs/tokenizer-textures-pixel-k64/tokenizer.pt    goes on after a kill
 python kmeans.py show --tokenizer runs/tokenizer-textures-pixel-k64/tokenizer.pt        codebook.png, tokens.png
-torchrun --nproc_per_node 8 kmeans.py fit --data IMAGENET --features clip --k 8192 --init random --restarts 5 \\
-    --max-iter 20                                k-CLIP (MaPeT Sec. 4.2)
+torchrun --nproc_per_node 8 kmeans.py fit --data IMAGENET --features clip --k 8192      k-CLIP (MaPeT Sec. 4.2)
 python kmeans.py bench                           time of a Lloyd iteration over that of the product X C^T
 """
 import argparse
@@ -51,7 +50,7 @@ except ImportError:                         # no Triton for macOS and Windows: p
 UNSET = np.uint16(65535)                    # no token: what is still missing in a half-written tokens.npy
 
 
-# --- K-means ------------------------------------------------------------------------------------------------
+# --- K-means ----------------------------------------------------------------------------------------------
 
 def lloyd(x, centroids, n_iter):
     """K-means: rows x (n, d), centroids (k, d) float -> labels (n,), centroids (k, d) after n_iter iterations."""
@@ -59,7 +58,7 @@ def lloyd(x, centroids, n_iter):
         labels = torch.cdist(x, centroids).argmin(1)                        # assign: the nearest centroid
         sums = torch.zeros_like(centroids).index_add_(0, labels, x)         # update: the mean of its rows
         counts = torch.bincount(labels, minlength=len(centroids))[:, None]
-        centroids = torch.where(counts > 0, sums / counts, centroids)       # an empty cluster stays where it is
+        centroids = torch.where(counts > 0, sums / counts, centroids)     # an empty cluster stays where it is
     return torch.cdist(x, centroids).argmin(1), centroids
 
 
@@ -106,7 +105,7 @@ def run_pass(data, c, origin):
         add_rows(part, counts, labels, block)
         total += scores.sum(-1)
         added += len(block)
-        if added >= 1 << 16:          # float32 adds 65536 uint8 values exactly (below 2^24), others well enough
+        if added >= 1 << 16:        # float32 adds 65536 uint8 values exactly (below 2^24), others well enough
             sums += part
             part.zero_()
             added = 0
@@ -178,7 +177,7 @@ class KMeans:
         done = torch.zeros(self.restarts, dtype=torch.bool, device=c.device)
         for _ in tqdm(range(self.max_iter), desc="k-means", unit=" passes", disable=not self.progress):
             sums, counts, score = run_pass(data, c, mean)
-            history.append((scatter - 2 * score).clamp(min=0))          # ||x-c||^2 = ||x-mean||^2 - 2 score, summed
+            history.append((scatter - 2 * score).clamp(min=0))    # ||x-c||^2 = ||x-mean||^2 - 2 score, summed
             means = data.scale * sums / counts[..., None] + data.shift  # the sums are of rows as stored: uint8 pixels
             new = torch.where(counts[..., None] > 0, means, c.double())
             if (counts == 0).any():
@@ -275,7 +274,7 @@ class KMeansTokenizer(nn.Module):
 # Machinery. The method ends here: what follows reads rows and images, runs on CUDA, and takes commands.
 # ==========================================================================================================
 
-# --- the rest of the fit: exact distances, empty clusters, the mean of the data -----------------------------
+# --- the rest of the fit: exact distances, empty clusters, the mean of the data ---------------------------
 
 def measure_distances(data, c, origin):
     """Yields labels and squared distances ||x - c_label||^2 (r, m) of each block; by definition: no cancellation."""
@@ -311,7 +310,7 @@ def reseed(data, c, new, empty, origin, start):
     index = all_gather(index).gather(-1, at)
     for r in empty.any(-1).nonzero()[:, 0].tolist():
         codes = empty[r].nonzero()[:, 0]
-        codes = codes[far[r, :len(codes)] > 0]                  # every row sits on a centroid: nothing to gain
+        codes = codes[far[r, :len(codes)] > 0]                 # every row sits on a centroid: nothing to gain
         new[r, codes] = data.gather(index[r, :len(codes)].cpu(), start).double()
     return new
 
@@ -336,7 +335,7 @@ def compute_statistics(data):
     return total, sum(sizes[:rank_and_world()[0]]), origin[0].double() + sums / total, scatter.clamp(min=0)
 
 
-# --- processes ----------------------------------------------------------------------------------------------
+# --- processes --------------------------------------------------------------------------------------------
 
 def rank_and_world():
     """(rank, world size) of the running process group; (0, 1) without one."""
@@ -409,7 +408,7 @@ def catch_signals():
             signal.signal(number, handler)
 
 
-# --- reading rows: a tensor, an array or memory map, or a function that starts a stream ---------------------
+# --- reading rows: a tensor, an array or memory map, or a function that starts a stream -------------------
 
 class Rows:
     """The rows to cluster; iterating yields them as blocks (m, d) on `device`, in order, as they are stored.
@@ -494,7 +493,7 @@ def multiply(x, w, bias):
     if x.is_cuda or not torch.backends.mkldnn.is_available():
         return torch.addmm(bias, x, w.T)
     # A 1x1 convolution is the same product, but by oneDNN: on AMD's CPUs twice as fast as MKL's matrix product.
-    image = rearrange(x[None, :, None], "b m one d -> b d m one")       # channels last, as the rows lie in memory
+    image = rearrange(x[None, :, None], "b m one d -> b d m one")   # channels last, as the rows lie in memory
     return rearrange(F.conv2d(image, w[:, :, None, None], bias), "1 k m 1 -> m k")
 
 
@@ -507,11 +506,11 @@ def copy_ahead(parts, device):
         with torch.cuda.stream(copier):
             ahead = None if part is None else part.pin_memory().to(device, non_blocking=True)
         if ready is not None:
-            ready.record_stream(current)                        # its memory is not for reuse before we are done
+            ready.record_stream(current)                      # its memory is not for reuse before we are done
             yield ready
 
 
-# --- the same two steps on CUDA: no score reaches memory, no two programs add to the same number ------------
+# --- the same two steps on CUDA: no score reaches memory, no two programs add to the same number ----------
 
 def use_triton(x):
     return triton is not None and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
@@ -538,7 +537,7 @@ if triton is not None:
                 ws = tl.load(w_row + column[:, None], (code[None, :] < k) & (column[:, None] < d), 0)
                 if HALF:
                     xs = ((xs - center) * shrink).to(tl.float16)
-                dot = tl.dot(xs, ws, dot, input_precision="tf32x3")       # as precise as float32 where not HALF
+                dot = tl.dot(xs, ws, dot, input_precision="tf32x3")     # as precise as float32 where not HALF
             score = dot * unit + tl.load(bias + book * k + code, code < k, float("-inf"))[None, :]
             top, arg = tl.max(score, 1, return_indices=True)
             label = tl.where(top > best, first + arg, label)
@@ -608,7 +607,7 @@ def add_rows_fused(sums, counts, labels, x, one_hot=None):
     """`add_rows` without atomics: a one-hot matrix product for up to 256 codes, sums of sorted rows for more."""
     (r, k, d), m, x, labels = sums.shape, len(x), x.contiguous(), labels.contiguous()
     if k <= 256 if one_hot is None else one_hot:
-        span, width = min(16384, triton.cdiv(m, 64) * 64), tile(d, 64)   # < 65536 rows: float32 adds uint8 exactly
+        span, width = min(16384, triton.cdiv(m, 64) * 64), tile(d, 64)  # < 65536 rows: float32 adds uint8 exactly
         splits, half = triton.cdiv(m, span), x.dtype in (torch.uint8, torch.float16)
         part = torch.empty(r, splits, k, d, device=x.device)
         count = torch.empty(r, splits, k, device=x.device)
@@ -624,7 +623,7 @@ def add_rows_fused(sums, counts, labels, x, one_hot=None):
         counts[i] += lengths
 
 
-# --- from a data set to tokenizer.pt and tokens.npy ---------------------------------------------------------
+# --- from a data set to tokenizer.pt and tokens.npy -------------------------------------------------------
 
 def outlive_signals(_):
     """For loading processes: Ctrl-C and SIGTERM may reach them too, but stopping is the main process's decision.
@@ -646,7 +645,7 @@ def load_batches(ds, indices, batch_size, workers=0, device="cpu"):
     indices = torch.as_tensor(indices).split(batch_size)
     loader = make_loader(ds, [part.tolist() for part in indices], workers, device)
     for wanted, (images, labels, read) in zip(indices, loader):
-        if hasattr(ds, "note_unreadable"):                      # a neighbour may stand in for a damaged picture
+        if hasattr(ds, "note_unreadable"):                    # a neighbour may stand in for a damaged picture
             ds.note_unreadable(wanted, read)
         yield images.to(device, non_blocking=True), labels, read
 
@@ -771,7 +770,7 @@ def check_tokens(path, tokenizer, ds):
                          "remove the file or choose another folder")
     few = sorted({0, len(ds) // 2, len(ds) - 1})
     images, _, _ = next(load_batches(ds, few, len(few), device=tokenizer.centroids.device))
-    if (tokenizer(images).cpu().numpy() == tokens[few]).mean() < .9:      # other hardware may break a near-tie
+    if (tokenizer(images).cpu().numpy() == tokens[few]).mean() < .9:     # other hardware may break a near-tie
         raise ValueError(f"{path} is of another tokenizer or of other images: remove it or choose another folder")
     return tokens
 
@@ -789,13 +788,13 @@ def tokenize(tokenizer, ds, path, batch_size=64, workers=0, device="cpu", progre
         return check_tokens(path, tokenizer, ds)
     rank, world = rank_and_world()
     made_of = tokenizer.centroids.cpu().numpy().tobytes() + f"{ds.name} {len(ds)} {tokenizer.features}".encode()
-    partial = f"{path}.{hashlib.sha256(made_of).hexdigest()[:8]}.partial"    # another tokenizer's: never mixed in
+    partial = f"{path}.{hashlib.sha256(made_of).hexdigest()[:8]}.partial"  # another tokenizer's: never mixed in
     if rank == 0 and not os.path.exists(partial):
         reserve(partial, (len(ds), tokenizer.n_patches), UNSET)
     barrier()
     tokens = np.lib.format.open_memmap(partial, "r+")
     missing = torch.from_numpy(np.flatnonzero((tokens == UNSET).any(1)))
-    barrier()                                                           # nobody writes before everybody has looked
+    barrier()                                                      # nobody writes before everybody has looked
     mine = missing[rank * len(missing) // world:(rank + 1) * len(missing) // world]
     batches = zip(mine.split(batch_size), load_batches(ds, mine, batch_size, workers, device))
     with tqdm(total=len(ds), initial=len(ds) - len(missing), desc="tokens", disable=not progress) as bar:
@@ -810,7 +809,7 @@ def tokenize(tokenizer, ds, path, batch_size=64, workers=0, device="cpu", progre
     return load_tokens(path)
 
 
-# --- pictures -----------------------------------------------------------------------------------------------
+# --- pictures ---------------------------------------------------------------------------------------------
 
 def rebuild_images(tokenizer, tokens):
     """Tokens (b, n) of raw pixels -> [images (b, 3, S, S) in 0..1, each patch its centroid]; [] for others."""
@@ -825,7 +824,7 @@ def rebuild_images(tokenizer, tokens):
 def draw_codebook(tokenizer, ds, path, rows=16, columns=12, images=400):
     """PNG: one row for each of the most used codes: its centroid (pixels only), then the patches nearest to it."""
     few = range(0, len(ds), max(1, len(ds) // images))
-    p = tokenizer.patch_size * tokenizer.input_size // tokenizer.image_size         # CLIP sees twice the pixels
+    p = tokenizer.patch_size * tokenizer.input_size // tokenizer.image_size       # CLIP sees twice the pixels
     found = [(patchify(x, p), *tokenizer.assign(x)) for x, _, _ in load_batches(ds, few, 64)]
     patches, labels, distances = (torch.cat(parts).flatten(0, 1) for parts in zip(*found))
     lines = []
@@ -847,12 +846,12 @@ def draw_tokens(tokenizer, ds, path, images=6):
     draw_grid([x / 255, F.interpolate(maps, x.shape[-2:]), *rebuild_images(tokenizer, tokens)], path)
 
 
-# --- measuring ----------------------------------------------------------------------------------------------
+# --- measuring --------------------------------------------------------------------------------------------
 
 def time_calls(*functions, repeats=7):
     """Least seconds of a call of each, device work included; they take turns: noise strikes all of them."""
     best = [math.inf] * len(functions)
-    for i in list(range(len(functions))) * (repeats + 1):       # the first round warms up, and is never the least
+    for i in list(range(len(functions))) * (repeats + 1):   # the first round warms up, and is never the least
         start = time.perf_counter()
         functions[i]()
         if torch.cuda.is_available():
@@ -897,7 +896,7 @@ def bench_cuda(device):
         del x, data
 
 
-# --- command line -------------------------------------------------------------------------------------------
+# --- command line -----------------------------------------------------------------------------------------
 
 def parse(argv, check_numbers):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], prog="kmeans.py")
@@ -954,7 +953,7 @@ def run_fit(args, open_dataset, device):
     k = args.k or (64 if textures else 50 if args.features == "pixel" else 100)
     args.out = args.out or name_folder(args, k)
     check_folder(args.out)
-    ds = open_dataset(args.data, "train", size * (1 + clip), classes=args.classes)       # CLIP sees twice the pixels
+    ds = open_dataset(args.data, "train", size * (1 + clip), classes=args.classes)  # CLIP sees twice the pixels
     progress = rank_and_world()[0] == 0 and sys.stderr.isatty()
     tokenizer = fit_tokenizer(ds, args.features, k, args.metric, p, size, args.fraction, args.init, args.max_iter,
                               args.tol, args.restarts, args.seed, args.batch_size, args.workers, device, progress)
@@ -966,7 +965,7 @@ def run_fit(args, open_dataset, device):
     print0(f"{(share > 0).sum()} of {k} codes used, perplexity {torch.special.entr(share).sum().exp():.1f}, "
            f"shares {share.min():.2%} to {share.max():.2%}")
     if rank_and_world()[0] == 0:
-        verb = "replaced" if os.path.exists(path) else "wrote"          # tokens.npy of the old one will be refused
+        verb = "replaced" if os.path.exists(path) else "wrote"     # tokens.npy of the old one will be refused
         tokenizer.save(path)
         print0(f"{verb} {path}")
 
@@ -979,7 +978,7 @@ def check_folder(out):
 
 
 def main(argv=None):
-    from train import check_numbers, open_dataset                       # the only import against the table's order
+    from train import check_numbers, open_dataset                  # the only import against the table's order
     args = parse(argv, check_numbers)
     with exit_on_error("kmeans.py"):
         rank, _, device = setup(args.device)

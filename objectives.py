@@ -41,7 +41,7 @@ from vit import (MLP, PATCH_FEATURES, Block, LayerScale, exit_on_error, gather_p
                  patchify, principal_colors, sincos_positions, unpatchify, write_atomically)
 
 
-# --- orders and masks ---------------------------------------------------------------------------------------
+# --- orders and masks -------------------------------------------------------------------------------------
 
 def random_order(b, n, generator=None, device=None):
     """(b, n) int64: a fresh random permutation z of the n patches for each image; the first are visible."""
@@ -118,7 +118,7 @@ def two_stream_mask(visible, targets, positions=True):
     return torch.cat([torch.cat(row, 1) for row in rows])
 
 
-# --- objectives ---------------------------------------------------------------------------------------------
+# --- objectives -------------------------------------------------------------------------------------------
 
 class Objective(nn.Module):
     """What all objectives share: the encoder that is kept, and which patches are hidden.
@@ -289,11 +289,11 @@ class MaPeT(Objective):
         return self.head(x), gather_patches(tokens, hidden)    # Eq. 1, Eq. 2: all ranks i >= c
 
 
-# ==================================================================================================================
+# ==========================================================================================================
 # Machinery. The method ends here: what follows is a baseline (CAE), names, printing and drawing.
-# ==================================================================================================================
+# ==========================================================================================================
 
-# --- CAE, a baseline of MaPeT's tables ----------------------------------------------------------------------
+# --- CAE, a baseline of MaPeT's tables --------------------------------------------------------------------
 
 class RegressorBlock(nn.Module):
     """Cross-attention of CAE's regressor: hidden rows ask, visible and hidden rows answer."""
@@ -385,7 +385,7 @@ class CAE(Objective):
             old.copy_(new)
 
 
-# --- the objectives by name ---------------------------------------------------------------------------------
+# --- the objectives by name -------------------------------------------------------------------------------
 
 # What separates the objectives: the class, its switches, and the share of patches that is hidden by default.
 Entry = namedtuple("Entry", "kind switches mask_ratio")
@@ -436,7 +436,7 @@ def make(name, vit, vocab_size=None, cut=None, mask_ratio=None, target=None, lab
     return kind(vit, cut, vocab_size, **options)
 
 
-# --- the masks, printed and drawn ---------------------------------------------------------------------------
+# --- the masks, printed and drawn -------------------------------------------------------------------------
 
 def list_stages(name, order, cut):
     """Who looks at whom in each network of an objective, for one order (n,): [(title, mask, rows, keys)].
@@ -499,7 +499,7 @@ def draw_mask(mask, rows, keys, visible, path, cell=26):
         picture.save(temporary, format="png")
 
 
-# --- what was predicted, drawn ------------------------------------------------------------------------------
+# --- what was predicted, drawn ----------------------------------------------------------------------------
 
 def picture_pixels(prediction, own, target, mean, std):
     """Predicted pixels (b, T, 3 p^2) -> in 0..1; of "pixel-norm" in the hidden patch's `own` mean and contrast."""

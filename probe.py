@@ -840,7 +840,7 @@ def report(args, line):
         print(f"    best of {line['heads']} heads: {line['chosen']}")
 
 
-# --- the end of a run of train.py ---------------------------------------------------------------------------
+# --- the end of a run of train.py -------------------------------------------------------------------------
 
 def draw_predictions(args, model, ds, test, targets, device):
     """OUT/predictions.png: held-out images (or else training images), what was hidden, what was predicted."""
@@ -848,7 +848,7 @@ def draw_predictions(args, model, ds, test, targets, device):
     few = range(0, len(held_out), math.ceil(len(held_out) / 8))
     images, _, read = next(load_batches(held_out, few, 8, 0, device))
     patch_pictures, path = None, os.path.join(args.out, "predictions.png")
-    if model.needs == "tokens":                 # a code is drawn as the mean of its patches: of pixels, the centroid
+    if model.needs == "tokens":          # a code is drawn as the mean of its patches: of pixels, the centroid
         sums = torch.zeros(targets.size, 3 * args.patch_size ** 2, device=device)
         counts = torch.zeros(targets.size, 1, device=device)
         few = range(0, len(ds), math.ceil(len(ds) / 500))

@@ -37,7 +37,7 @@ EPS = 1e-12                                         # two numbers of the toy mod
 TOKENIZERS = ("mae", "classwise", "crossclass")     # Sec. 2.2: S^MAE, S^class, S^cross
 
 
-# --- token-class alignment similarity (Sec. 3.1) ------------------------------------------------------------
+# --- token-class alignment similarity (Sec. 3.1) ----------------------------------------------------------
 
 def cooccurrence(tokens, labels, k, c, chunk=1 << 22):
     """R[k, c], the number of patches with token k in images of class c: (k, c) int64, where `tokens` are.
@@ -126,7 +126,7 @@ def bag_accuracy(tokens, labels, k, c, held=None, epochs=20, batch=256, lr=.01, 
     return (guess == held_y).double().mean().item()
 
 
-# --- the toy model (Sec. 2.2, App. B and C), brute force ----------------------------------------------------
+# --- the toy model (Sec. 2.2, App. B and C), brute force --------------------------------------------------
 
 def populations(n, overlap, classes):
     """Classes of n points, any two share `overlap` -> groups [(classes they are in, number of points)], in order,
@@ -223,7 +223,7 @@ def toy_model(n, overlap, tokenizer="mae", classes=2, graph="complete", width=1,
     return toy | {"bound": c1 * toy["sum"] + c2 * toy["alpha"], "bound_tail": c1 * toy["tail"] + c2 * toy["alpha"]}
 
 
-# --- the same by algebra, and Theorem 1 ---------------------------------------------------------------------
+# --- the same by algebra, and Theorem 1 -------------------------------------------------------------------
 
 def closed_form(n, overlap, tokenizer="mae", classes=2):
     """w_in, w_x, sum and alpha of `toy_model` on the complete graph, by algebra.
@@ -283,11 +283,11 @@ def theorem1(mask, z):
     return limits, tried
 
 
-# ==================================================================================================================
+# ==========================================================================================================
 # Machinery. The method ends here: what follows puts the results into words, tables and pictures.
-# ==================================================================================================================
+# ==========================================================================================================
 
-# --- words and pictures -------------------------------------------------------------------------------------
+# --- words and pictures -----------------------------------------------------------------------------------
 
 def describe_codebook(tokens, labels, k, seed=0):
     """Lines on what a codebook is worth before any training: used codes, TCAS beside that of shuffled labels.
@@ -369,7 +369,7 @@ def draw(toys, groups, side=240):
     return torch.cat(panels, 2)
 
 
-# --- the commands -------------------------------------------------------------------------------------------
+# --- the commands -----------------------------------------------------------------------------------------
 
 LEGEND = """
 w_in, w_x   mean edge weight of two points of one class only, of the same or of different classes

@@ -657,13 +657,10 @@ def make_targets(args, ds, needs, tokenizer, targets, device):
     how = dict(device=device, workers=args.workers, progress=rank_and_world()[0] == 0 and sys.stderr.isatty())
     at_size = lambda size: ds if size == ds.image_size else with_transform(ds, center_square(size), image_size=size)
     if tokenizer is None:
-        k, clip = args.vocab_size, args.features == "clip"
-        print0(f"fitting a K-means tokenizer: {args.features} features, K = {k}, 5 % of the patches")
-        # k-CLIP (MaPeT Sec. 4.2 and its code): twice the pixels, random seeds, 20 iterations, the best of 5.
-        options = dict(init="random", restarts=5, max_iter=20) if clip else {}
+        print0(f"fitting a K-means tokenizer: {args.features} features, K = {args.vocab_size}, 5 % of the patches")
         tokenizer = kmeans.fit_tokenizer(
-            at_size(args.image_size * (1 + clip)), args.features, k, patch_size=args.patch_size,
-            image_size=args.image_size, fraction=.05, seed=args.seed, **options, **how)
+            at_size(args.image_size * (2 if args.features == "clip" else 1)), args.features, args.vocab_size,
+            patch_size=args.patch_size, image_size=args.image_size, fraction=.05, seed=args.seed, **how)
     if rank_and_world()[0] == 0:
         tokenizer.save(f"{args.out}/tokenizer.pt")
     barrier()
