@@ -434,7 +434,7 @@ def test_cosine_is_spherical_kmeans():
     means = torch.stack([unit[labels == k].mean(0) for k in range(5)])
     torch.testing.assert_close(km.centroids, F.normalize(means, dim=1), rtol=1e-2, atol=1e-2)
     assert torch.equal(labels, km.predict(x * 7))
-    # Were lengths left in, as in the published code (METHODS 4.3), the longest centroid would win nearly everywhere.
+    # Were lengths left in, as in ClusterMIM's released code, the longest centroid would win nearly everywhere.
     assert (km.predict(x) != assign(x, km.centroids * torch.tensor([[9.], [1], [1], [1], [1]]))[0]).any()
 
 
@@ -2153,7 +2153,7 @@ def test_weight_decay_groups():
 
 
 def test_recipes_of_the_paper():
-    """MaPeT Table 7 and METHODS 1.5, for an ImageNet folder with no other flag."""
+    """MaPeT Table 7, for an ImageNet folder with no other flag; ClusterMIM Sec. 4.1."""
     args = train.parse(["--data", "/imagenet", "--objective", "mapet"])
     train.resolve_args(args, 8, torch.device("cpu"))
     assert (args.model, args.batch_size, args.epochs, args.lr, args.min_lr) == ("vit_base", 2048, 300, 1.5e-3, 1e-5)
@@ -2170,7 +2170,7 @@ def test_recipes_of_the_paper():
     assert train.recipe("mapet", "cifar10")["mask_ratio"] == .75
     assert train.recipe("mapet", "cifar10", "vit_base")["mask_ratio"] == .7
     for name, features, k in (("clustermim", "pixel", 50), ("mae", "pixel", None), ("maskfeat", "hog", None)):
-        for model in ("vit_small", "vit_base", "vit_large"):              # ClusterMIM Sec. 4.1, METHODS 4.5: the same for all
+        for model in ("vit_small", "vit_base", "vit_large"):              # ClusterMIM Sec. 4.1: the same for all
             args = train.parse(["--data", "/imagenet", "--objective", name, "--model", model])
             train.resolve_args(args, 8, torch.device("cpu"))
             assert (args.batch_size, args.epochs, args.warmup_epochs, args.weight_decay) == (4096, 200, 40, .05)
@@ -3141,6 +3141,22 @@ def test_readme_names_tests_and_code_that_exist():
         if what not in ("py",):
             assert what in globals() if not module else hasattr(modules[module], what), name
     assert len(checked) > 20
+
+
+def test_nothing_cites_what_a_reader_does_not_have():
+    for name in ("vit.py", "kmeans.py", "tcas.py", "objectives.py", "train.py", "probe.py", "test_all.py", "README.md"):
+        assert "METH" + "ODS" not in open(os.path.join(HERE, name)).read(), name
+
+
+@pytest.mark.parametrize("name", ["vit", "kmeans", "tcas", "objectives", "train", "probe"])
+def test_a_file_begins_with_its_concern(name):
+    """After the imports at most 250 lines, to a ruled line; the README's reading path says how many."""
+    lines = open(os.path.join(HERE, f"{name}.py")).read().splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("# --- "))
+    rule = next(i for i, line in enumerate(lines) if line.startswith("# ====="))
+    assert 100 < rule - first <= 250 and lines[rule + 1].startswith("# Machinery. The method ends here")
+    row = re.search(rf"^\| `{name}.py` \| (\d+) \| (\d+) \|", open(os.path.join(HERE, "README.md")).read(), re.M)
+    assert abs(int(row[1]) - (rule - first)) <= 10 and abs(int(row[2]) - len(lines)) <= 20, (rule - first, len(lines))
 
 
 def test_only_the_allowed_packages_are_imported():
