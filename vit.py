@@ -23,19 +23,20 @@ import functools
 import hashlib
 import math
 import os
-import pickle
 import re
 import sys
+import textwrap
 import traceback
-from zipfile import BadZipFile
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
-from PIL import Image, ImageDraw
+from PIL import ImageDraw, ImageOps
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 
@@ -182,10 +183,7 @@ class ViT(nn.Module):
         self.grid, self.prefix = image_size // patch_size, int(cls_token)
         self.n_patches, self.layer_scale = self.grid ** 2, layer_scale
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if cls_token else None
-        positions = torch.zeros(1, self.prefix + self.n_patches, width)
-        if pos == "sincos":
-            positions = sincos_positions(self.grid, width, self.prefix)
-        self.pos_embed = nn.Parameter(positions, requires_grad=pos == "learned")
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.prefix + self.n_patches, width))
         self.patch_embed = PatchEmbed(patch_size, width)
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, layer_scale, rate) for rate in rates)
@@ -195,6 +193,9 @@ class ViT(nn.Module):
             nn.init.normal_(self.cls_token, std=1e-6 if init == "timm" else .02)
         if pos == "learned":
             nn.init.trunc_normal_(self.pos_embed, std=.02)
+        else:
+            fixed = sincos_positions(self.grid, width, self.prefix)
+            self.pos_embed = nn.Parameter(fixed, requires_grad=False)
 
     def positions(self, order):
         """Positions (b, m, d) of the patches `order` (b, m)."""
@@ -224,9 +225,8 @@ class ViT(nn.Module):
         if noise is None and self.training and self.blocks[-1].drop > 0:
             noise = torch.rand(2 * self.depth, len(x), device=x.device)
         for i, block in enumerate(self.blocks):
-            last = i == self.depth - 1
             drop = (None, None) if noise is None else noise[2 * i:2 * i + 2]
-            x = block(x, mask, n_keys, n_out if last else None, drop)
+            x = block(x, mask, n_keys, n_out if i == self.depth - 1 else None, drop)
         return self.norm(x)
 
     def forward(self, images):
@@ -256,7 +256,6 @@ vit_base = functools.partial(ViT, width=768, depth=12, heads=12)
 vit_large = functools.partial(ViT, width=1024, depth=24, heads=16)
 MODELS = {"vit_micro": vit_micro, "vit_tiny": vit_tiny, "vit_small": vit_small, "vit_base": vit_base,
           "vit_large": vit_large}
-HEADS = {96: 3, 192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # a state dict tells every size but the head count
 
 
 # ==========================================================================================================
@@ -268,11 +267,11 @@ HEADS = {96: 3, 192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # a state dict tel
 # Public weights: where, and the hash that their authors published (DINO's published none).
 FACEBOOK = "https://dl.fbaipublicfiles.com/"
 PUBLIC = {
-    "dino_vits16": (FACEBOOK + "dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth", {}),
-    "dino_vitb16": (FACEBOOK + "dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth", {}),
-    "deit_small": (FACEBOOK + "deit/deit_small_patch16_224-cd65a155.pth", {"sha256": "cd65a155"}),
-    "mae_vitb16": (FACEBOOK + "mae/pretrain/mae_pretrain_vit_base.pth", {"md5": "8cad7c"}),         # CC-BY-NC
-    "mae_vitl16": (FACEBOOK + "mae/pretrain/mae_pretrain_vit_large.pth", {"md5": "b8b06e"}),        # CC-BY-NC
+    "dino_vits16": dict(url=FACEBOOK + "dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"),
+    "dino_vitb16": dict(url=FACEBOOK + "dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth"),
+    "deit_small": dict(url=FACEBOOK + "deit/deit_small_patch16_224-cd65a155.pth", sha256="cd65a155"),
+    "mae_vitb16": dict(url=FACEBOOK + "mae/pretrain/mae_pretrain_vit_base.pth", md5="8cad7c"),      # CC-BY-NC
+    "mae_vitl16": dict(url=FACEBOOK + "mae/pretrain/mae_pretrain_vit_large.pth", md5="b8b06e"),     # CC-BY-NC
 }
 CLIP_SHA256 = "be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c"
 CLIP_URL = f"https://openaipublic.azureedge.net/clip/models/{CLIP_SHA256}/RN50x64.pt"
@@ -288,11 +287,7 @@ def download(url, sha256="", md5=""):
     except OSError as error:
         raise ValueError(f"cannot fetch {url} ({error}): put the file at {path} yourself") from None
     for kind, wanted in (("sha256", sha256), ("md5", md5)):
-        digest = hashlib.new(kind)
-        with open(path, "rb") as file:
-            while part := wanted and file.read(1 << 24):
-                digest.update(part)
-        if wanted and not digest.hexdigest().startswith(wanted):
+        if wanted and not hashlib.new(kind, Path(path).read_bytes()).hexdigest().startswith(wanted):
             raise ValueError(f"the {kind} of {path} does not begin with {wanted}: remove it to fetch it anew")
     return path
 
@@ -304,7 +299,7 @@ def read_checkpoint(path):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):        # DINO's full checkpoints hold one
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError, BadZipFile) as error:
+    except Exception as error:                      # a damaged file raises whatever its bytes happen to say
         kind = type(error).__name__
         raise ValueError(f"{path}: not a readable checkpoint ({kind}); was it cut short?") from None
 
@@ -315,14 +310,12 @@ def read_vit_weights(name_or_path):
     Files of timm, DINO, DeiT, MAE and of this repository; heads, decoders and mask tokens are left out.
     """
     if name_or_path in PUBLIC:
-        url, check = PUBLIC[name_or_path]
-        name_or_path = download(url, **check)
+        name_or_path = download(**PUBLIC[name_or_path])
     path = os.path.join(name_or_path, "encoder.pt") if os.path.isdir(name_or_path) else name_or_path
     state = read_checkpoint(path)
     for container in ("model", "state_dict", "teacher", "student"):           # MAE and DeiT, timm, DINO
         if isinstance(state, dict) and isinstance(state.get(container), dict):
             state = state[container]
-            break
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ValueError(f"{path}: no ViT weights in it")
     for prefix in ("module.", "backbone.", "encoder."):                       # DDP, DINO, the objectives here
@@ -341,43 +334,31 @@ def resize_positions(pos, grid, prefix=1):
     return torch.cat([first, rearrange(patches, "1 d y x -> 1 (y x) d").to(pos.dtype)], 1)
 
 
-def load_weights(vit, name_or_path):
-    """Load a public name, a file or a run folder into `vit`, positions resized to its grid; returns it.
-
-    ValueError, naming the file and the first keys that differ, if it does not fit; `vit` is then untouched.
-    """
-    state, path = read_vit_weights(name_or_path)
-    own = vit.state_dict()
-    if "pos_embed" in state and state["pos_embed"].shape[1] != own["pos_embed"].shape[1]:
-        n = state["pos_embed"].shape[1] - vit.prefix
-        if math.isqrt(n) ** 2 == n:
-            state["pos_embed"] = resize_positions(state["pos_embed"], vit.grid, vit.prefix)
-    differ = [f"{key} missing" for key in own if key not in state]
-    differ += [f"{key} unknown" for key in state if key not in own]
-    differ += [f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}" for key in own
-               if key in state and state[key].shape != own[key].shape]
-    if differ:
-        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
-        raise ValueError(f"{path} does not fit this ViT: {', '.join(differ[:3])}{more}")
-    vit.load_state_dict(state)
-    return vit
-
-
 def from_weights(name_or_path, image_size=None):
-    """The ViT that a file, public name or run folder was made from, with its weights; the shapes tell its sizes."""
+    """The ViT that a file, public name or run folder was made from, with its weights; the shapes tell its sizes.
+
+    image_size   other than the file's: its positions are resized
+    """
     state, path = read_vit_weights(name_or_path)
     try:
         width, _, p, _ = state["patch_embed.proj.weight"].shape
         cls_token = "cls_token" in state
-        grid = math.isqrt(state["pos_embed"].shape[1] - cls_token)
+        n = state["pos_embed"].shape[1] - cls_token
+        grid = math.isqrt(n)
         depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
         mlp_ratio = len(state["blocks.0.mlp.fc1.bias"]) / width
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path}: no ViT weights in it (missing {error})") from None
-    heads = HEADS.get(width, max(1, width // 64))
+    heads = {96: 3, 1280: 16}.get(width, max(1, width // 64))             # vit_micro, ViT-H; else 64 wide
     layer_scale = 1. if "blocks.0.ls1.gamma" in state else None
     vit = ViT(image_size or grid * p, p, width, depth, heads, mlp_ratio, layer_scale, cls_token=cls_token)
-    return load_weights(vit, path)
+    if vit.n_patches != n == grid ** 2:
+        state["pos_embed"] = resize_positions(state["pos_embed"], vit.grid, vit.prefix)
+    try:
+        vit.load_state_dict(state)
+    except RuntimeError as error:                                           # a line for each key that differs
+        raise ValueError(f"{path} does not fit this ViT: {textwrap.shorten(str(error), 300)}") from None
+    return vit
 
 
 # --- frozen features of patches: what K-means clusters, what MaskFeat predicts ----------------------------
@@ -477,15 +458,11 @@ class CLIPTrunk(nn.Module):
 
 
 def load_clip():
-    """RN50x64's trunk with OpenAI's weights: the state dict of their TorchScript archive, in float32."""
-    path = download(CLIP_URL, sha256=CLIP_SHA256)
-    try:
-        state = torch.jit.load(path, map_location="cpu").state_dict()
-    except RuntimeError:
-        raise ValueError(f"{path}: not OpenAI's TorchScript RN50x64: remove it to fetch it anew") from None
+    """RN50x64's trunk with OpenAI's weights, those of their TorchScript archive, in float32."""
+    archive = torch.jit.load(download(CLIP_URL, sha256=CLIP_SHA256), map_location="cpu")
     trunk = CLIPTrunk()
-    trunk.load_state_dict({key.removeprefix("visual."): v.float() for key, v in state.items()
-                           if key.startswith("visual.") and "attnpool" not in key})
+    trunk.load_state_dict({key: v.float() for key, v in archive.visual.state_dict().items()
+                           if not key.startswith("attnpool")})
     return trunk
 
 
@@ -560,33 +537,31 @@ def exit_on_error(script):
     again = "the same command goes on from what was saved"
     try:
         yield
-        return
-    except KeyboardInterrupt:                                       # before the first step; see catch_signals
-        line, code, caught = f"interrupted; {again}", 130, None
-    except (ValueError, OSError) as error:
+    except (KeyboardInterrupt, ValueError, OSError, RuntimeError) as error:
         first, *others = str(error).strip().splitlines() or [type(error).__name__]
-        # A loading process sends its whole traceback: the message is the last line.
-        line = re.sub(r"^\w+: ", "", others[-1]) if "worker process" in first else first
-        code, caught = 2, error
-    except RuntimeError as error:
-        first, code, caught = str(error).strip().split("\n")[0], 1, error
-        if first.startswith("DataLoader worker"):
+        code = 1
+        if isinstance(error, KeyboardInterrupt):                    # before the first step; see catch_signals
+            code, line = 130, f"interrupted; {again}"
+        elif isinstance(error, (ValueError, OSError)):
+            code, line = 2, first
+            if "worker process" in first:                           # a loader's whole traceback: its last line
+                line = re.sub(r"^\w+: ", "", others[-1])
+        elif first.startswith("DataLoader worker"):
             line = f"a loading process was lost ({first}); short of memory, of /dev/shm? Fewer --workers; {again}"
         elif "WORLD_SIZE" in os.environ and re.search("gloo|nccl|connection|peer", str(error), re.I):
             line = f"another process of this run was lost; {again}"
         else:
             raise
+        traceback.clear_frames(error.__traceback__)              # lets go of the loaders, which end at once
+        if not isinstance(error, ValueError) or int(os.environ.get("RANK", 0)) == 0:
+            print(f"{script}: error: {line}", file=sys.stderr, flush=True)
+        sys.exit(code)
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
-    if caught:
-        traceback.clear_frames(caught.__traceback__)               # lets go of the loaders, which end at once
-    if not isinstance(caught, ValueError) or int(os.environ.get("RANK", 0)) == 0:
-        print(f"{script}: error: {line}", file=sys.stderr, flush=True)
-    sys.exit(code)
 
 
-# --- pictures ---------------------------------------------------------------------------------------------
+# --- pictures, and the table of sizes ----------------------------------------------------------------------
 
 def principal_colors(target, *others):
     """Rows (b, n, d) -> [colors (b, n, 3) in 0..1: their three principal components; `others` by the same].
@@ -606,18 +581,14 @@ def principal_colors(target, *others):
 
 
 def draw_grid(rows, path, labels=(), times=None):
-    """PNG of rows of images (b, 3, S, S) in 0..1, a label to the left of each row.
-
-    times   by how much a pixel is enlarged (default: to a picture of 900 pixels or more)
-    """
+    """PNG of rows of images (b, 3, S, S) in 0..1, labels to the left of them; a pixel becomes times x times."""
     side = rows[0].shape[-1]
-    times = times or math.ceil(900 / (len(rows[0]) * side))
+    times = times or math.ceil(900 / (len(rows[0]) * side))             # to a picture of 900 pixels or more
     images = repeat(torch.cat(list(rows)).float().cpu(), "m c y x -> m c (y i) (x j)", i=times, j=times)
     grid = make_grid(images, nrow=len(rows[0]), padding=4, pad_value=1.)
-    pixels = rearrange(grid.mul(255).add(.5).clamp(0, 255).to(torch.uint8), "c y x -> y x c").numpy()
+    picture = to_pil_image(grid.mul(255).add(.5).clamp(0, 255).to(torch.uint8))
     margin = 10 * max(map(len, labels), default=0)
-    picture = Image.new("RGB", (margin + pixels.shape[1], pixels.shape[0]), "white")
-    picture.paste(Image.fromarray(pixels), (margin, 0))
+    picture = ImageOps.expand(picture, (margin, 0, 0, 0), "white")
     for i, label in enumerate(labels):
         middle = 4 + i * (side * times + 4) + side * times / 2
         ImageDraw.Draw(picture).text((margin - 6, middle), label, fill="black", anchor="rm", font_size=17)
@@ -625,8 +596,6 @@ def draw_grid(rows, path, labels=(), times=None):
     with write_atomically(path) as temporary:
         picture.save(temporary, format="png")
 
-
-# --- the table of sizes -----------------------------------------------------------------------------------
 
 def count_flops(function, *inputs):
     """Floating-point operations of one call (a multiply-add counts as two); meta tensors cost nothing."""
@@ -639,8 +608,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Parameters and FLOPs per image of every named ViT.")
     parser.add_argument("--image-size", type=int, help="pixels a side (default: 224; vit_micro 48)")
     parser.add_argument("--patch-size", type=int, help="pixels a side (default: 16; vit_micro 8)")
-    args = parser.parse_args(argv)
-    over = {key: value for key, value in vars(args).items() if value}
+    over = {key: value for key, value in vars(parser.parse_args(argv)).items() if value}
     print(f"{'model':<10} image patch patches width depth {'params':>9} {'GFLOPs/image':>12}")
     for name, build in MODELS.items():
         with exit_on_error("vit.py"), torch.device("meta"):
