@@ -25,7 +25,6 @@ import math
 import os
 import re
 import sys
-import textwrap
 import traceback
 from pathlib import Path
 
@@ -334,17 +333,35 @@ def resize_positions(pos, grid, prefix=1):
     return torch.cat([first, rearrange(patches, "1 d y x -> 1 (y x) d").to(pos.dtype)], 1)
 
 
-def from_weights(name_or_path, image_size=None):
-    """The ViT that a file, public name or run folder was made from, with its weights; the shapes tell its sizes.
+def load_weights(vit, name_or_path):
+    """Load a public name, a file or a run folder into `vit`, positions resized to its grid; returns it.
 
-    image_size   other than the file's: its positions are resized
+    ValueError, naming the file and the first keys that differ, if it does not fit; `vit` is then untouched.
     """
+    state, path = read_vit_weights(name_or_path)
+    own = vit.state_dict()
+    if "pos_embed" in state and state["pos_embed"].shape[1] != own["pos_embed"].shape[1]:
+        n = state["pos_embed"].shape[1] - vit.prefix
+        if math.isqrt(n) ** 2 == n:
+            state["pos_embed"] = resize_positions(state["pos_embed"], vit.grid, vit.prefix)
+    differ = [f"{key} missing" for key in own if key not in state]
+    differ += [f"{key} unknown" for key in state if key not in own]
+    differ += [f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}" for key in own
+               if key in state and state[key].shape != own[key].shape]
+    if differ:
+        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+        raise ValueError(f"{path} does not fit this ViT: {', '.join(differ[:3])}{more}")
+    vit.load_state_dict(state)
+    return vit
+
+
+def from_weights(name_or_path, image_size=None):
+    """The ViT that a file, public name or run folder was made from, with its weights; the shapes tell its sizes."""
     state, path = read_vit_weights(name_or_path)
     try:
         width, _, p, _ = state["patch_embed.proj.weight"].shape
         cls_token = "cls_token" in state
-        n = state["pos_embed"].shape[1] - cls_token
-        grid = math.isqrt(n)
+        grid = math.isqrt(state["pos_embed"].shape[1] - cls_token)
         depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
         mlp_ratio = len(state["blocks.0.mlp.fc1.bias"]) / width
     except (KeyError, ValueError) as error:
@@ -352,13 +369,7 @@ def from_weights(name_or_path, image_size=None):
     heads = {96: 3, 1280: 16}.get(width, max(1, width // 64))             # vit_micro, ViT-H; else 64 wide
     layer_scale = 1. if "blocks.0.ls1.gamma" in state else None
     vit = ViT(image_size or grid * p, p, width, depth, heads, mlp_ratio, layer_scale, cls_token=cls_token)
-    if vit.n_patches != n == grid ** 2:
-        state["pos_embed"] = resize_positions(state["pos_embed"], vit.grid, vit.prefix)
-    try:
-        vit.load_state_dict(state)
-    except RuntimeError as error:                                           # a line for each key that differs
-        raise ValueError(f"{path} does not fit this ViT: {textwrap.shorten(str(error), 300)}") from None
-    return vit
+    return load_weights(vit, path)
 
 
 # --- frozen features of patches: what K-means clusters, what MaskFeat predicts ----------------------------
@@ -518,6 +529,8 @@ def write_atomically(path):
     except (OSError, RuntimeError) as error:                        # torch.save turns the disk's into its own
         with contextlib.suppress(OSError):
             os.remove(temporary)
+        if str(error).startswith("DataLoader worker"):              # told of just now, by a signal
+            raise
         why = getattr(error, "strerror", None) or "is the disk full?"
         raise OSError(f"{path} cannot be written ({why}); what was there before is kept") from None
 
