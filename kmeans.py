@@ -1,45 +1,43 @@
-"""K-means and the K-means tokenizer: images -> patch features -> nearest centroid (ClusterMIM, arXiv:2407.09087).
+"""K-means and its tokenizer: images -> patch features -> nearest centroid (ClusterMIM, arXiv:2407.09087).
 
-    t(x) = argmin_k ||f(x) - c_k||^2        f: raw pixels, HOG, or a frozen encoder (DINO, DeiT, MAE, CLIP, ours)
+    t(x) = argmin_k ||f(x) - c_k||^2        f: raw pixels, HOG, a frozen encoder (DINO, DeiT, MAE, CLIP, ours)
          = argmax_k f(x).c_k - ||c_k||^2/2  ||f(x)||^2 is the same for every k: one product and an argmax
 
-`lloyd` is all of K-means, in eight lines; the rest is the same for any number of rows, on any device, in one process
-or many. Rows are read block by block and a block's scores are gone after its argmax: memory beyond the data is
-O(block K + K d). Several codebooks (restarts, axis r) are fitted at once to the same rows.
+`lloyd` is all of K-means, in eight lines; the rest is the same for any number of rows, on any device, in one
+process or many. Rows are read block by block and a block's scores are gone after its argmax: memory beyond
+the data is O(block K + K d). Several codebooks (restarts, axis r) are fitted at once to the same rows.
 
-Read down to the ruled line: K-means, its seeding, the tokenizer. Below it, to be skipped at first: exact distances
-and empty clusters, processes, reading rows, CUDA kernels, tokenizer.pt and tokens.npy, pictures, commands.
+Read down to the ruled line: K-means, its seeding, the tokenizer. Below it, to be skipped at first: the rest of
+the fit, processes, reading rows, CUDA kernels, tokenizer.pt and tokens.npy, pictures, commands.
 
 python kmeans.py fit                             embedded images, raw pixels, K = 64: 20 s on two CPU cores
-python kmeans.py tokenize --tokenizer runs/tokenizer-textures-pixel-k64/tokenizer.pt    goes on after a kill
-python kmeans.py show --tokenizer runs/tokenizer-textures-pixel-k64/tokenizer.pt        codebook.png, tokens.png
+python kmeans.py tokenize --tokenizer runs/tokenizer-textures-pixel-k64/tokenizer.pt   goes on after a kill
+python kmeans.py show --tokenizer runs/tokenizer-textures-pixel-k64/tokenizer.pt       codebook.png, tokens.png
 torchrun --nproc_per_node 8 kmeans.py fit --data IMAGENET --features clip --k 8192      k-CLIP (MaPeT Sec. 4.2)
 python kmeans.py bench                           time of a Lloyd iteration over that of the product X C^T
 """
 import argparse
 import contextlib
-import functools
 import hashlib
-import itertools
 import math
 import os
 import re
 import signal
 import sys
 import time
-import zipfile
+import timeit
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from vit import (CLIP, ENCODERS, IMAGENET, PatchFeatures, draw_grid, exit_on_error, normalize, patchify,
-                 read_checkpoint, save, unpatchify, write_atomically)
+from vit import (CLIP, ENCODERS, IMAGENET, PatchFeatures, draw_grid, exit_on_error, gather_patches, normalize,
+                 patchify, read_checkpoint, save, unpatchify, write_atomically)
 
 try:
     import triton
@@ -53,7 +51,7 @@ UNSET = np.uint16(65535)                    # no token: what is still missing in
 # --- K-means ----------------------------------------------------------------------------------------------
 
 def lloyd(x, centroids, n_iter):
-    """K-means: rows x (n, d), centroids (k, d) float -> labels (n,), centroids (k, d) after n_iter iterations."""
+    """K-means of rows x (n, d) from the first centroids (k, d): labels (n,), centroids (k, d)."""
     for _ in range(n_iter):
         labels = torch.cdist(x, centroids).argmin(1)                        # assign: the nearest centroid
         sums = torch.zeros_like(centroids).index_add_(0, labels, x)         # update: the mean of its rows
@@ -69,15 +67,15 @@ def find_nearest(x, w, bias):
     """
     if use_triton(x):
         return find_nearest_fused(x, w, bias)
-    scores = multiply(x.float(), w.flatten(0, 1), bias.flatten())
+    scores = linear(x.float(), w.flatten(0, 1), bias.flatten())
     best, labels = rearrange(scores, "m (r k) -> r m k", r=len(w)).max(-1)
     return labels, best
 
 
 def score_weights(c, origin, scale, shift):
-    """w, bias with x.w_k + bias_k = (x' - o).(c_k - o) - ||c_k - o||^2 / 2 for stored rows x, x' = scale x + shift.
+    """w, bias with x.w_k + bias_k = (x' - o).(c_k - o) - ||c_k - o||^2 / 2, for stored rows x: x' = scale x + shift.
 
-    Any origin o gives the same labels. The data's mean keeps the numbers small: float32 tells near centroids apart.
+    Any origin o gives the same labels; with the data's mean, float32 tells near centroids apart.
     """
     c = c.double() - origin
     bias = (c * (shift - origin)).sum(-1) - c.square().sum(-1) / 2
@@ -95,7 +93,7 @@ def add_rows(sums, counts, labels, x):
 
 
 def run_pass(data, c, origin):
-    """One pass over all processes' rows: c (r, k, d) -> sums (as c), counts (r, k), total score (r,); float64."""
+    """One pass over all processes' rows: c (r, k, d) -> float64 sums (r, k, d), counts (r, k), score (r,)."""
     sums, part = torch.zeros_like(c, dtype=torch.float64), torch.zeros_like(c)
     counts, total = torch.zeros_like(sums[..., 0]), torch.zeros_like(sums[:, 0, 0])
     w, bias = score_weights(c, origin, data.scale, data.shift)
@@ -115,7 +113,7 @@ def run_pass(data, c, origin):
 
 
 def kmeans_plusplus(x, u):
-    """Greedy k-means++ (Arthur & Vassilvitskii 2007; trials as in scikit-learn): rows (m, d) -> seeds (k,), indices.
+    """Greedy k-means++ (Arthur & Vassilvitskii 2007; trials as in scikit-learn): (m, d) -> rows (k,), int64.
 
     Each new seed is the best of some rows drawn with probability proportional to the squared distance to the
     nearest seed so far. u (k, trials), uniform in [0, 1), makes every choice.
@@ -124,8 +122,7 @@ def kmeans_plusplus(x, u):
     norm = x.square().sum(-1)
 
     def squared_distances(index):                                       # (t,) -> (t, m)
-        product = x[None, index] @ x.T[None]
-        return (norm + norm[index][:, None] - 2 * product[0]).clamp_(min=0)
+        return (norm + norm[index, None] - 2 * x[index] @ x.T).clamp_(min=0)
 
     seeds = (u[:1, 0] * len(x)).long()                                  # the first: any row
     closest = squared_distances(seeds)[0]
@@ -144,25 +141,25 @@ class KMeans:
 
     k, metric   number of clusters; "euclidean", or "cosine": rows have unit length, and so have the centroids
     init        "k-means++" on a seeded sample of max(16384, 4 k) rows, "random" rows, or a tensor (k, d)
-    tol         stop when the centroids move (squared, summed) less than tol times the mean variance of a column
+    tol         stop when the centroids move (squared, summed) less than tol times a column's mean variance
     restarts    seedings that run side by side; the one with the least inertia is kept
     mean, std   of uint8 pixels, see Rows; device: where arrays and streams are worked on; rows: block size
 
-    Afterwards: centroids (k, d) float32, counts (k,) int64 (0: a dead code), inertia (sum of squared distances),
-    n_iter, history (the inertia at each iteration). With torch.distributed initialised every process passes its
-    own rows and ends with the centroids of one process on all rows.
+    Afterwards: centroids (k, d) float32, counts (k,) int64 (0: a dead code), inertia (sum of squared
+    distances), n_iter, history (the inertia at each iteration). With torch.distributed initialised every
+    process passes its own rows and ends with the centroids of one process on all rows.
     """
 
-    def __init__(self, k, metric="euclidean", init="k-means++", max_iter=100, tol=1e-4, seed=0, restarts=1, mean=None,
-                 std=None, device=None, rows=None, progress=False):
+    def __init__(self, k, metric="euclidean", init="k-means++", max_iter=100, tol=1e-4, seed=0, restarts=1,
+                 mean=None, std=None, device=None, rows=None, progress=False):
         if metric not in ("euclidean", "cosine"):
             raise ValueError(f"metric must be euclidean or cosine, not {metric!r}")
         if not torch.is_tensor(init) and init not in ("k-means++", "random"):
             raise ValueError(f"init must be k-means++, random or a tensor, not {init!r}")
         if min(k, restarts, max_iter) < 1:
             raise ValueError(f"k, restarts and max_iter must be at least 1, not {k}, {restarts} and {max_iter}")
-        self.k, self.metric, self.init, self.max_iter, self.tol, self.seed = k, metric, init, max_iter, tol, seed
-        self.restarts, self.progress = restarts, progress
+        self.k, self.metric, self.init, self.restarts, self.seed = k, metric, init, restarts, seed
+        self.max_iter, self.tol, self.progress = max_iter, tol, progress
         self.input = dict(metric=metric, mean=mean, std=std, device=device, rows=rows)
 
     def fit(self, x):
@@ -172,13 +169,13 @@ class KMeans:
             raise ValueError(f"{self.k} clusters of {n} rows: there must be at least as many rows as clusters")
         # Cosine: the rows have unit length, and centroids must get it back, or the longest would win.
         unit = F.normalize if self.metric == "cosine" else lambda c, dim: c
-        c = unit(self.seed_centroids(data, n, start), dim=-1)
+        c = unit(seed_centroids(data, self.k, self.init, self.restarts, self.seed, n, start), dim=-1)
         history, n_iter = [], torch.zeros(self.restarts, dtype=torch.long, device=c.device)
-        done = torch.zeros(self.restarts, dtype=torch.bool, device=c.device)
+        done = n_iter > 0
         for _ in tqdm(range(self.max_iter), desc="k-means", unit=" passes", disable=not self.progress):
             sums, counts, score = run_pass(data, c, mean)
             history.append((scatter - 2 * score).clamp(min=0))    # ||x-c||^2 = ||x-mean||^2 - 2 score, summed
-            means = data.scale * sums / counts[..., None] + data.shift  # the sums are of rows as stored: uint8 pixels
+            means = data.scale * sums / counts[..., None] + data.shift      # sums are of rows as stored
             new = torch.where(counts[..., None] > 0, means, c.double())
             if (counts == 0).any():
                 new = reseed(data, c, new, counts == 0, mean, start)
@@ -188,29 +185,16 @@ class KMeans:
             done = done | (moved <= self.tol * scatter / (n * data.d))
             if done.all():
                 break
-        counts, inertia = count_exactly(data, c, mean)
+        counts, inertia = torch.zeros_like(counts), torch.zeros_like(score)
+        for labels, distances in measure_distances(data, c, mean):
+            counts.scatter_add_(-1, labels, torch.ones_like(labels, dtype=counts.dtype))
+            inertia += distances.sum(-1)
+        all_reduce(counts, inertia)
         best = inertia.argmin()
         self.centroids, self.counts, self.inertia = c[best], counts[best].long(), inertia[best].item()
         self.n_iter = n_iter[best].item()
         self.history = torch.stack(history)[:self.n_iter, best].tolist()
         return self
-
-    def seed_centroids(self, data, n, start):
-        """(r, k, d): every process makes the same choices among the n rows of all; its own begin at `start`."""
-        generator = torch.Generator().manual_seed(self.seed)
-        r, k, d = self.restarts, self.k, data.d
-        if torch.is_tensor(self.init):
-            if self.init.shape != (k, d):
-                raise ValueError(f"init is {tuple(self.init.shape)}: {k} centroids of {d} values are wanted")
-            return self.init.to(data.device).float().expand(r, k, d).clone()
-        if self.init == "random":
-            index = torch.cat([torch.randperm(n, generator=generator)[:k] for _ in range(r)])
-            return data.gather(index, start).view(r, k, d)
-        size = max(16384, 4 * k)
-        sample = torch.randperm(n, generator=generator)[:size] if size < n else torch.arange(n)
-        sample = data.gather(sample, start)
-        u = torch.rand(r, k, 2 + int(math.log(k)), generator=generator, dtype=torch.float64).to(data.device)
-        return torch.stack([sample[kmeans_plusplus(sample, u[i])] for i in range(r)])
 
     def predict(self, x):
         return assign(x, self.centroids, **self.input)[0]
@@ -223,7 +207,7 @@ def assign(x, centroids, metric="euclidean", mean=None, std=None, device=None, r
     """
     data = Rows(x, len(centroids), metric, mean, std, device or centroids.device, rows)
     if centroids.shape[-1] != data.d:
-        raise ValueError(f"rows {tuple(data.shape)} do not fit centroids {tuple(centroids.shape)}")
+        raise ValueError(f"rows {data.shape} do not fit centroids {tuple(centroids.shape)}")
     c = centroids.to(data.device).float()[None]
     labels, distances = zip(*measure_distances(data, c, c[0].double().mean(0)))
     return torch.cat(labels, 1)[0], torch.cat(distances, 1)[0]
@@ -232,8 +216,8 @@ def assign(x, centroids, metric="euclidean", mean=None, std=None, device=None, r
 class KMeansTokenizer(nn.Module):
     """images (b, 3, S, S) -> tokens (b, n) int64. uint8 images are normalised here, float images already are.
 
-    S is image_size; for clip also twice that, which spares it the blur of enlarging (`input_size`: what suits
-    best). It belongs beside a model, never inside: MAE's weight initialisation would wipe it.
+    S is image_size; for clip also twice that, which spares it the blur of enlarging (`input_size`: the best).
+    It belongs beside a model, never inside: MAE's weight initialisation would wipe it.
     """
 
     def __init__(self, features, centroids, metric, patch_size, image_size, mean, std):
@@ -250,8 +234,8 @@ class KMeansTokenizer(nn.Module):
         """What is clustered: (b, n, d); pixels stay uint8, which `assign` standardises."""
         side = images.shape[-1]
         if images.shape[1:] != (3, side, side) or side not in (self.image_size, self.input_size):
-            raise ValueError(f"this tokenizer takes images (b, 3, {self.input_size}, {self.input_size}), "
-                             f"not {tuple(images.shape)}")
+            wanted = f"(b, 3, {self.input_size}, {self.input_size})"
+            raise ValueError(f"this tokenizer takes images {wanted}, not {tuple(images.shape)}")
         if self.features == "pixel":
             return patchify(images, self.patch_size)
         return self.extract(normalize(images, self) if images.dtype == torch.uint8 else images)
@@ -274,26 +258,32 @@ class KMeansTokenizer(nn.Module):
 # Machinery. The method ends here: what follows reads rows and images, runs on CUDA, and takes commands.
 # ==========================================================================================================
 
-# --- the rest of the fit: exact distances, empty clusters, the mean of the data ---------------------------
+# --- the rest of the fit: seeds, exact distances, empty clusters, the mean of the data --------------------
+
+def seed_centroids(data, k, init, restarts, seed, n, start):
+    """(r, k, d): every process makes the same choices among the n rows of all; its own begin at `start`."""
+    generator = torch.Generator().manual_seed(seed)
+    if torch.is_tensor(init):
+        if init.shape != (k, data.d):
+            raise ValueError(f"init is {tuple(init.shape)}: {k} centroids of {data.d} values are wanted")
+        return init.to(data.device).float().repeat(restarts, 1, 1)
+    if init == "random":
+        index = torch.cat([torch.randperm(n, generator=generator)[:k] for _ in range(restarts)])
+        return data.gather(index, start).view(restarts, k, data.d)
+    size = max(16384, 4 * k)
+    index = torch.randperm(n, generator=generator)[:size] if size < n else torch.arange(n)
+    sample, trials = data.gather(index, start), 2 + int(math.log(k))
+    u = torch.rand(restarts, k, trials, generator=generator, dtype=torch.float64).to(data.device)
+    return torch.stack([sample[kmeans_plusplus(sample, choices)] for choices in u])
+
 
 def measure_distances(data, c, origin):
-    """Yields labels and squared distances ||x - c_label||^2 (r, m) of each block; by definition: no cancellation."""
+    """Labels and squared distances ||x - c_label||^2 (r, m) of each block; by definition: no cancellation."""
     w, bias = score_weights(c, origin, data.scale, data.shift)
     for block in data:
         labels, _ = find_nearest(block, w, bias)
         own = torch.stack([c[r, labels[r]] for r in range(len(c))])
         yield labels, (data.standardize(block) - own).square_().sum(-1)
-
-
-def count_exactly(data, c, origin):
-    """Counts (r, k) and inertia (r,) of centroids c over all processes, float64."""
-    counts = torch.zeros(c.shape[:2], dtype=torch.float64, device=c.device)
-    inertia = torch.zeros_like(counts[:, 0])
-    for labels, distances in measure_distances(data, c, origin):
-        counts.scatter_add_(-1, labels, torch.ones_like(labels, dtype=counts.dtype))
-        inertia += distances.sum(-1)
-    all_reduce(counts, inertia)
-    return counts, inertia
 
 
 def reseed(data, c, new, empty, origin, start):
@@ -316,40 +306,42 @@ def reseed(data, c, new, empty, origin, start):
 
 
 def compute_statistics(data):
-    """n of all processes, rows before this one's, mean (d,), total squared distance to it (), float64: one pass."""
+    """One pass: n of all processes, rows before this one's, mean (d,) and sum ||x - mean||^2 in float64."""
     n, origin, sums, squares = 0, None, 0., 0.
     for block in data:
         x = data.standardize(block)
         if origin is None:                                      # near the mean: no cancellation below
-            origin = x.mean(0, keepdim=True)
+            origin = x.mean(0)
             all_reduce(origin)
             origin /= rank_and_world()[1]
         x = x - origin
-        n, sums, squares = n + len(x), sums + x.sum(0).double(), squares + x.square().sum().double()
+        n += len(x)
+        sums = sums + x.sum(0).double()
+        squares = squares + x.square().sum().double()
     sizes = all_gather(torch.tensor([n], device=data.device)).tolist()
     all_reduce(sums, squares)
     total = sum(sizes)
     scatter = squares - sums.square().sum() / total
     if not torch.isfinite(scatter):
         raise ValueError("K-means got NaN or infinite values (or some beyond 1e18): clean the data first")
-    return total, sum(sizes[:rank_and_world()[0]]), origin[0].double() + sums / total, scatter.clamp(min=0)
+    return total, sum(sizes[:rank_and_world()[0]]), origin.double() + sums / total, scatter.clamp(min=0)
 
 
 # --- processes --------------------------------------------------------------------------------------------
 
 def rank_and_world():
     """(rank, world size) of the running process group; (0, 1) without one."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 def print0(*words):
-    """print, on rank 0 only."""
     if rank_and_world()[0] == 0:
         print(*words, flush=True)
 
 
 def barrier():
-    """Wait for all processes."""
     if rank_and_world()[1] > 1:
         dist.barrier()
 
@@ -371,7 +363,7 @@ def all_gather(tensor):
 
 
 def setup(device=None):
-    """(rank, world, torch.device): joins torchrun's processes (NCCL on CUDA, gloo on the CPU); alone under python."""
+    """(rank, world, torch.device): joins torchrun's processes, by NCCL on CUDA, by gloo on the CPU."""
     rank, world, local = (int(os.environ.get(key, default))
                           for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     try:
@@ -414,9 +406,8 @@ class Rows:
     """The rows to cluster; iterating yields them as blocks (m, d) on `device`, in order, as they are stored.
 
     x   (n, d): tensor, array or memory map; or a function without arguments that yields (m, d) chunks
-    uint8 pixels stay 1 byte: what is clustered is scale x + shift, and `score_weights` moves both into the
-    centroids. Only cosine needs unit rows at once. mean, std: of 3 channels, on the scale 0..1, for rows in
-    patchify's order (the channel runs fastest).
+    uint8 pixels stay 1 byte: what is clustered is scale x + shift, see `pixel_scale`, and `score_weights` moves
+    both into the centroids. Only cosine needs it, and unit rows, at once.
     """
 
     def __init__(self, x, k, metric="euclidean", mean=None, std=None, device=None, rows=None):
@@ -425,34 +416,33 @@ class Rows:
         if first is None or first.ndim != 2 or 0 in first.shape:
             found = "an empty stream" if first is None else f"an array of shape {tuple(first.shape)}"
             raise ValueError(f"K-means takes rows (n, d), n and d > 0, not {found}")
-        self.shape, self.d = first.shape, first.shape[1]
-        self.resident = torch.is_tensor(first) and first.is_cuda
-        self.device = first.device if self.resident else torch.device(device or "cpu")
-        self.rows = rows or choose_block(k, self.d, self.device)
-        self.scale, self.shift = (v.to(self.device) for v in pixel_scale(first, mean, std))
-        self.before_unit = None
-        if metric == "cosine":                                  # what is stored is scaled before, not after
-            self.before_unit = self.scale.float(), self.shift.float()
-            self.scale, self.shift = torch.ones_like(self.scale), torch.zeros_like(self.shift)
+        self.shape, self.d = tuple(first.shape), first.shape[1]
+        resident = torch.is_tensor(first) and first.is_cuda
+        self.device = first.device if resident else torch.empty(0, device=device).device    # cuda -> cuda:0
+        # A block's scores, k a row, should fit a cache. Triton's kernels keep none: large blocks hide launches.
+        cuda = self.device.type == "cuda"
+        most = (1 << 28) // self.d if cuda and triton is not None else (1 << 23) // k
+        self.rows = rows or max(256, min(1 << 19 if cuda else 4096, most))
+        unchanged = torch.ones(self.d, dtype=torch.float64), torch.zeros(self.d, dtype=torch.float64)
+        is_uint8 = str(first.dtype).endswith("uint8")           # torch.uint8, or numpy's
+        scale = pixel_scale(self.d, mean, std) if is_uint8 else unchanged
+        self.before_unit = [v.to(self.device).float() for v in scale] if metric == "cosine" else None
+        self.scale, self.shift = (v.to(self.device) for v in (unchanged if metric == "cosine" else scale))
 
     def __iter__(self):
-        blocks = self.cut_blocks()
-        if self.device.type == "cuda" and not self.resident:
-            blocks = copy_ahead(blocks, self.device)
-        for block in blocks:
-            if self.before_unit:
-                scale, shift = self.before_unit
-                block = F.normalize(block.float() * scale + shift, dim=-1)
-            yield block
-
-    def cut_blocks(self):
         for part in self.parts():
             if part.ndim != 2 or part.shape[1] != self.d:
-                raise ValueError(f"the stream began with {tuple(self.shape)} and goes on with {tuple(part.shape)}")
+                raise ValueError(f"the stream began with {self.shape} and goes on with {tuple(part.shape)}")
             for start in range(0, len(part), self.rows):
                 block = part[start:start + self.rows]
-                # An array is copied: memory maps may be read-only.
-                yield block if torch.is_tensor(block) else torch.from_numpy(np.array(block))
+                if not torch.is_tensor(block):
+                    block = torch.from_numpy(np.array(block))   # a copy: memory maps may be read-only
+                if block.device != self.device:                 # pinned: the CPU goes on while it is copied
+                    block = block.pin_memory().to(self.device, non_blocking=True)
+                if self.before_unit:
+                    scale, shift = self.before_unit
+                    block = F.normalize(block.float() * scale + shift, dim=-1)
+                yield block
 
     def standardize(self, block):
         """What is clustered, in float32."""
@@ -469,45 +459,23 @@ class Rows:
         return out
 
 
-def choose_block(k, d, device):
-    """Rows at once: on the CPU (and without Triton) the scores, k a row, should fit a cache. Fused kernels keep none,
-    and large blocks hide their launches."""
-    cuda = device.type == "cuda"
-    most = (1 << 28) // d if cuda and triton is not None else (1 << 23) // k
-    return max(256, min(1 << 19 if cuda else 4096, most))
+def pixel_scale(d, mean, std):
+    """scale, shift (d,) float64: scale x + shift = (x / 255 - mean) / std for uint8 rows x in patchify's order.
 
-
-def pixel_scale(x, mean, std):
-    """scale, shift (d,) float64: scale * x + shift = (x / 255 - mean) / std for uint8 rows x (m, d), x for others."""
-    d = x.shape[1]
-    if not str(x.dtype).endswith("uint8"):                      # torch.uint8, or numpy's
-        return torch.ones(d, dtype=torch.float64), torch.zeros(d, dtype=torch.float64)
+    mean, std: of 3 channels, on the scale 0..1; in a row the channel runs fastest.
+    """
     mean, std = (torch.tensor(v, dtype=torch.float64).expand(3) for v in (mean or 0., std or 1.))
     if d % 3 and (mean.unique().numel() > 1 or std.unique().numel() > 1):
         raise ValueError(f"rows of {d} uint8 values are not pixels of 3 channels: mean and std do not fit")
     return tuple(v.repeat(-(-d // 3))[:d] for v in (1 / (255 * std), -mean / std))
 
 
-def multiply(x, w, bias):
-    """x w^T + bias: (m, d), (k, d), (k,) -> (m, k), on the CPU, or on CUDA without Triton."""
+def linear(x, w, bias):
+    """F.linear; on the CPU as a 1x1 convolution, by oneDNN: on AMD's CPUs twice as fast as MKL's product."""
     if x.is_cuda or not torch.backends.mkldnn.is_available():
-        return torch.addmm(bias, x, w.T)
-    # A 1x1 convolution is the same product, but by oneDNN: on AMD's CPUs twice as fast as MKL's matrix product.
+        return F.linear(x, w, bias)
     image = rearrange(x[None, :, None], "b m one d -> b d m one")   # channels last, as the rows lie in memory
     return rearrange(F.conv2d(image, w[:, :, None, None], bias), "1 k m 1 -> m k")
-
-
-def copy_ahead(parts, device):
-    """CPU tensors -> tensors on `device`, in order: one is copied, on a stream of its own, while one is used."""
-    copier, ahead = torch.cuda.Stream(device), None
-    for part in itertools.chain(parts, [None]):
-        current, ready = torch.cuda.current_stream(device), ahead
-        current.wait_stream(copier)                             # for `ready` only: the next copy starts below
-        with torch.cuda.stream(copier):
-            ahead = None if part is None else part.pin_memory().to(device, non_blocking=True)
-        if ready is not None:
-            ready.record_stream(current)                      # its memory is not for reuse before we are done
-            yield ready
 
 
 # --- the same two steps on CUDA: no score reaches memory, no two programs add to the same number ----------
@@ -581,10 +549,10 @@ def power_of_two(x):
 
 
 def find_nearest_fused(x, w, bias):
-    """`find_nearest` without a matrix of scores. Wide uint8 and 16-bit rows: float16 products, others tf32 x 3.
+    """`find_nearest` without a matrix of scores; float16 products for wide uint8 and 16-bit rows, else tf32 x 3.
 
     uint8 - 128 is exact in float16, and so are bfloat16's 8 bits once a power of two has moved them into range:
-    only w is rounded, to 11 bits (bfloat16 has 8). Over 256 columns the errors average out far below 1e-4.
+    only w is rounded, to 11 bits. Over 256 columns the errors average out far below 1e-4.
     """
     (r, k, d), m = w.shape, len(x)
     x, half, center, shrink, unit = x.contiguous(), x.dtype != torch.float32 and d >= 256, 0., 1., 1.
@@ -603,10 +571,10 @@ def find_nearest_fused(x, w, bias):
     return labels.long(), scores
 
 
-def add_rows_fused(sums, counts, labels, x, one_hot=None):
+def add_rows_fused(sums, counts, labels, x):
     """`add_rows` without atomics: a one-hot matrix product for up to 256 codes, sums of sorted rows for more."""
     (r, k, d), m, x, labels = sums.shape, len(x), x.contiguous(), labels.contiguous()
-    if k <= 256 if one_hot is None else one_hot:
+    if k <= 256:
         span, width = min(16384, triton.cdiv(m, 64) * 64), tile(d, 64)  # < 65536 rows: float32 adds uint8 exactly
         splits, half = triton.cdiv(m, span), x.dtype in (torch.uint8, torch.float16)
         part = torch.empty(r, splits, k, d, device=x.device)
@@ -618,7 +586,7 @@ def add_rows_fused(sums, counts, labels, x, one_hot=None):
         return
     for i in range(r):
         lengths = torch.bincount(labels[i], minlength=k)
-        ordered = x[labels[i].sort(stable=True).indices].float()
+        ordered = x[labels[i].argsort(stable=True)].float()
         sums[i] += torch.segment_reduce(ordered, "sum", lengths=lengths, axis=0, initial=0)
         counts[i] += lengths
 
@@ -626,9 +594,9 @@ def add_rows_fused(sums, counts, labels, x, one_hot=None):
 # --- from a data set to tokenizer.pt and tokens.npy -------------------------------------------------------
 
 def outlive_signals(_):
-    """For loading processes: Ctrl-C and SIGTERM may reach them too, but stopping is the main process's decision.
+    """For loading processes: Ctrl-C and SIGTERM reach them, too, but the main process decides when to stop.
 
-    They ignore the one and live on for ten seconds after the other, with which Python also ends them at its exit.
+    Ten seconds after SIGTERM, with which Python also ends them at its exit, they go.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
@@ -673,8 +641,8 @@ def stream_patches(tokenizer, ds, keep, seed, batch_size, workers, device):
         for picked, (images, _, _) in zip(mine.split(batch_size), batches):
             x = tokenizer.rows(images)
             if keep < x.shape[1]:
-                kept = torch.stack([choose(image, x.shape[1]) for image in picked.tolist()]).to(device)
-                x = x.gather(1, repeat(kept, "b n -> b n d", d=x.shape[2]))
+                kept = torch.stack([choose(image, x.shape[1]) for image in picked.tolist()])
+                x = gather_patches(x, kept.to(device))
             yield x.flatten(0, 1)
     return stream, len(mine) * keep
 
@@ -683,8 +651,6 @@ def available_memory(device):
     """Bytes that one process may fill: 80 % of what CUDA has free, or its share of half the RAM."""
     if device.type == "cuda":
         return .8 * torch.cuda.mem_get_info(device)[0]
-    if not hasattr(os, "sysconf"):                                      # Windows
-        return 4e9
     return .5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / rank_and_world()[1]
 
 
@@ -722,57 +688,38 @@ def fit_tokenizer(ds, features="pixel", k=64, metric="euclidean", patch_size=16,
             data[at:at + len(x)] = x
             at += len(x)
     kmeans = KMeans(k, metric, init, max_iter, tol, seed, restarts, tokenizer.mean, tokenizer.std, device,
-                    progress=progress).fit(data)
-    tokenizer.centroids, tokenizer.kmeans = kmeans.centroids, kmeans
+                    progress=progress)
+    tokenizer.kmeans = kmeans.fit(data)
+    tokenizer.centroids = kmeans.centroids
     return tokenizer
 
 
 def load_tokenizer(path):
     """What `save` wrote; ValueError, one line, for a file that is missing, damaged or something else."""
     state = read_checkpoint(path)
-    if not isinstance(state, dict) or not {"features", "centroids", "vocab_size"} <= state.keys():
-        raise ValueError(f"{path}: not a tokenizer; kmeans.py fit writes one")
     try:
-        vocab_size, found = state.pop("vocab_size"), len(state["centroids"])
-        if vocab_size != found:
-            raise ValueError(f"vocab_size is {vocab_size}, but there are {found} centroids")
+        if state.pop("vocab_size") != len(state["centroids"]):
+            raise ValueError("vocab_size is not the number of centroids")
         return KMeansTokenizer(**state)
-    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a tokenizer of kmeans.py fit ({str(error).splitlines()[0]})") from None
 
 
 def load_tokens(path):
     """tokens.npy as a read-only memory map (images, n) uint16; ValueError, one line, for any other file."""
     try:
-        tokens = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        tokens = np.lib.format.open_memmap(path, "r")
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a token file ({str(error).splitlines()[0]})") from None
-    if getattr(tokens, "dtype", None) != np.uint16 or tokens.ndim != 2:
+    if tokens.dtype != np.uint16 or tokens.ndim != 2:
         raise ValueError(f"{path}: not a token file: that is uint16 (images, n)")
     return tokens
 
 
 def reserve(path, shape, value):
     """A .npy file full of `value`, all of it written: a memory map of a file with holes dies on a full disk."""
-    block = np.full((min(4096, shape[0]), *shape[1:]), value)
     with write_atomically(path) as temporary, open(temporary, "wb") as file:
-        header = np.lib.format.header_data_from_array_1_0(block)
-        np.lib.format.write_array_header_1_0(file, {**header, "shape": tuple(shape)})
-        for start in range(0, shape[0], len(block)):
-            file.write(block[:shape[0] - start])
-
-
-def check_tokens(path, tokenizer, ds):
-    """The complete tokens at `path`, after a look at three images: they must be of this tokenizer and data set."""
-    tokens, shape = load_tokens(path), (len(ds), tokenizer.n_patches)
-    if tokens.shape != shape:
-        raise ValueError(f"{path} holds tokens of shape {tokens.shape}, {ds.name} with this tokenizer needs {shape}: "
-                         "remove the file or choose another folder")
-    few = sorted({0, len(ds) // 2, len(ds) - 1})
-    images, _, _ = next(load_batches(ds, few, len(few), device=tokenizer.centroids.device))
-    if (tokenizer(images).cpu().numpy() == tokens[few]).mean() < .9:     # other hardware may break a near-tie
-        raise ValueError(f"{path} is of another tokenizer or of other images: remove it or choose another folder")
-    return tokens
+        np.save(file, np.broadcast_to(value, shape))
 
 
 def tokenize(tokenizer, ds, path, batch_size=64, workers=0, device="cpu", progress=False):
@@ -785,10 +732,16 @@ def tokenize(tokenizer, ds, path, batch_size=64, workers=0, device="cpu", progre
     if tokenizer.vocab_size > UNSET:
         raise ValueError(f"tokens are stored in 16 bits: {tokenizer.vocab_size} centroids are more than {UNSET}")
     if os.path.exists(path):
-        return check_tokens(path, tokenizer, ds)
+        tokens, few = load_tokens(path), sorted({0, len(ds) // 2, len(ds) - 1})
+        images, _, _ = next(load_batches(ds, few, len(few), device=device))
+        if tokens.shape == (len(ds), tokenizer.n_patches):
+            if (tokenizer(images).cpu().numpy() == tokens[few]).mean() >= .9:   # hardware may break a near-tie
+                return tokens
+        raise ValueError(f"{path} is of another tokenizer or of other images than {ds.name}: "
+                         "remove it or choose another folder")
     rank, world = rank_and_world()
     made_of = tokenizer.centroids.cpu().numpy().tobytes() + f"{ds.name} {len(ds)} {tokenizer.features}".encode()
-    partial = f"{path}.{hashlib.sha256(made_of).hexdigest()[:8]}.partial"  # another tokenizer's: never mixed in
+    partial = f"{path}.{hashlib.sha256(made_of).hexdigest()[:8]}.partial"   # of no other tokenizer
     if rank == 0 and not os.path.exists(partial):
         reserve(partial, (len(ds), tokenizer.n_patches), UNSET)
     barrier()
@@ -812,17 +765,17 @@ def tokenize(tokenizer, ds, path, batch_size=64, workers=0, device="cpu", progre
 # --- pictures ---------------------------------------------------------------------------------------------
 
 def rebuild_images(tokenizer, tokens):
-    """Tokens (b, n) of raw pixels -> [images (b, 3, S, S) in 0..1, each patch its centroid]; [] for others."""
+    """Tokens (b, n) of raw pixels -> [images (b, 3, S, S) in 0..1, patches as centroids]; [] for others."""
     if tokenizer.features != "pixel" or tokenizer.metric != "euclidean":
         return []
     c = tokenizer.centroids.cpu()
-    scale, shift = pixel_scale(c.to(torch.uint8), tokenizer.mean, tokenizer.std)
+    scale, shift = pixel_scale(c.shape[1], tokenizer.mean, tokenizer.std)
     pixels = ((c - shift) / scale / 255).float()
     return [unpatchify(pixels[tokens], tokenizer.patch_size).clamp(0, 1)]
 
 
 def draw_codebook(tokenizer, ds, path, rows=16, columns=12, images=400):
-    """PNG: one row for each of the most used codes: its centroid (pixels only), then the patches nearest to it."""
+    """PNG: a row for each of the most used codes: its centroid (pixels only), then the patches nearest to it."""
     few = range(0, len(ds), max(1, len(ds) // images))
     p = tokenizer.patch_size * tokenizer.input_size // tokenizer.image_size       # CLIP sees twice the pixels
     found = [(patchify(x, p), *tokenizer.assign(x)) for x, _, _ in load_batches(ds, few, 64)]
@@ -838,7 +791,7 @@ def draw_codebook(tokenizer, ds, path, rows=16, columns=12, images=400):
 
 
 def draw_tokens(tokenizer, ds, path, images=6):
-    """PNG: images; under each its token map, one color a token; of raw pixels also the image that its tokens make."""
+    """PNG: images; under each its token map, one color a token; of raw pixels also what its tokens make."""
     x, _, _ = next(load_batches(ds, range(0, len(ds), max(1, len(ds) // images)), images))
     tokens = tokenizer(x)
     colors = torch.rand(tokenizer.vocab_size, 3, generator=torch.Generator().manual_seed(0))
@@ -846,18 +799,15 @@ def draw_tokens(tokenizer, ds, path, images=6):
     draw_grid([x / 255, F.interpolate(maps, x.shape[-2:]), *rebuild_images(tokenizer, tokens)], path)
 
 
-# --- measuring --------------------------------------------------------------------------------------------
+# --- commands ---------------------------------------------------------------------------------------------
 
-def time_calls(*functions, repeats=7):
-    """Least seconds of a call of each, device work included; they take turns: noise strikes all of them."""
-    best = [math.inf] * len(functions)
-    for i in list(range(len(functions))) * (repeats + 1):   # the first round warms up, and is never the least
-        start = time.perf_counter()
-        functions[i]()
+def measure_seconds(call):
+    """Least seconds of a call, device work included; the first one, which compiles, is never the least."""
+    def finish():
+        call()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        best[i] = min(best[i], time.perf_counter() - start)
-    return best
+    return min(timeit.repeat(finish, number=1, repeat=8))
 
 
 def bench_cpu(n, d, ks):
@@ -867,21 +817,22 @@ def bench_cpu(n, d, ks):
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     before = peak()
     KMeans(max(ks), max_iter=2).fit(x)
+    print0("CUDA: not run (no GPU, or --device cpu)")
     print0(f"peak memory of a fit beyond the data, n = {n}, d = {d}, K = {max(ks)}: {peak() - before:.0f} MB")
     print0(f"{'K':>6} {'product ms':>10} {'iteration ms':>12} {'ratio':>6}")
-    origin = x.mean(0).double()
     for k in ks:
-        c, data = x[:k].clone(), Rows(x, k)
-        product, iteration = time_calls(lambda: x @ c.T, lambda: run_pass(data, c[None], origin))
-        print0(f"{k:>6} {1e3 * product:>10.0f} {1e3 * iteration:>12.0f} {iteration / product:>6.2f}")
+        c, data, origin = x[:k].clone(), Rows(x, k), x.mean(0).double()
+        product = 1e3 * measure_seconds(lambda: x @ c.T)
+        iteration = 1e3 * measure_seconds(lambda: run_pass(data, c[None], origin))
+        print0(f"{k:>6} {product:>10.0f} {iteration:>12.0f} {iteration / product:>6.2f}")
 
 
 def bench_cuda(device):
     a = torch.empty(1 << 30, dtype=torch.uint8, device=device)
     b = torch.empty_like(a)
-    bandwidth = 2 * a.numel() / time_calls(lambda: b.copy_(a))[0]
+    bandwidth = 2 * a.numel() / measure_seconds(lambda: b.copy_(a))
     a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
-    rate = 2 * 8192 ** 3 / time_calls(lambda: a @ b)[0]
+    rate = 2 * 8192 ** 3 / measure_seconds(lambda: a @ b)
     print0(f"copy {bandwidth / 1e12:.2f} TB/s read + written, bfloat16 product {rate / 1e12:.0f} TFLOP/s")
     for n, d, k, kind in ((24_800_000, 768, 100, torch.uint8), (4_200_000, 1024, 8192, torch.bfloat16)):
         x = torch.empty(n, d, dtype=kind, device=device)
@@ -889,37 +840,35 @@ def bench_cuda(device):
             part.random_(256) if kind == torch.uint8 else part.normal_()
         data = Rows(x, k)
         c = data.standardize(x[:k])[None]
-        origin = c[0].double().mean(0)
-        t = time_calls(functools.partial(run_pass, data, c, origin))[0]
-        print0(f"n = {n}, d = {d}, K = {k}, {kind}: {t:.4f} s an iteration: the data at {x.nbytes / t / bandwidth:.0%} "
-               f"of the copy bandwidth, products at {2 * n * d * k / t / rate:.0%} of the bfloat16 rate")
+        t = measure_seconds(lambda: run_pass(data, c, c[0].double().mean(0)))
+        print0(f"n = {n}, d = {d}, K = {k}, {kind}: {t:.4f} s an iteration: "
+               f"the data at {x.nbytes / t / bandwidth:.0%} of the copy bandwidth, "
+               f"products at {2 * n * d * k / t / rate:.0%} of the bfloat16 rate")
         del x, data
 
-
-# --- command line -----------------------------------------------------------------------------------------
 
 def parse(argv, check_numbers):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], prog="kmeans.py")
     commands = parser.add_subparsers(dest="command", required=True)
     fit, tokens, show, bench = (commands.add_parser(name, help=line, description=line) for name, line in (
         ("fit", "patches -> OUT/tokenizer.pt"), ("tokenize", "images -> OUT/tokens.npy; goes on after a kill"),
-        ("show", "OUT/codebook.png, OUT/tokens.png"), ("bench", "time per Lloyd iteration over the bare product's")))
+        ("show", "OUT/codebook.png, OUT/tokens.png"), ("bench", "time of a Lloyd iteration over the product's")))
+    for add in (fit.add_argument, tokens.add_argument, show.add_argument, bench.add_argument):
+        add("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     for add in (fit.add_argument, tokens.add_argument, show.add_argument):
         add("--data", default="textures", help="textures, a torchvision name or a folder")
         add("--classes", help="file of class folders to keep, e.g. ImageNet-100's")
-        add("--out", help="folder for what is written (default: runs/tokenizer-DATA-FEATURES-kK, the tokenizer's)")
+        add("--out", help="folder for what is written (runs/tokenizer-DATA-FEATURES-kK; the tokenizer's)")
         add("--batch-size", type=int, default=64, help="images a process at a time (%(default)s)")
         add("--workers", type=int, default=0, help="loading processes (%(default)s)")
     for add in (tokens.add_argument, show.add_argument):
         add("--tokenizer", required=True, help="tokenizer.pt of kmeans.py fit or train.py")
-        add("--split", default="train", choices=["train", "test"], help="tokens of the test split: tokens-test.npy")
-    for add in (fit.add_argument, tokens.add_argument, show.add_argument, bench.add_argument):
-        add("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
+        add("--split", default="train", choices=["train", "test"], help="test: tokens-test.npy")
     add = fit.add_argument
     add("--image-size", type=int, help="pixels a side (textures 48, otherwise 224)")
     add("--patch-size", type=int, help="pixels a side (textures 8, otherwise 16)")
     add("--features", default="pixel", help="pixel, pixel-norm, hog, dino, deit, mae, clip, a ViT file")
-    add("--k", "--vocab-size", type=int, help="codebook size (textures 64; ClusterMIM 50 for pixels, 100 for features)")
+    add("--k", "--vocab-size", type=int, help="codebook size (textures 64; others pixel 50, features 100)")
     add("--metric", default="euclidean", choices=["euclidean", "cosine"])
     add("--init", choices=["k-means++", "random"], help="of the centroids (default: k-means++; clip random)")
     add("--max-iter", type=int, help="passes over the patches (100; clip 20)")
@@ -938,30 +887,25 @@ def parse(argv, check_numbers):
 
 
 def name_folder(args, k):
-    """runs/tokenizer-DATA-FEATURES-kK, and what else was asked for: two tokenizers do not meet in one folder."""
+    """runs/tokenizer-DATA-FEATURES-kK, and what else was asked for: no two tokenizers meet in one folder."""
     parts = ["tokenizer", os.path.basename(os.path.normpath(args.data)), args.features, f"k{k}"]
     usual = dict(metric="euclidean", tol=1e-4, seed=0)
-    for key in ("metric", "init", "max_iter", "tol", "restarts", "fraction", "image_size", "patch_size", "seed"):
+    others = "metric", "init", "max_iter", "tol", "restarts", "fraction", "image_size", "patch_size", "seed"
+    for key in others:
         if (value := getattr(args, key)) not in (None, usual.get(key)):
             parts.append(f"{key.replace('_', '')}{value}")
     return os.path.join("runs", re.sub(r"[^\w.-]+", "_", "-".join(parts)))
 
 
-def run_fit(args, open_dataset, device):
-    textures, clip, started = args.data == "textures", args.features == "clip", time.perf_counter()
-    size, p = args.image_size or (48 if textures else 224), args.patch_size or (8 if textures else 16)
-    k = args.k or (64 if textures else 50 if args.features == "pixel" else 100)
-    args.out = args.out or name_folder(args, k)
-    check_folder(args.out)
-    ds = open_dataset(args.data, "train", size * (1 + clip), classes=args.classes)  # CLIP sees twice the pixels
-    progress = rank_and_world()[0] == 0 and sys.stderr.isatty()
-    tokenizer = fit_tokenizer(ds, args.features, k, args.metric, p, size, args.fraction, args.init, args.max_iter,
-                              args.tol, args.restarts, args.seed, args.batch_size, args.workers, device, progress)
-    found, path = tokenizer.kmeans, os.path.join(args.out, "tokenizer.pt")
-    n = int(found.counts.sum())
+def run_fit(args, ds, k, p, size, device, progress):
+    started, path = time.perf_counter(), os.path.join(args.out, "tokenizer.pt")
+    tokenizer = fit_tokenizer(
+        ds, args.features, k, args.metric, p, size, args.fraction, args.init, args.max_iter, args.tol,
+        args.restarts, args.seed, args.batch_size, args.workers, device, progress)
+    found, n = tokenizer.kmeans, int(tokenizer.kmeans.counts.sum())
     share = found.counts / n
-    print0(f"{n} patches, K = {k}: {found.n_iter} iterations, {time.perf_counter() - started:.1f} s, squared distance "
-           f"a patch {found.history[0] / n:.4g} -> {found.inertia / n:.4g}")
+    print0(f"{n} patches, K = {k}: {found.n_iter} iterations, {time.perf_counter() - started:.1f} s, "
+           f"squared distance a patch {found.history[0] / n:.4g} -> {found.inertia / n:.4g}")
     print0(f"{(share > 0).sum()} of {k} codes used, perplexity {torch.special.entr(share).sum().exp():.1f}, "
            f"shares {share.min():.2%} to {share.max():.2%}")
     if rank_and_world()[0] == 0:
@@ -970,37 +914,39 @@ def run_fit(args, open_dataset, device):
         print0(f"{verb} {path}")
 
 
-def check_folder(out):
-    """Before the work: it must not be for nothing."""
-    os.makedirs(out, exist_ok=True)
-    if not os.access(out, os.W_OK):
-        raise ValueError(f"--out {out}: this folder cannot be written, choose another")
-
-
 def main(argv=None):
     from train import check_numbers, open_dataset                  # the only import against the table's order
     args = parse(argv, check_numbers)
     with exit_on_error("kmeans.py"):
         rank, _, device = setup(args.device)
+        progress = rank == 0 and sys.stderr.isatty()
         if device.type not in ("cpu", "cuda"):
             raise ValueError(f"--device {args.device}: K-means adds up in float64, on cpu or cuda")
         if args.command == "bench":
-            if device.type == "cpu":
-                print0("CUDA: not run (no GPU, or --device cpu)")
             return bench_cuda(device) if device.type == "cuda" else bench_cpu(args.n, args.d, args.k)
         if args.command == "fit":
-            return run_fit(args, open_dataset, device)
-        tokenizer = load_tokenizer(args.tokenizer)
-        args.out = args.out or os.path.dirname(args.tokenizer) or "."
-        check_folder(args.out)
-        ds = open_dataset(args.data, args.split, tokenizer.input_size, classes=args.classes)
-        if ds is None:
-            raise ValueError(f"--data {args.data}: no folder for --split {args.split} (val or test) in it")
+            textures = args.data == "textures"
+            size, p = args.image_size or (48 if textures else 224), args.patch_size or (8 if textures else 16)
+            k = args.k or (64 if textures else 50 if args.features == "pixel" else 100)
+            args.out = args.out or name_folder(args, k)
+            split, side = "train", size * (2 if args.features == "clip" else 1)     # CLIP sees twice the pixels
+        else:
+            tokenizer = load_tokenizer(args.tokenizer)
+            args.out = args.out or os.path.dirname(args.tokenizer) or "."
+            split, side = args.split, tokenizer.input_size
         path = lambda name: os.path.join(args.out, name)
-        if args.command == "tokenize":
-            progress, name = rank == 0 and sys.stderr.isatty(), "tokens" + "-test" * (args.split == "test")
-            tokens = tokenize(tokenizer, ds, path(f"{name}.npy"), args.batch_size, args.workers, device, progress)
-            print0(f"{path(name)}.npy: {tokens.shape[0]} images x {tokens.shape[1]} tokens of {tokenizer.vocab_size}")
+        os.makedirs(args.out, exist_ok=True)
+        if not os.access(args.out, os.W_OK):                       # before the work: it must not be for nothing
+            raise ValueError(f"--out {args.out}: this folder cannot be written, choose another")
+        ds = open_dataset(args.data, split, side, classes=args.classes)
+        if ds is None:
+            raise ValueError(f"--data {args.data}: no folder for --split {split} (val or test) in it")
+        if args.command == "fit":
+            run_fit(args, ds, k, p, size, device, progress)
+        elif args.command == "tokenize":
+            file = path("tokens.npy" if split == "train" else "tokens-test.npy")
+            tokens = tokenize(tokenizer, ds, file, args.batch_size, args.workers, device, progress)
+            print0(f"{file}: {tokens.shape[0]} images x {tokens.shape[1]} tokens of {tokenizer.vocab_size}")
         elif rank == 0:
             draw_codebook(tokenizer, ds, path("codebook.png"), args.rows, images=args.images)
             draw_tokens(tokenizer, ds, path("tokens.png"))
