@@ -718,8 +718,12 @@ def load_tokens(path):
 
 def reserve(path, shape, value):
     """A .npy file full of `value`, all of it written: a memory map of a file with holes dies on a full disk."""
+    header = np.lib.format.header_data_from_array_1_0(np.broadcast_to(value, shape))
+    row = np.full(shape[1:], value).tobytes()
     with write_atomically(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, np.broadcast_to(value, shape))
+        np.lib.format.write_array_header_1_0(file, header)
+        for _ in range(shape[0]):
+            file.write(row)         # np.save does not notice when its last bytes do not fit
 
 
 def tokenize(tokenizer, ds, path, batch_size=64, workers=0, device="cpu", progress=False):
