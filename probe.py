@@ -22,12 +22,10 @@ of a data set, the training loop (two branches), the picture, commands.
 """
 import argparse
 import contextlib
-import functools
 import itertools
 import json
 import math
 import os
-import sys
 import time
 import zlib
 
@@ -57,25 +55,21 @@ from vit import (MODELS, ViT, draw_grid, exit_on_error, from_weights, normalize,
 def knn(train_x, train_y, test_x, test_y, k=20, temperature=.07, chunk=None):
     """Top-1 accuracy (0..1) of weighted k-nearest neighbours under cosine similarity (Wu et al. 2018).
 
-    x features (n, d), y labels (n,) int64. k: a number -> accuracy, or a list of numbers -> {k: accuracy}.
-    The processes share the test images; chunk at once (default: a similarity matrix of at most a gigabyte).
+    x features (n, d), y labels (n,) int64. The processes share the test images; chunk of them at once
+    (default: a similarity matrix of at most a gigabyte).
     """
     rank, world = rank_and_world()
-    ks = k if isinstance(k, (list, tuple)) else [k]
     chunk = chunk or max(1, 2 ** 28 // len(train_x))
     classes = int(train_y.max()) + 1
     train_x, test_x = F.normalize(train_x, dim=1), F.normalize(test_x, dim=1)
-    correct = torch.zeros(len(ks), device=train_x.device, dtype=torch.float64)
+    correct = torch.zeros((), device=train_x.device, dtype=torch.float64)
     for x, y in zip(test_x[rank::world].split(chunk), test_y[rank::world].split(chunk)):
-        similarity, nearest = (x @ train_x.T).topk(min(max(ks), len(train_x)))      # (chunk, k), best first
-        weight = (similarity / temperature).exp()
-        for i, few in enumerate(ks):
-            votes = torch.zeros(len(x), classes, device=x.device)
-            votes.scatter_add_(1, train_y[nearest[:, :few]], weight[:, :few])
-            correct[i] += (votes.argmax(1) == y).sum()
+        similarity, nearest = (x @ train_x.T).topk(min(k, len(train_x)))             # (chunk, k), best first
+        votes = torch.zeros(len(x), classes, device=x.device)
+        votes.scatter_add_(1, train_y[nearest], (similarity / temperature).exp())
+        correct += (votes.argmax(1) == y).sum()
     all_reduce(correct)
-    accuracy = dict(zip(ks, (correct / len(test_y)).tolist()))
-    return accuracy if isinstance(k, (list, tuple)) else accuracy[k]
+    return (correct / len(test_y)).item()
 
 
 # --- linear probe: one head, and many at once on the same features ----------------------------------------
@@ -85,12 +79,14 @@ def pool_features(vit, images, final_norm=True):
 
     final_norm: the last block's are the encoder's output, after the final norm (not so in BEiT's probe).
     """
-    x, out = vit.embed(images), []
-    for i, block in enumerate(vit.blocks):
-        x = block(x)
-        y = (vit.norm(x) if final_norm and i == vit.depth - 1 else x).float()
-        mean = y[:, vit.prefix:].mean(1, keepdim=True)
-        out.append(torch.cat([y[:, :vit.prefix], mean], 1))
+    out = []
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
+        x = vit.embed(images)
+        for i, block in enumerate(vit.blocks):
+            x = block(x)
+            y = (vit.norm(x) if final_norm and i == vit.depth - 1 else x).float()
+            mean = y[:, vit.prefix:].mean(1, keepdim=True)
+            out.append(torch.cat([y[:, :vit.prefix], mean], 1))
     return torch.stack(out, 1)
 
 
@@ -288,11 +284,6 @@ BY_WIDTH = {("mapet", 192): dict(lr=2.5e-4, epochs=300., layer_decay=1.),
 
 # --- features of a data set, and what is measured on them -------------------------------------------------
 
-def autocast(device):
-    """Mixed precision: bfloat16 on CUDA, plain float32 on the CPU."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
 @torch.inference_mode()
 def extract_layers(vit, ds, device, workers=0, batch_size=256, layers=slice(None), file=None):
     """`pool_features` of `ds`, (n, layers, 2, d), on every process: on the device, or in a shared `file`.
@@ -304,21 +295,13 @@ def extract_layers(vit, ds, device, workers=0, batch_size=256, layers=slice(None
     if file is None:
         features = torch.zeros(len(ds), len(vit.blocks[layers]), 1 + vit.prefix, vit.width, device=device)
     batches = zip(mine.split(batch_size), load_batches(ds, mine, batch_size, workers, device))
-    hide = rank != 0 or not sys.stderr.isatty()
-    for rows, (images, _, _) in tqdm(batches, ds.name, len(mine.split(batch_size)), leave=False, disable=hide):
-        with autocast(device):
-            x = pool_features(vit, normalize(images, ds))[:, layers]
-        features[rows.to(features.device)] = x.to(features)
+    total = math.ceil(len(mine) / batch_size)
+    for rows, (images, _, _) in tqdm(batches, ds.name, total, leave=False, disable=rank != 0 or None):
+        features[rows.to(features.device)] = pool_features(vit, normalize(images, ds))[:, layers].to(features)
     if file is None:
         all_reduce(features)
     barrier()
     return features
-
-
-def extract(vit, ds, device, workers=0, batch_size=256):
-    """Features (n, 2 d) float32, [class token, patch mean] after the final norm; labels (n,) int64."""
-    features = extract_layers(vit, ds, device, workers, batch_size, slice(-1, None))
-    return features.flatten(1), torch.as_tensor(ds.labels, device=device)
 
 
 def compute_moments(x, rows, chunk=8192):
@@ -329,10 +312,14 @@ def compute_moments(x, rows, chunk=8192):
 
 
 def evaluate(vit, train_ds, test_ds, device, workers=0, seed=0, what=("knn", "linear"), k=20):
-    """{"knn": ..., "linear": ...}: top-1 accuracies (0..1), all settings fixed; train.py's closing table."""
-    train_x, train_y = extract(vit, train_ds, device, workers)
-    test_x, test_y = extract(vit, test_ds, device, workers)
-    mean, std = compute_moments(train_x, torch.arange(len(train_x)))       # class token and patch mean differ
+    """{"knn": ..., "linear": ...}: top-1 accuracies (0..1), all settings fixed; train.py's closing table.
+
+    Of [class token, patch mean] after the final norm; the two differ in scale, so they are standardized.
+    """
+    train_x, test_x = (extract_layers(vit, ds, device, workers, layers=slice(-1, None)).flatten(1)
+                       for ds in (train_ds, test_ds))
+    train_y, test_y = (torch.as_tensor(ds.labels, device=device) for ds in (train_ds, test_ds))
+    mean, std = compute_moments(train_x, torch.arange(len(train_x)))
     data = (train_x - mean) / std, train_y, (test_x - mean) / std, test_y
     return {name: knn(*data, k) if name == "knn" else linear(*data, seed=seed) for name in what}
 
@@ -445,8 +432,7 @@ class LinearProbe(nn.Module):
     @torch.no_grad()
     def encode(self, images):
         """Features (b, heads, d) float32."""
-        with autocast(images.device):
-            x = pool_features(*self.frozen, images, final_norm=self.mae)
+        x = pool_features(*self.frozen, images, final_norm=self.mae)
         return x[:, -1:, 0] if self.mae else x.flatten(2)
 
     def classify(self, x):
@@ -474,7 +460,7 @@ def backward_heads(model, micro_batches, smoothing):
     features, labels = (torch.cat(column) for column in zip(*pairs))
     if rank_and_world()[1] > 1:
         features, labels = gather_rows(features), gather_rows(labels)
-    with autocast(features.device):
+    with torch.autocast(features.device.type, torch.bfloat16, enabled=features.is_cuda):
         logits = model.classify(features)
     compute_loss(logits, labels, smoothing).backward()
 
@@ -487,38 +473,23 @@ def backward_network(net, micro_batches, noises, smoothing):
     for m, ((x, y), noise) in enumerate(zip(micro_batches, noises)):
         alone = isinstance(net, DistributedDataParallel) and m < len(noises) - 1
         with net.no_sync() if alone else contextlib.nullcontext():
-            with autocast(x.device):
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
                 logits = net(x, noise)
             (compute_loss(logits, y, smoothing) / len(noises)).backward()
 
 
-def make_schedule(recipe, n, args, frozen):
-    """How training on n images is divided: steps, batch, this process's rows of it, micro-batches."""
-    rank, world = rank_and_world()
-    share = min(recipe.batch_size, n) // world
-    if share == 0:
-        raise ValueError(f"a batch of {min(recipe.batch_size, n)} images is too small for {world} processes")
-    micro, batch = math.gcd(share, args.micro_batch or (256 if frozen else share)), share * world
-    per_epoch = n // batch
-    steps = max(1, round(recipe.epochs * per_epoch))
-    return argparse.Namespace(
-        batch=batch, rows=slice(rank * share, (rank + 1) * share), micro=micro, accumulate=share // micro,
-        steps=steps, stop_at=min(steps, args.steps or steps), warmup=round(recipe.warmup_epochs * per_epoch),
-        save_every=max(200, per_epoch), lr=recipe.blr * batch / 256 if recipe.lr is None else recipe.lr)
-
-
-def load_micro_batches(ds, rows, schedule, start, recipe, args, classes):
-    """This process's inputs, on the device, and labels (b,) or class shares (b, c), from step `start`."""
-    device, accumulate = args.torch_device, schedule.accumulate
-    keys = train.schedule(len(rows), schedule.batch, args.seed, start, schedule.stop_at, schedule.rows, accumulate)
+def load_micro_batches(ds, rows, batch, mine, micro, start, stop, recipe, args, classes):
+    """This process's inputs, on the device, and labels (b,) or class shares (b, c), of steps start..stop-1."""
+    device, accumulate = args.torch_device, (mine.stop - mine.start) // micro
+    keys = train.schedule(len(rows), batch, args.seed, start, stop, mine, accumulate)
     keys = ([(epoch, int(rows[i])) for epoch, i in some] for some in keys)
     # The papers mix within one GPU's share; here within eighths of the batch: the processes do not matter.
-    group = math.gcd(schedule.micro, max(2, recipe.batch_size // 8))
+    group = math.gcd(micro, max(2, recipe.batch_size // 8))
     for number, (x, y, wanted, read) in enumerate(make_loader(ds, keys, args.workers, device)):
         ds.note_unreadable(wanted, read)
         step, m = divmod(number, accumulate)
         groups = zip(prepare_inputs(x, ds, device).split(group), y.to(device).split(group))
-        first = (schedule.rows.start + m * schedule.micro) // group
+        first = (mine.start + m * micro) // group
         mixed = [mix_images(*few, classes, recipe, args.seed, start + step, g) for g, few in enumerate(groups, first)]
         yield [torch.cat(column) for column in zip(*mixed)]
 
@@ -534,56 +505,65 @@ def fit(model, ds, rows, recipe, args, name, classes=None, **identity):
     """
     (rank, world), device, step = rank_and_world(), args.torch_device, 0
     path, frozen = os.path.join(args.run, name), isinstance(model, LinearProbe)
-    schedule = make_schedule(recipe, len(rows), args, frozen)
+    share = min(recipe.batch_size, len(rows)) // world                  # of a global batch: this process's
+    if share == 0:
+        raise ValueError(f"a batch of {min(recipe.batch_size, len(rows))} is too small for {world} processes")
+    micro = math.gcd(share, args.micro_batch or (256 if frozen else share))              # images at once
+    batch, mine = share * world, slice(rank * share, (rank + 1) * share)
+    per_epoch = len(rows) // batch
+    steps, warmup = max(1, round(recipe.epochs * per_epoch)), round(recipe.warmup_epochs * per_epoch)
+    stop_at = min(steps, args.steps or steps)
+    peak = recipe.blr * batch / 256 if recipe.lr is None else recipe.lr
+
     settings = argparse.Namespace(**vars(recipe), **identity, images=len(rows), seed=args.seed)
     model = model.to(device).train()
     groups = layer_groups(model, recipe.weight_decay, recipe.layer_decay)
-    adamw = functools.partial(torch.optim.AdamW, betas=(.9, recipe.beta2))
-    optimizer = (LARS if recipe.optimizer == "lars" else adamw)(groups)
+    lars = recipe.optimizer == "lars"
+    optimizer = LARS(groups) if lars else torch.optim.AdamW(groups, betas=(.9, recipe.beta2))
     if os.path.exists(path) and not args.fresh:
         state = train.resume(path, settings)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
     barrier()                                            # everybody has looked before anybody writes
-    if step < schedule.stop_at:
-        print0(f"{path}: {len(rows)} images, {schedule.steps} steps of {schedule.batch}, lr {schedule.lr:g}" +
+    if step < stop_at:
+        print0(f"{path}: {len(rows)} images, {steps} steps of {batch}, lr {peak:g}" +
                (f"; going on at step {step}" if step else ""))
     net = model
     if world > 1 and not frozen:
         net = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-    stream = load_micro_batches(ds, rows, schedule, step, recipe, args, classes)
-    generator, stopping, hide = torch.Generator(device), False, rank != 0 or not sys.stderr.isatty()
-    with catch_signals() as received_anywhere, tqdm(total=schedule.stop_at, initial=step, leave=False, disable=hide) as bar:
-        while step < schedule.stop_at and not stopping:
-            lr = train.learning_rate(step, schedule.steps, schedule.warmup, schedule.lr, recipe.warmup_lr,
-                                     recipe.min_lr)
+    micro_batches = load_micro_batches(ds, rows, batch, mine, micro, step, stop_at, recipe, args, classes)
+    generator, stopping = torch.Generator(device), False
+    bar = tqdm(total=stop_at, initial=step, leave=False, disable=rank != 0 or None)
+    with catch_signals() as received_anywhere, bar:
+        while step < stop_at and not stopping:
+            lr = train.learning_rate(step, steps, warmup, peak, recipe.warmup_lr, recipe.min_lr)
             for group in optimizer.param_groups:
                 group["lr"] = group["scale"] * lr
-            micro_batches = itertools.islice(stream, schedule.accumulate)
+            of_step = itertools.islice(micro_batches, share // micro)
             if frozen:
-                backward_heads(model, micro_batches, recipe.smoothing)
+                backward_heads(model, of_step, recipe.smoothing)
             else:
                 generator.manual_seed(derive_seed(args.seed, step))
-                noise = torch.rand(2 * model.depth, schedule.batch, generator=generator, device=device)
-                noises = noise[:, schedule.rows].split(schedule.micro, dim=1)
-                backward_network(net, micro_batches, noises, recipe.smoothing)
+                noise = torch.rand(2 * model.depth, batch, generator=generator, device=device)[:, mine]
+                backward_network(net, of_step, noise.split(micro, dim=1), recipe.smoothing)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
             bar.update()
             stopping = received_anywhere()
-            if stopping or step == schedule.stop_at or step % schedule.save_every == 0:
+            if stopping or step == stop_at or step % max(200, per_epoch) == 0:
                 if not nn.utils.parameters_to_vector(model.parameters()).isfinite().all():
-                    raise ValueError(f"step {step}: weights are not finite; try a lower --lr ({schedule.lr:g})")
+                    raise ValueError(f"step {step}: weights are not finite; try a lower --lr ({peak:g})")
                 if rank == 0:
-                    state = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
-                    save(dict(state, step=step, args=vars(settings)), path)
+                    save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
+                              args=vars(settings)), path)
     barrier()
-    if step < schedule.steps:
-        signaled = step < schedule.stop_at
-        why = "a signal; the same command goes on" if signaled else "--steps; leave it out or raise it to go on"
-        raise Stopped(f"{path}: stopped at step {step} of {schedule.steps} by {why}")
+    if step < steps:
+        why = "--steps; leave it out or raise it to go on"
+        if step < stop_at:
+            why = "a signal; the same command goes on"
+        raise Stopped(f"{path}: stopped at step {step} of {steps} by {why}")
     return model.eval()
 
 
@@ -593,7 +573,7 @@ def score(model, ds, args, batch_size=256):
     (rank, world), device = rank_and_world(), args.torch_device
     hits = torch.zeros(model.n_heads, 2, device=device, dtype=torch.float64)
     for x, y, _ in load_batches(ds, range(rank, len(ds), world), batch_size, args.workers):
-        with autocast(device):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             logits = model(prepare_inputs(x, ds, device))
         right = logits.topk(min(5, logits.shape[-1])).indices == y.to(device)[:, None, None]
         hits += torch.stack([right[..., 0].sum(0), right.any(-1).sum(0)], 1)
@@ -636,31 +616,27 @@ def show(vit, ds, args, path):
 
 # --- commands: what the arguments name, then one function for each ----------------------------------------
 
-def read_settings(folder):
-    """The settings (dict) of the run in `folder`, empty if it is none of ours."""
+def read_settings(path):
+    """(folder of the run's file or folder `path`, its settings as a dict, empty if it is none of ours)."""
+    folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
     last = os.path.join(folder, "last.pt")
     settings = read_checkpoint(last).get("args") if os.path.exists(last) else None
-    return settings if isinstance(settings, dict) and "objective" in settings else {}
+    return folder, settings if isinstance(settings, dict) and "objective" in settings else {}
 
 
 def open_encoder(args):
     """(the encoder that is named, the same untrained, settings of its run); sets args.run, for results."""
-    source = args.encoder or ""
-    ours = os.path.isdir(source) or os.path.basename(source) in ("encoder.pt", "last.pt")
-    folder = source if os.path.isdir(source) else os.path.dirname(source) or "."
-    name = os.path.splitext(os.path.basename(source))[0] or f"random-{args.model}"
-    args.run = args.out or (folder if ours else os.path.join("runs", name))
-    settings = read_settings(folder) if ours else {}
-    vit = from_weights(source, args.image_size) if source else None
+    name, settings = os.path.basename(args.encoder), {}
+    args.run = os.path.join("runs", os.path.splitext(name)[0])
+    if os.path.isdir(args.encoder) or name in ("encoder.pt", "last.pt"):
+        args.run, settings = read_settings(args.encoder)
+    args.run = args.out or args.run
+    vit = from_weights(args.encoder, args.image_size)
+    heads, hidden = vit.blocks[0].attn.heads, vit.blocks[0].mlp.fc1.out_features
     torch.manual_seed(args.seed)
-    if vit:
-        heads, hidden = vit.blocks[0].attn.heads, vit.blocks[0].mlp.fc1.out_features
-        floor = ViT(vit.image_size, vit.patch_size, vit.width, vit.depth, heads, hidden / vit.width,
-                    settings.get("layer_scale", .1) if vit.layer_scale else None, cls_token=bool(vit.prefix),
-                    pos=settings.get("pos", "learned"), init=settings.get("init", "timm"))
-    else:
-        sizes = dict(image_size=args.image_size, patch_size=args.patch_size)
-        floor = MODELS[args.model](**{key: value for key, value in sizes.items() if value})
+    floor = ViT(vit.image_size, vit.patch_size, vit.width, vit.depth, heads, hidden / vit.width,
+                settings.get("layer_scale", .1) if vit.layer_scale else None, cls_token=bool(vit.prefix),
+                pos=settings.get("pos", "learned"), init=settings.get("init", "timm"))
     return floor if args.random_init else vit, floor, settings
 
 
@@ -676,9 +652,10 @@ def open_data(args, image_size, settings):
 
 def open_tokens(args):
     """(training, test) `Tokens` and codebook size, of a run's folder, a tokenizer.pt or a tokens.npy."""
-    folder = args.encoder if os.path.isdir(args.encoder) else os.path.dirname(args.encoder) or "."
-    path = os.path.join(folder, "tokenizer.pt") if os.path.isdir(args.encoder) else args.encoder
-    settings, args.run = read_settings(folder), args.out or folder
+    folder, settings = read_settings(args.encoder)
+    path, args.run = args.encoder, args.out or folder
+    if os.path.isdir(path):
+        path = os.path.join(folder, "tokenizer.pt")
     if path.endswith(".npy") != bool(args.test_tokens):
         raise ValueError(f"{path}: --test-tokens, of the test images, goes with a tokens.npy, only with one")
     if args.test_tokens:
@@ -713,8 +690,7 @@ def apply_flags(recipe, args):
 
 
 def run_knn(args, vit, train_ds, test_ds, suffix):
-    by_k = evaluate(vit, train_ds, test_ds, args.torch_device, args.workers, what=("knn",), k=args.k)["knn"]
-    return dict(knn=by_k[args.k[0]], k=by_k)
+    return evaluate(vit, train_ds, test_ds, args.torch_device, args.workers, what=("knn",), k=args.k)
 
 
 def run_fast(args, vit, train_ds, test_ds, suffix):
@@ -812,7 +788,7 @@ def measure(args):
         run = COMMANDS[args.protocol if args.what == "linear" else args.what]
         result = run(args, vit, train_ds, test_ds, "")
         if args.random_init:
-            source = f"random init of {source}" if source else f"random {args.model}"
+            source = f"random init of {source}"
         elif not args.no_floor:
             floor = run(args, untrained, train_ds, test_ds, "-floor")
     line = dict(what=args.what, source=source, data=args.data, seed=args.seed, **result,
@@ -831,8 +807,6 @@ def report(args, line):
     name = args.what if args.what != "linear" else f"linear ({args.protocol})"
     floor = f"   (floor {percent(line['floor'][args.what])})" if line["floor"] else ""
     print(f"{name} {percent(line[args.what])}{floor}   {line['source']}, {line['tested_on']}")
-    for k, accuracy in line.get("k", {}).items():
-        print(f"    k = {k}: {percent(accuracy)}")
     for key in ("top5", "best_layer", "by_layer", "held_out"):
         if key in line:
             print(f"    {key}: {percent(line[key])}")
@@ -885,67 +859,65 @@ def print_table(args, vit, step, ds, test, device, started):
 
 # --- command line -----------------------------------------------------------------------------------------
 
-# Settings of a training: a flag beats the recipe. The second list is for finetune.
-SETTINGS = {"--epochs": "passes over the training images", "--batch-size": "images a step, over all processes",
-            "--lr": "peak learning rate, as used", "--weight-decay": "of the optimizer, on matrices only",
-            "--warmup-epochs": "linear warm-up", "--drop-path": "stochastic depth of the last block",
-            "--smoothing": "of the labels"}
-FINETUNE = {"--layer-decay": "factor of the learning rate from a block to the one below",
-            "--mixup": "its alpha, 0 = off", "--cutmix": "its alpha, 0 = off",
-            "--erase": "probability of random erasing", "--randaugment": "magnitude (timm: of 10), 0 = off"}
-MAY_BE_ZERO = {"seed", "workers", "weight_decay", "warmup_epochs", "drop_path", "smoothing", "layer_decay",
-               "mixup", "cutmix", "erase", "randaugment"}
+HELP = {"knn": "weighted k-nearest neighbours on frozen features", "linear": "a linear layer on frozen features",
+        "finetune": "train the whole network on labels", "tokens": "classify from the tokens alone",
+        "show": "draw the attention of the class token, and the features"}
+ALL, TRAINING = tuple(HELP), ("linear", "finetune", "tokens")
+# Flag: the commands that have it, type or choices (None: a switch), default, help. In TRAINING a flag beats the recipe.
+FLAGS = {
+    "random-init": (("knn", "linear", "finetune", "show"), None, False, "the floor alone: untrained weights"),
+    "no-floor": (("knn", "linear", "finetune"), None, False, "do not measure the untrained network as well"),
+    "k": (("knn",), int, 20, "neighbours that vote"),
+    "protocol": (("linear",), ["fast", *PROTOCOLS], "fast", "fast: a grid on stored features; or the papers'"),
+    "memory": (("linear",), float, 8, "GB; features of fast beyond go into a file"),
+    "recipe": (("finetune",), list(RECIPES), None, "default: the data's, else that of the run's objective"),
+    "labelled": (("finetune",), int, None, "use so many labelled images only, drawn by the seed"),
+    "head": (("tokens",), ["mlp", *MODELS], "mlp", "MaPeT has mlp and vit_tiny"),
+    "test-tokens": (("tokens",), str, None, "of the test images, with a tokens.npy as RUN"),
+    "images": (("show",), int, 6, "columns of the picture"),
+    "data": (ALL, str, None, "as in train.py (default: what the run was trained on, else textures)"),
+    "classes": (ALL, str, None, "file with the class folders to keep, one a line"),
+    "image-size": (ALL, int, None, "pixels a side (default: the encoder's)"),
+    "out": (ALL, str, None, "folder of what is written (default: the run's)"),
+    "seed": (ALL, int, 0, "of weights, order and transforms"),
+    "workers": (ALL, int, 0, "loading processes per GPU"),
+    "device": (ALL, str, None, "cuda, cpu (default: cuda if there is one)"),
+    "epochs": (TRAINING, float, None, "passes over the training images"),
+    "batch-size": (TRAINING, int, None, "images a step, over all processes"),
+    "lr": (TRAINING, float, None, "peak learning rate, as used; one or several for linear's fast"),
+    "weight-decay": (TRAINING, float, None, "of the optimizer, on matrices only; one or several for linear's fast"),
+    "warmup-epochs": (TRAINING, float, None, "linear warm-up"),
+    "drop-path": (TRAINING, float, None, "stochastic depth of the last block"),
+    "smoothing": (TRAINING, float, None, "of the labels"),
+    "layer-decay": (("finetune",), float, None, "factor of the learning rate from a block to the one below"),
+    "mixup": (("finetune",), float, None, "its alpha, 0 = off"),
+    "cutmix": (("finetune",), float, None, "its alpha, 0 = off"),
+    "erase": (("finetune",), float, None, "probability of random erasing"),
+    "randaugment": (("finetune",), float, None, "magnitude (timm: of 10), 0 = off"),
+    "fresh": (TRAINING, None, False, "start over instead of going on from what is in --out"),
+    "steps": (TRAINING, int, None, "stop after so many optimizer steps of the schedule"),
+    "micro-batch": (TRAINING, int, None, "images at once on one process"),
+}
+MAY_BE_ZERO = set("seed workers weight_decay warmup_epochs drop_path smoothing layer_decay mixup cutmix erase "
+                  "randaugment".split())
 
 
 def parse(argv):
     parser = argparse.ArgumentParser(description="What an encoder has learned, by both papers' evaluations.")
     commands = parser.add_subparsers(dest="what", required=True)
-
-    def add_command(name, text, settings={}):
-        add = commands.add_parser(name, help=text, description=text).add_argument
-        if name == "tokens":
-            add("encoder", metavar="RUN", help="a run's folder, a tokenizer.pt or a tokens.npy")
-        else:
-            add("encoder", metavar="RUN", nargs="?",
-                help="a run's folder, an encoder.pt, a timm/DINO/DeiT/MAE file or a public name")
-            add("--random-init", action="store_true", help="the floor alone: untrained weights")
-            add("--model", choices=list(MODELS), default="vit_micro", help="with --random-init and no RUN")
-            add("--patch-size", type=int, help="pixels a side, with --random-init and no RUN")
-        if name not in ("tokens", "show"):
-            add("--no-floor", action="store_true", help="do not measure the untrained network as well")
-        add("--data", help="as in train.py (default: what the run was trained on, else textures)")
-        add("--classes", metavar="FILE", help="class folders to keep, one a line")
-        add("--image-size", type=int, help="pixels a side (default: the encoder's)")
-        add("--out", metavar="FOLDER", help="of what is written (default: the run's folder)")
-        add("--seed", type=int, default=0, help="of weights, order and transforms (default 0)")
-        add("--workers", type=int, default=0, help="loading processes per GPU")
-        add("--device", help="cuda, cpu (default: cuda if there is one)")
-        for flag, text in settings.items():
-            several = name == "linear" and flag in ("--lr", "--weight-decay")
-            add(flag, type=int if flag == "--batch-size" else float, nargs="+" if several else None,
-                help=text + (" (fast: one or several)" if several else ""))
-        if settings:
-            add("--fresh", action="store_true", help="start over instead of going on from what is in --out")
-            add("--steps", type=int, metavar="N", help="stop after N optimizer steps of the schedule")
-            add("--micro-batch", type=int, metavar="N", help="images at once on one process")
-        return add
-
-    add = add_command("knn", "weighted k-nearest neighbours on frozen features")
-    add("--k", type=int, nargs="+", default=[20], help="neighbours that vote, one or several (default 20)")
-    add = add_command("linear", "a linear layer on frozen features", SETTINGS)
-    add("--protocol", choices=["fast", *PROTOCOLS], default="fast", help="(default fast: a grid on stored features)")
-    add("--memory", type=float, default=8, metavar="GB", help="fast: features beyond go into a file (8)")
-    add = add_command("finetune", "train the whole network on labels", {**SETTINGS, **FINETUNE})
-    add("--recipe", choices=list(RECIPES), help="(default: the data's, else that of the run's objective)")
-    add("--labelled", type=int, metavar="N", help="use N labelled images only, drawn by the seed")
-    add = add_command("tokens", "classify from the tokens alone", SETTINGS)
-    add("--head", choices=["mlp", *MODELS], default="mlp", help="(paper: mlp and vit_tiny)")
-    add("--test-tokens", metavar="FILE", help="of the test images, with a tokens.npy as RUN")
-    add = add_command("show", "draw the attention of the class token, and the features")
-    add("--images", type=int, default=6, help="rows of the picture")
+    for what, text in HELP.items():
+        add = commands.add_parser(what, help=text, description=text).add_argument
+        add("encoder", metavar="RUN", help="a run's folder, " + (
+            "a tokenizer.pt or a tokens.npy" if what == "tokens" else
+            "an encoder.pt, a timm/DINO/DeiT/MAE file or a public name"))
+        for flag, (where, kind, default, text) in FLAGS.items():
+            options = {"choices" if isinstance(kind, list) else "type": kind, "default": default}
+            if what == "linear" and flag in ("lr", "weight-decay"):
+                options["nargs"] = "+"
+            if what in where:
+                add(f"--{flag}", help=text + (f" (default {default})" if default else ""),
+                    **(options if kind else dict(action="store_true")))
     args = parser.parse_args(argv)
-    if args.what != "tokens" and not args.encoder and not args.random_init:
-        parser.error("name a run's folder or an encoder.pt, or say --random-init")
     train.check_numbers(parser, args, MAY_BE_ZERO)
     return args
 
