@@ -5,17 +5,14 @@
     fine-tuning    softmax(W LN(mean of the patches) + b), all of f trained, lower blocks more slowly
     tokens         softmax(W g(tokens) + b): no pixels at all (MaPeT Table 4)
 
-python probe.py knn runs/mapet-textures         seconds
+python probe.py knn runs/mapet-textures         or finetune, or show: where [CLS] looks, what the patches share
 python probe.py linear runs/mapet-textures      the best of a grid of heads on stored features: seconds
 python probe.py linear RUN --protocol mae       or beit: the papers' probes, the encoder runs in every epoch
-python probe.py finetune RUN                    by the papers' recipes (MaPeT Table 8, MAE's)
 python probe.py tokens RUN --head mlp           or TOKENS.npy --test-tokens FILE
-python probe.py show RUN                        where [CLS] looks, what the patches have in common
 
 RUN is a run's folder, an encoder.pt, a timm/DINO/DeiT/MAE file or a public name; --data another data set (MaPeT
-Table 5). The same network untrained, the floor, is printed beside each result; probe.jsonl in the run's folder has
-them all. Nothing is chosen on the test split; a frozen encoder is only read. Every image counts once, however many
-processes share the work: torchrun --nproc_per_node 8 probe.py ...
+Table 5). Beside each result is the floor, the same network untrained; probe.jsonl in the run's folder has them
+all. Nothing is chosen on the test split. Every image counts once, however many processes share the work (torchrun).
 
 Read down to the ruled line: k-NN, linear probes, fine-tuning, tokens, recipes. To be skipped at first: features
 of a data set, the training loop (two branches), the picture, commands.
@@ -294,9 +291,8 @@ def extract_layers(vit, ds, device, workers=0, batch_size=256, layers=slice(None
     vit, mine, features = vit.to(device).eval(), torch.arange(rank, len(ds), world), file
     if file is None:
         features = torch.zeros(len(ds), len(vit.blocks[layers]), 1 + vit.prefix, vit.width, device=device)
-    batches = zip(mine.split(batch_size), load_batches(ds, mine, batch_size, workers, device))
-    total = math.ceil(len(mine) / batch_size)
-    for rows, (images, _, _) in tqdm(batches, ds.name, total, leave=False, disable=rank != 0 or None):
+    parts = tqdm(mine.split(batch_size), ds.name, leave=False, disable=rank != 0 or None)    # None: on a terminal
+    for rows, (images, _, _) in zip(parts, load_batches(ds, mine, batch_size, workers, device)):
         features[rows.to(features.device)] = pool_features(vit, normalize(images, ds))[:, layers].to(features)
     if file is None:
         all_reduce(features)
@@ -456,8 +452,7 @@ def gather_rows(x):
 
 def backward_heads(model, micro_batches, smoothing):
     """Gradients on a frozen encoder: every process trains the same heads on features of the whole batch."""
-    pairs = [(model.encode(x), y) for x, y in micro_batches]
-    features, labels = (torch.cat(column) for column in zip(*pairs))
+    features, labels = map(torch.cat, zip(*[(model.encode(x), y) for x, y in micro_batches]))
     if rank_and_world()[1] > 1:
         features, labels = gather_rows(features), gather_rows(labels)
     with torch.autocast(features.device.type, torch.bfloat16, enabled=features.is_cuda):
@@ -529,9 +524,8 @@ def fit(model, ds, rows, recipe, args, name, classes=None, **identity):
     if step < stop_at:
         print0(f"{path}: {len(rows)} images, {steps} steps of {batch}, lr {peak:g}" +
                (f"; going on at step {step}" if step else ""))
-    net = model
-    if world > 1 and not frozen:
-        net = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    net = model if world == 1 or frozen else DistributedDataParallel(
+        model, device_ids=[device] if device.type == "cuda" else None)
     micro_batches = load_micro_batches(ds, rows, batch, mine, micro, step, stop_at, recipe, args, classes)
     generator, stopping = torch.Generator(device), False
     bar = tqdm(total=stop_at, initial=step, leave=False, disable=rank != 0 or None)
@@ -560,9 +554,8 @@ def fit(model, ds, rows, recipe, args, name, classes=None, **identity):
                               args=vars(settings)), path)
     barrier()
     if step < steps:
-        why = "--steps; leave it out or raise it to go on"
-        if step < stop_at:
-            why = "a signal; the same command goes on"
+        by_signal = step < stop_at
+        why = "a signal; the same command goes on" if by_signal else "--steps; leave it out or raise it to go on"
         raise Stopped(f"{path}: stopped at step {step} of {steps} by {why}")
     return model.eval()
 
@@ -586,7 +579,7 @@ def checksum(vit):
     return zlib.crc32(nn.utils.parameters_to_vector(vit.parameters()).detach().cpu().numpy())
 
 
-# --- attention and features as a picture ------------------------------------------------------------------
+# --- pictures; the table at the end of a run of train.py --------------------------------------------------
 
 @torch.inference_mode()
 def cls_attention(vit, images):
@@ -602,19 +595,62 @@ def cls_attention(vit, images):
 
 
 @torch.inference_mode()
-def show(vit, ds, args, path):
-    """PNG: images, and below where the class token looks, and three principal components as colors."""
-    vit, spread = vit.to(args.torch_device).eval(), range(0, len(ds), max(1, len(ds) // args.images))
-    pixels = torch.stack([ds[i][0] for i in spread[:args.images]]).to(args.torch_device)
+def show(args, vit, ds):
+    """show.png: images, and below where the class token looks, and three principal components as colors."""
+    vit, path = vit.to(args.torch_device).eval(), os.path.join(args.run, "show.png")
+    spread = range(0, len(ds), max(1, len(ds) // args.images))[:args.images]
+    pixels = torch.stack([ds[i][0] for i in spread]).to(args.torch_device)
     images = normalize(pixels, ds)
     enlarge = lambda x: F.interpolate(rearrange(x, "b (y x) c -> b c y x", y=vit.grid), pixels.shape[-2:])
     heat = cls_attention(vit, images)
     heat = repeat(heat / heat.amax(1, keepdim=True), "b n -> b n 3")
     colors, = principal_colors(vit(images)[:, vit.prefix:])
-    draw_grid([pixels / 255, enlarge(heat), enlarge(colors)], path, ("image", "attention", "features"))
+    if rank_and_world()[0] == 0:
+        draw_grid([pixels / 255, enlarge(heat), enlarge(colors)], path, ("image", "attention", "features"))
+    print0(f"{path}: image, attention of the class token, three principal components of the features")
+    return dict(show=path)
 
 
-# --- commands: what the arguments name, then one function for each ----------------------------------------
+def draw_predictions(args, model, ds, test, targets, device):
+    """OUT/predictions.png: held-out images (or else training images), what was hidden, what was predicted."""
+    held_out = ds if test is None else test
+    few = range(0, len(held_out), math.ceil(len(held_out) / 8))
+    images, _, read = next(load_batches(held_out, few, 8, 0, device))
+    patch_pictures, path = None, os.path.join(args.out, "predictions.png")
+    if model.needs == "tokens":          # a code is drawn as the mean of its patches: of pixels, the centroid
+        sums = torch.zeros(targets.size, 3 * args.patch_size ** 2, device=device)
+        counts = torch.zeros(targets.size, 1, device=device)
+        few = range(0, len(ds), math.ceil(len(ds) / 500))
+        for pixels, _, index in load_batches(ds, few, 64, args.workers, device):
+            tokens = targets.of(pixels, index).flatten()
+            sums.index_add_(0, tokens, patchify(pixels, args.patch_size).flatten(0, 1) / 255)
+            counts += tokens.bincount(minlength=targets.size)[:, None]
+        patch_pictures = torch.where(counts > 0, sums / counts.clamp(min=1), .5)
+    given = targets.of(images, read if held_out is ds else None)
+    rows, labels = objectives.picture_predictions(
+        model, images / 255, ds.mean, ds.std, given, patch_pictures, args.seed)
+    draw_grid(rows, path, labels)
+    print0(f"drawn in {path}: {'training' if held_out is ds else 'held-out'} images; rows {', '.join(labels)}")
+
+
+def print_table(args, vit, step, ds, test, device, started):
+    """k-NN and linear probe of the trained and of the random encoder; the summary line of metrics.jsonl."""
+    path = os.path.join(args.out, "metrics.jsonl")
+    done = [line for line in train.read_metrics(path) if line.get("summary") and line["step"] == step]
+    if not done:
+        print0("k-NN and linear probe of the trained and of the random encoder")
+        floor = train.build(args, 2).encoder.to(device)
+        trained, random = (evaluate(net, ds, test, device, args.workers, args.seed) for net in (vit, floor))
+        done = [dict(summary=True, step=step, linear=trained["linear"], linear_random=random["linear"],
+                     knn=trained["knn"], knn_random=random["knn"], seconds=round(time.time() - started, 1),
+                     objective=args.objective)]
+        train.append_metrics(path, **done[-1])
+    print0(f"\n{'':<18}{'k-NN':>8}{'linear probe':>15}   top-1 % on {test.name}, {len(test)} images")
+    for name, suffix in (("random encoder", "_random"), ("trained encoder", "")):
+        print0(f"{name:<18}{100 * done[-1]['knn' + suffix]:>8.1f}{100 * done[-1]['linear' + suffix]:>15.1f}")
+
+
+# --- commands: what the arguments name, one function for each, the command line ----------------------------
 
 def read_settings(path):
     """(folder of the run's file or folder `path`, its settings as a dict, empty if it is none of ours)."""
@@ -653,9 +689,8 @@ def open_data(args, image_size, settings):
 def open_tokens(args):
     """(training, test) `Tokens` and codebook size, of a run's folder, a tokenizer.pt or a tokens.npy."""
     folder, settings = read_settings(args.encoder)
-    path, args.run = args.encoder, args.out or folder
-    if os.path.isdir(path):
-        path = os.path.join(folder, "tokenizer.pt")
+    path = os.path.join(folder, "tokenizer.pt") if os.path.isdir(args.encoder) else args.encoder
+    args.run = args.out or folder
     if path.endswith(".npy") != bool(args.test_tokens):
         raise ValueError(f"{path}: --test-tokens, of the test images, goes with a tokens.npy, only with one")
     if args.test_tokens:
@@ -755,15 +790,13 @@ def run_tokens(args):
     recipe = apply_flags(SMALL_TOKENS if args.data == "textures" else TOKENS, args)
     counts, n = np.bincount(train_ds.labels), train_ds.tokens.shape[1]
     torch.manual_seed(args.seed)
-    if args.head == "mlp":
-        model = TokenMLP(vocab_size, len(counts))
-    else:
-        model = token_vit(args.head, vocab_size, n, len(counts), recipe.drop_path)
+    model = TokenMLP(vocab_size, len(counts)) if args.head == "mlp" else token_vit(
+        args.head, vocab_size, n, len(counts), recipe.drop_path)
     model = fit(model, train.Augmented(train_ds, None), range(len(train_ds)), recipe, args,
                 f"tokens-{args.head}.pt", data=args.data, head=args.head, digest=zlib.crc32(train_ds.tokens))
     top1, top5 = score(model, test_ds, args)[0].tolist()
-    result = dict(tokens=top1, top5=top5, head=args.head, vocab_size=vocab_size)
-    return result, test_ds, dict(tokens=counts.max() / len(train_ds))
+    floor = dict(tokens=counts.max() / len(train_ds))
+    return dict(tokens=top1, top5=top5, head=args.head, vocab_size=vocab_size), test_ds, floor
 
 
 COMMANDS = dict(knn=run_knn, fast=run_fast, mae=run_protocol, beit=run_protocol, finetune=run_finetune)
@@ -780,11 +813,7 @@ def measure(args):
         args.objective = settings.get("objective")
         train_ds, test_ds = open_data(args, vit.image_size, settings)
         if args.what == "show":
-            path = os.path.join(args.run, "show.png")
-            if rank == 0:
-                show(vit, test_ds, args, path)
-            print0(f"{path}: image, attention of the class token, three principal components of the features")
-            return dict(show=path)
+            return show(args, vit, test_ds)
         run = COMMANDS[args.protocol if args.what == "linear" else args.what]
         result = run(args, vit, train_ds, test_ds, "")
         if args.random_init:
@@ -813,51 +842,6 @@ def report(args, line):
     if "chosen" in line:
         print(f"    best of {line['heads']} heads: {line['chosen']}")
 
-
-# --- the end of a run of train.py -------------------------------------------------------------------------
-
-def draw_predictions(args, model, ds, test, targets, device):
-    """OUT/predictions.png: held-out images (or else training images), what was hidden, what was predicted."""
-    held_out = ds if test is None else test
-    few = range(0, len(held_out), math.ceil(len(held_out) / 8))
-    images, _, read = next(load_batches(held_out, few, 8, 0, device))
-    patch_pictures, path = None, os.path.join(args.out, "predictions.png")
-    if model.needs == "tokens":          # a code is drawn as the mean of its patches: of pixels, the centroid
-        sums = torch.zeros(targets.size, 3 * args.patch_size ** 2, device=device)
-        counts = torch.zeros(targets.size, 1, device=device)
-        few = range(0, len(ds), math.ceil(len(ds) / 500))
-        for pixels, _, index in load_batches(ds, few, 64, args.workers, device):
-            tokens = targets.of(pixels, index).flatten()
-            sums.index_add_(0, tokens, patchify(pixels, args.patch_size).flatten(0, 1) / 255)
-            counts += tokens.bincount(minlength=targets.size)[:, None]
-        patch_pictures = torch.where(counts > 0, sums / counts.clamp(min=1), .5)
-    given = targets.of(images, read if held_out is ds else None)
-    rows, labels = objectives.picture_predictions(
-        model, images / 255, ds.mean, ds.std, given, patch_pictures, args.seed)
-    draw_grid(rows, path, labels)
-    print0(f"drawn in {path}: {'training' if held_out is ds else 'held-out'} images; rows {', '.join(labels)}")
-
-
-def print_table(args, vit, step, ds, test, device, started):
-    """k-NN and linear probe of the trained and of the random encoder; the summary line of metrics.jsonl."""
-    path = os.path.join(args.out, "metrics.jsonl")
-    done = [line for line in train.read_metrics(path) if line.get("summary") and line["step"] == step]
-    if done:
-        summary = done[-1]
-    else:
-        print0("k-NN and linear probe of the trained and of the random encoder")
-        floor = train.build(args, 2).encoder.to(device)
-        trained, random = (evaluate(net, ds, test, device, args.workers, args.seed) for net in (vit, floor))
-        summary = dict(summary=True, step=step, linear=trained["linear"], linear_random=random["linear"],
-                       knn=trained["knn"], knn_random=random["knn"], seconds=round(time.time() - started, 1),
-                       objective=args.objective)
-        train.append_metrics(path, **summary)
-    print0(f"\n{'':<18}{'k-NN':>8}{'linear probe':>15}   top-1 % on {test.name}, {len(test)} images")
-    for name, suffix in (("random encoder", "_random"), ("trained encoder", "")):
-        print0(f"{name:<18}{100 * summary['knn' + suffix]:>8.1f}{100 * summary['linear' + suffix]:>15.1f}")
-
-
-# --- command line -----------------------------------------------------------------------------------------
 
 HELP = {"knn": "weighted k-nearest neighbours on frozen features", "linear": "a linear layer on frozen features",
         "finetune": "train the whole network on labels", "tokens": "classify from the tokens alone",
