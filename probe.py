@@ -291,7 +291,7 @@ def extract_layers(vit, ds, device, workers=0, batch_size=256, layers=slice(None
     vit, mine, features = vit.to(device).eval(), torch.arange(rank, len(ds), world), file
     if file is None:
         features = torch.zeros(len(ds), len(vit.blocks[layers]), 1 + vit.prefix, vit.width, device=device)
-    parts = tqdm(mine.split(batch_size), ds.name, leave=False, disable=rank != 0 or None)    # None: on a terminal
+    parts = tqdm(mine.split(batch_size), ds.name, leave=False, disable=rank != 0 or None)
     for rows, (images, _, _) in zip(parts, load_batches(ds, mine, batch_size, workers, device)):
         features[rows.to(features.device)] = pool_features(vit, normalize(images, ds))[:, layers].to(features)
     if file is None:
@@ -490,7 +490,7 @@ def load_micro_batches(ds, rows, batch, mine, micro, start, stop, recipe, args, 
 
 
 class Stopped(Exception):
-    """A training ended early, by --steps or by a signal; the message says how to go on."""
+    """A training ended early, by --steps or by a signal: there is no result."""
 
 
 def fit(model, ds, rows, recipe, args, name, classes=None, **identity):
@@ -556,7 +556,8 @@ def fit(model, ds, rows, recipe, args, name, classes=None, **identity):
     if step < steps:
         by_signal = step < stop_at
         why = "a signal; the same command goes on" if by_signal else "--steps; leave it out or raise it to go on"
-        raise Stopped(f"{path}: stopped at step {step} of {steps} by {why}")
+        print0(f"{path}: stopped at step {step} of {steps} by {why}")
+        raise Stopped
     return model.eval()
 
 
@@ -618,13 +619,11 @@ def draw_predictions(args, model, ds, test, targets, device):
     images, _, read = next(load_batches(held_out, few, 8, 0, device))
     patch_pictures, path = None, os.path.join(args.out, "predictions.png")
     if model.needs == "tokens":          # a code is drawn as the mean of its patches: of pixels, the centroid
-        sums = torch.zeros(targets.size, 3 * args.patch_size ** 2, device=device)
-        counts = torch.zeros(targets.size, 1, device=device)
-        few = range(0, len(ds), math.ceil(len(ds) / 500))
-        for pixels, _, index in load_batches(ds, few, 64, args.workers, device):
-            tokens = targets.of(pixels, index).flatten()
-            sums.index_add_(0, tokens, patchify(pixels, args.patch_size).flatten(0, 1) / 255)
-            counts += tokens.bincount(minlength=targets.size)[:, None]
+        few = load_batches(ds, range(0, len(ds), math.ceil(len(ds) / 500)), 64, args.workers, device)
+        found = [(targets.of(pixels, index), patchify(pixels, args.patch_size)) for pixels, _, index in few]
+        tokens, patches = (torch.cat(parts).flatten(0, 1) for parts in zip(*found))
+        sums = torch.zeros(targets.size, patches.shape[1], device=device).index_add_(0, tokens, patches / 255)
+        counts = tokens.bincount(minlength=targets.size)[:, None]
         patch_pictures = torch.where(counts > 0, sums / counts.clamp(min=1), .5)
     given = targets.of(images, read if held_out is ds else None)
     rows, labels = objectives.picture_predictions(
@@ -847,9 +846,9 @@ HELP = {"knn": "weighted k-nearest neighbours on frozen features", "linear": "a 
         "finetune": "train the whole network on labels", "tokens": "classify from the tokens alone",
         "show": "draw the attention of the class token, and the features"}
 ALL, TRAINING = tuple(HELP), ("linear", "finetune", "tokens")
-# Flag: the commands that have it, type or choices (None: a switch), default, help. In TRAINING a flag beats the recipe.
+# Flag: the commands that have it, type or choices (None: a switch), default, help. A flag beats the recipe.
 FLAGS = {
-    "random-init": (("knn", "linear", "finetune", "show"), None, False, "the floor alone: untrained weights"),
+    "random-init": (("knn", "linear", "finetune", "show"), None, False, "untrained weights: the floor alone"),
     "no-floor": (("knn", "linear", "finetune"), None, False, "do not measure the untrained network as well"),
     "k": (("knn",), int, 20, "neighbours that vote"),
     "protocol": (("linear",), ["fast", *PROTOCOLS], "fast", "fast: a grid on stored features; or the papers'"),
@@ -869,11 +868,11 @@ FLAGS = {
     "epochs": (TRAINING, float, None, "passes over the training images"),
     "batch-size": (TRAINING, int, None, "images a step, over all processes"),
     "lr": (TRAINING, float, None, "peak learning rate, as used; one or several for linear's fast"),
-    "weight-decay": (TRAINING, float, None, "of the optimizer, on matrices only; one or several for linear's fast"),
+    "weight-decay": (TRAINING, float, None, "on matrices only; one or several for linear's fast"),
     "warmup-epochs": (TRAINING, float, None, "linear warm-up"),
     "drop-path": (TRAINING, float, None, "stochastic depth of the last block"),
     "smoothing": (TRAINING, float, None, "of the labels"),
-    "layer-decay": (("finetune",), float, None, "factor of the learning rate from a block to the one below"),
+    "layer-decay": (("finetune",), float, None, "learning rate of a block, over that of the one above"),
     "mixup": (("finetune",), float, None, "its alpha, 0 = off"),
     "cutmix": (("finetune",), float, None, "its alpha, 0 = off"),
     "erase": (("finetune",), float, None, "probability of random erasing"),
@@ -908,11 +907,8 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
-    with exit_on_error("probe.py"):
-        try:
-            return measure(args)
-        except Stopped as stopped:
-            print0(stopped)
+    with exit_on_error("probe.py"), contextlib.suppress(Stopped):
+        return measure(args)
 
 
 if __name__ == "__main__":
