@@ -30,7 +30,7 @@ import torchvision.datasets as tv
 from PIL import Image, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
@@ -271,8 +271,6 @@ def train(args, ds, targets, state, device):
 # Machinery. The method ends here: what follows reads data, keeps the run's files and parses the command line.
 # ==========================================================================================================
 
-# --- the embedded data set --------------------------------------------------------------------------------
-
 def render_textures(seed, indices, size=48):
     """Images `indices` of stream `seed`: float32 (m, 3, size, size), unit variance; labels (m,) int64.
 
@@ -323,7 +321,7 @@ class Textures(Dataset):
 
     def __init__(self, split):
         seed, n = self.streams[split]
-        parts = [render_textures(seed, range(i, min(i + 250, n))) for i in range(0, n, 250)]
+        parts = [render_textures(seed, range(i, i + 250)) for i in range(0, n, 250)]
         levels = [np.clip(np.rint((values / 7 + .5) * 255), 0, 255).astype(np.uint8) for values, _ in parts]
         self.images = torch.from_numpy(np.concatenate(levels))
         self.labels = np.concatenate([labels for _, labels in parts])
@@ -365,15 +363,11 @@ class Pictures(Dataset):
         return len(self.names)
 
     def __getitem__(self, i):
-        tries = min(100, len(self))
-        for j in [(i + k) % len(self) for k in range(tries)]:
-            try:
+        for j in [(i + k) % len(self) for k in range(100)]:
+            with contextlib.suppress(Exception):                 # PIL's decoders raise half a dozen kinds
                 image = read_rgb(self.names[j]) if self.source is None else self.source[j][0].convert("RGB")
                 return self.transform(image), -1 if self.labels is None else int(self.labels[j]), j
-            except Exception:                                    # PIL's decoders raise half a dozen kinds
-                continue
-        raise OSError(f"{self.names[i]} and {tries - 1} pictures after it cannot be read: "
-                      "is the folder still there?")
+        raise OSError(f"{self.names[i]} and 99 pictures after it cannot be read: is the folder still there?")
 
     def note_unreadable(self, wanted, read):
         """Name the pictures for which a neighbour stood in; more than 1 % is an error. Indices (b,)."""
@@ -446,8 +440,8 @@ def open_splits(spec, image_size=None, classes=None):
 
 
 def open_named(name, split, image_size):
-    kind, *options = NAMED[name]
-    options = options[split != "train"]
+    kind, for_training, for_test = NAMED[name]
+    options = for_training if split == "train" else for_test
     follows = int(os.environ.get("LOCAL_RANK", 0)) > 0         # one process of a machine fetches, others wait
     try:
         if follows:
@@ -459,11 +453,10 @@ def open_named(name, split, image_size):
     except ImportError as error:
         raise ValueError(f"--data {name}: torchvision needs {error.name} for it: pip install it") from None
     except (OSError, RuntimeError, ValueError) as error:         # no network, a dead address
-        by_hand = "" if name != "stanford_cars" else (
-            "; put cars_train/, cars_test/, devkit/cars_train_annos.mat, devkit/cars_meta.mat and "
-            "cars_test_annos_withlabels.mat into data/stanford_cars/, and pip install scipy")
+        cars = ("; put cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat into "
+                "data/stanford_cars/, and pip install scipy") * (name == "stanford_cars")
         why = str(error).splitlines()[0]
-        raise ValueError(f"--data {name}: not in data/ and cannot be fetched ({why}){by_hand}") from None
+        raise ValueError(f"--data {name}: not in data/ and cannot be fetched ({why}){cars}") from None
     finally:
         if not follows:
             barrier()
@@ -475,24 +468,21 @@ def open_named(name, split, image_size):
 
 def open_folder(folder, split, image_size, classes_file=None):
     roots = [os.path.join(folder, name) for name in (["train"] if split == "train" else ["val", "test"])]
-    root = next(filter(os.path.isdir, roots), None)
-    if root is None and split != "train":
+    root = next(filter(os.path.isdir, roots), folder if split == "train" else None)
+    if root is None:
         return None
-    if root is None or not any(entry.is_dir() for entry in os.scandir(root)):
-        root, classes, labels = root or folder, None, None
-        found = (os.path.join(at, name) for at, _, names in os.walk(root, followlinks=True) for name in names)
-        paths = sorted(path for path in found if path.lower().endswith(IMG_EXTENSIONS))
-    else:
-        classes = find_classes(root)[0]
-        if classes_file:
-            kept = sorted(open(classes_file).read().split())
-            if missing := set(kept) - set(classes):
-                raise ValueError(f"--classes {classes_file}: no folder {min(missing)} in {root}")
-            classes = kept
+    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir()) if root != folder else []
+    classes, labels = names or None, None
+    if classes_file:
+        classes = sorted(open(classes_file).read().split())
+        if missing := set(classes) - set(names):
+            raise ValueError(f"--classes {classes_file}: no class folder {min(missing)} in {root}")
+    if classes is not None:
         samples = make_dataset(root, {name: i for i, name in enumerate(classes)}, IMG_EXTENSIONS)
         paths, labels = zip(*samples)
-    if classes_file and not classes:
-        raise ValueError(f"--classes {classes_file}: {root} has no class folders")
+    else:
+        found = (os.path.join(at, name) for at, _, names in os.walk(root, followlinks=True) for name in names)
+        paths = sorted(path for path in found if path.lower().endswith(IMG_EXTENSIONS))
     if not paths:
         raise ValueError(f"--data {root}: no pictures in it ({', '.join(IMG_EXTENSIONS)})")
     return Pictures(f"{folder}/{split}", paths, labels, classes, image_size)
@@ -524,8 +514,7 @@ class Augmented(Dataset):
 
     def __getitem__(self, key):
         epoch, i = key
-        read_item = self.ds.__getitem__
-        image, label, read = augment(i, read_item, *self.seed, epoch, i) if self.seed else read_item(i)
+        image, label, read = augment(i, self.ds.__getitem__, *self.seed, epoch, i) if self.seed else self.ds[i]
         return image, label, i, read
 
 
@@ -538,7 +527,7 @@ def augmentation(ds, crop, jitter):
     return v2.Compose(steps + [v2.ColorJitter(jitter, jitter, jitter)] * (jitter > 0))
 
 
-# --- the run's files --------------------------------------------------------------------------------------
+# --- the run's files, tokens and plan ---------------------------------------------------------------------
 
 def read_metrics(path):
     """The whole lines of a metrics.jsonl, as dicts; a killed run may have left half a line."""
@@ -609,20 +598,19 @@ def start_over(args):
     """Remove what an earlier run left in --out, but not a file that the command line names."""
     named = [os.path.abspath(path) for path in (args.tokenizer, args.tokens) if path]
     for name in ("last.pt", "encoder.pt", "metrics.jsonl", "predictions.png", "tokens.npy", "tokenizer.pt"):
-        path = os.path.abspath(os.path.join(args.out, name))
+        path = os.path.abspath(f"{args.out}/{name}")
         if os.path.exists(path) and path not in named:
             os.remove(path)
 
 
-# --- tokens -----------------------------------------------------------------------------------------------
-
 def read_inputs(args, ds, needs, device):
-    """(tokenizer or teacher, targets) as far as there are before the run: nothing is written or removed yet."""
+    """(tokenizer, Targets), each None if the run has to make it: nothing is written or removed yet."""
     n, path = (args.image_size // args.patch_size) ** 2, args.tokenizer or f"{args.out}/tokenizer.pt"
-    if needs == "features":
-        return kmeans.blank_tokenizer(ds, args.features, args.patch_size, args.image_size).to(device), None
     if needs is None:
-        return None, None
+        return None, Targets()
+    if needs == "features":
+        teacher = kmeans.blank_tokenizer(ds, args.features, args.patch_size).to(device)
+        return None, Targets(make=teacher.rows, size=teacher.rows(ds[0][0][None].to(device)).shape[-1])
     if args.tokens:
         tokens = kmeans.load_tokens(args.tokens)
         if tokens.shape != (len(ds), n):
@@ -640,20 +628,15 @@ def read_inputs(args, ds, needs, device):
                 raise ValueError(f"{path}: its {key.replace('_', ' ')} is {there}, this run's is {here}" +
                                  ("" if args.tokenizer else "; --fresh makes a new one"))
         return tokenizer.to(device), None
-    kmeans.blank_tokenizer(ds, args.features, args.patch_size, args.image_size)     # can the features be had?
+    kmeans.blank_tokenizer(ds, args.features, args.patch_size)      # can the features be had?
     return None, None
 
 
-def make_targets(args, ds, needs, tokenizer, targets, device):
-    """Targets of a run; K-means is fitted on the training images where `read_inputs` found no tokenizer.
+def make_targets(args, ds, tokenizer, device):
+    """Targets by a tokenizer; K-means is fitted on the training images where `read_inputs` found none.
 
     Tokenizer and tokens are kept in --out. With --crop none are stored: they are made of each crop in each step.
     """
-    if needs is None or targets:
-        return targets or Targets()
-    if needs == "features":
-        one = torch.zeros(1, 3, args.image_size, args.image_size, dtype=torch.uint8, device=device)
-        return Targets(make=tokenizer.rows, size=tokenizer.rows(one).shape[-1])
     how = dict(device=device, workers=args.workers, progress=rank_and_world()[0] == 0 and sys.stderr.isatty())
     at_size = lambda size: ds if size == ds.image_size else with_transform(ds, center_square(size), image_size=size)
     if tokenizer is None:
@@ -670,8 +653,6 @@ def make_targets(args, ds, needs, tokenizer, targets, device):
     return Targets(tokens, tokenizer, tokenizer.vocab_size)
 
 
-# --- before and after the loop ----------------------------------------------------------------------------
-
 def describe(model, args):
     millions = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     target = "tokens" if model.needs == "tokens" else args.features
@@ -684,16 +665,14 @@ def print_plan(args, ds):
     with torch.device("meta"):
         model = build(args, args.vocab_size or 1024)                 # a teacher's features: about that wide
         n, size = model.encoder.n_patches, args.image_size
-        order, given = torch.zeros(1, n, dtype=torch.long), torch.zeros(1, n, 1024)
-        given = given if model.needs == "features" else order
+        order = torch.zeros(1, n, dtype=torch.long)
+        given = torch.zeros(1, n, 1024) if model.needs == "features" else order
         flops = 3 * count_flops(model, torch.zeros(1, 3, size, size), given, order)  # backward: twice forward
     images = max(1, round(args.epochs * (len(ds) // args.batch_size))) * args.batch_size
+    hours = images * flops / (.4 * 989e12) / 3600
     print0(f"{describe(model, args)}\n{images} images in steps of {args.batch_size}, {flops / 1e9:.3g} GFLOP an image "
-           f"without tokenizer and teacher; stored tokens: {0 if args.crop else 2e-6 * n * len(ds):.1f} MB")
-    for gpus in (1, 8, 64):
-        speed = gpus * .4 * 989e12 / flops
-        print0(f"{gpus:>3} GPUs at 40 % (assumed) of an H200's 989 bfloat16 TFLOP/s: {images / speed / 3600:.3g} "
-               f"hours, {speed:.3g} images/s")
+           f"without tokenizer and teacher: {hours:.3g} hours of an H200 at 40 % (assumed) of 989 bfloat16 TFLOP/s, "
+           f"{hours / 8:.3g} of eight")
 
 
 # --- command line -----------------------------------------------------------------------------------------
@@ -761,9 +740,9 @@ def name_run(args, chosen):
     """runs/OBJECTIVE-DATA-..., with every setting that is not the recipe's: a folder is a run's own."""
     parts = [args.objective, os.path.basename(os.path.normpath(args.data))]
     short = dict(model="", features="", vocab_size="k", image_size="size", batch_size="batch", mask_ratio="mask")
-    usual = dict(chosen, seed=0, objective=args.objective, data=args.data)
+    chosen = dict(chosen, seed=0, objective=args.objective, data=args.data)
     for key, value in vars(args).items():
-        if key not in FREE and value not in (None, usual.get(key)):
+        if key not in FREE and value not in (None, chosen.get(key)):
             word = f"{value:g}" if isinstance(value, float) else str(value)
             parts.append(short.get(key, key.replace("_", "")) + re.sub(r"[^\w.-]+", "_", word).strip("_"))
     return os.path.join("runs", "-".join(parts))
@@ -842,9 +821,8 @@ def run(args):
         start_over(args)
     barrier()
     os.makedirs(args.out, exist_ok=True)
-    with_classes = f", {len(ds.classes)} classes" if ds.classes else ""
-    print0(f"{ds.name}: {len(ds)} images{with_classes}; run in {args.out}")
-    targets = make_targets(args, ds, needs, tokenizer, targets, device)
+    print0(f"{ds.name}: {len(ds)} images, {len(ds.classes or [])} classes; run in {args.out}")
+    targets = targets or make_targets(args, ds, tokenizer, device)
     if rank == 0 and targets.stored is not None:
         print0("\n".join(tcas.describe_codebook(targets.stored, ds.labels, targets.size, args.seed)))
     elif needs == "tokens":
