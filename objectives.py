@@ -9,8 +9,8 @@
     pim          patches before the target in order z   the encoder's query stream   tokens
     mapet        the same and mask tokens of all others the encoder's query stream   tokens
 
-The first three rows are one class, `MaskedAutoencoder`; they differ in the target only. The last three are another,
-`MaPeT`: take one of its two ideas away and its parents appear:
+The first three rows are one class, `MaskedAutoencoder`; the last three are another, `MaPeT`: take one of its two
+ideas away and its parents appear:
     PIM    max E_x E_z  sum_{i >= c} log p(t_{z_i} | x_{z_<i})                      (MaPeT Eq. 1)
     MaPeT  max E_x E_z  sum_{i >= c} log p(t_{z_i} | x_{z_<i}, m_{z_>=i})           (MaPeT Eq. 2)
     MaPeT - positions of what is not seen yet (m) = PIM;  MaPeT - content of targets that were predicted = MIM
@@ -71,9 +71,8 @@ def blockwise_mask(b, grid, count, min_block=None, generator=None, device=None, 
         aspect = torch.exp(math.log(.3) * (2 * rand(b, 10) - 1))
         h = (area * aspect).sqrt().round()
         w = (area / aspect).sqrt().round()
-        top = (rand(b, 10) * (grid + 1 - h)).floor()
-        left = (rand(b, 10) * (grid + 1 - w)).floor()
-        rows, columns = inside(top, h), inside(left, w)        # of each block, (b, 10, grid)
+        rows = inside((rand(b, 10) * (grid + 1 - h)).floor(), h)             # of each block, (b, 10, grid)
+        columns = inside((rand(b, 10) * (grid + 1 - w)).floor(), w)
         again = ((rows.float() @ hidden.float()) * columns).sum(-1)
         new = h * w - again                                    # patches of the block that no other hides
         fits = unfinished & (h < grid) & (w < grid) & (new > 0) & (new <= remaining)
@@ -83,8 +82,7 @@ def blockwise_mask(b, grid, count, min_block=None, generator=None, device=None, 
     hidden = hidden.flatten(1)
     if exact:
         score = hidden + rand(b, grid ** 2)                    # hidden patches are above 1, the others below
-        largest = score.argsort(1)[:, grid ** 2 - count:]
-        hidden = torch.zeros_like(hidden).scatter(1, largest, True)
+        hidden = torch.zeros_like(hidden).scatter(1, score.argsort(1)[:, grid ** 2 - count:], True)
     return hidden
 
 
@@ -188,7 +186,7 @@ class Decoder(nn.Module):
 
 
 class MaskedAutoencoder(Objective):
-    """MAE, MaskFeat and ClusterMIM: encode what is visible, decode the rest; only the target differs.
+    """MAE, MaskFeat and ClusterMIM: encode what is visible, decode the rest.
 
         latent     = encoder([cls ; visible patches + pos])              25 % of the rows: why it is fast
         prediction = decoder([W latent ; mask tokens] + pos)             at the mask tokens
@@ -310,9 +308,8 @@ class RegressorBlock(nn.Module):
     def forward(self, x, visible, pos, pos_visible):
         """Hidden x (b, T, d), visible (b, v, d), their positions -> (b, T, d). Values carry no position."""
         rows = torch.cat([visible, x], 1)
-        pos_rows = torch.cat([pos_visible, pos], 1)
         q = self.q(self.norm_q(x + pos))
-        k = self.k(self.norm_k(rows + pos_rows))
+        k = self.k(self.norm_k(rows + torch.cat([pos_visible, pos], 1)))
         v = self.v(self.norm_v(rows))
         q, k, v = (rearrange(y, "b r (h d) -> b h r d", h=self.heads) for y in (q, k, v))
         y = rearrange(F.scaled_dot_product_attention(q, k, v), "b h r d -> b r (h d)")
@@ -328,8 +325,8 @@ class CAE(Objective):
         guess  = regressor(mask tokens | latent)      4 cross-attention blocks
         target = teacher([cls ; hidden])              the encoder one optimizer step before, no gradient
         loss   = CE(decoder(guess + pos), t(x)) + 2 MSE(guess, target)
-    So the encoder only encodes; that the latents agree (alignment) leaves the prediction to the regressor. All parts
-    are as wide as the encoder. The published one has no bias on keys: adding one changes no attention.
+    So the encoder only encodes: to predict is left to the regressor. All parts are as wide as the encoder.
+    The published one has no bias on keys: adding one changes no attention.
     """
     logs = "accuracy", "alignment"
 
@@ -352,18 +349,16 @@ class CAE(Objective):
         return self
 
     def predict(self, images, tokens, order=None, noise=None):
-        """Logits (b, T, K) of the hidden patches, in the order z, and their tokens (b, T)."""
-        logits, _, _, hidden = self.run(images, order, noise)
-        return logits, gather_patches(tokens, hidden)
+        return self.run(images, tokens, order, noise)[:2]
 
     def forward(self, images, tokens=None, order=None, noise=None):
-        logits, guess, target, hidden = self.run(images, order, noise)
-        loss, logs = self.loss(logits, gather_patches(tokens, hidden))
+        logits, tokens, guess, target = self.run(images, tokens, order, noise)
+        loss, logs = self.loss(logits, tokens)
         alignment = F.mse_loss(guess, target)
         return loss + self.align * alignment, {**logs, "alignment": alignment.detach()}
 
-    def run(self, images, order, noise):
-        """-> logits (b, T, K), guessed and true latents (b, T, d), the hidden patches (b, T)."""
+    def run(self, images, tokens, order, noise):
+        """Of the hidden patches, in the order z: logits (b, T, K), tokens (b, T), guessed and true latents (b, T, d)."""
         vit, (visible, hidden) = self.encoder, self.split(images, order)
         latent = vit.encode(vit.embed(images, visible), noise=noise)[:, vit.prefix:]
         with torch.no_grad():
@@ -375,7 +370,8 @@ class CAE(Objective):
         for block in self.regressor:
             guess = block(guess, latent, pos, pos_visible)
         guess = self.regressor_norm(guess)
-        return self.decoder(guess + pos, n_out=hidden.shape[1]), guess, target, hidden
+        logits = self.decoder(guess + pos, n_out=hidden.shape[1])
+        return logits, gather_patches(tokens, hidden), guess, target
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -400,7 +396,6 @@ OBJECTIVES = {
     "mapet": Entry(MaPeT, dict(permute=True, positions=True), .75),
 }
 TARGETS = {"mae": ("pixel", "pixel-norm"), "maskfeat": ("hog", "features")}     # the others predict tokens
-hog = PATCH_FEATURES["hog"]
 
 
 def make(name, vit, vocab_size=None, cut=None, mask_ratio=None, target=None, label_smoothing=0., decoder_depth=None):
@@ -410,7 +405,6 @@ def make(name, vit, vocab_size=None, cut=None, mask_ratio=None, target=None, lab
     cut, mask_ratio  how much is hidden: the cutting point, class token included, or a share of the patches
     target           mae: "pixel" or "pixel-norm" (each patch standardised); maskfeat: "hog" or "features"
     decoder_depth    of mae, maskfeat, clustermim (8 blocks); of cae's regressor and decoder (4 each)
-    `.encoder` is the ViT that is kept; `.needs` is what the objective wants besides images.
     """
     if name not in OBJECTIVES:
         raise ValueError(f"unknown objective {name!r}: choose from {', '.join(OBJECTIVES)}")
@@ -424,10 +418,10 @@ def make(name, vit, vocab_size=None, cut=None, mask_ratio=None, target=None, lab
     if cut is not None and mask_ratio is not None:
         raise ValueError("give a cutting point or a mask ratio, not both: the one follows from the other")
     if cut is None:
-        ratio = default_ratio if mask_ratio is None else mask_ratio
-        if not 0 < ratio <= 1:
-            raise ValueError(f"mask ratio {ratio} is out of range: more than 0, at most 1")
-        cut = 1 + vit.n_patches - max(1, round(vit.n_patches * ratio))
+        mask_ratio = default_ratio if mask_ratio is None else mask_ratio
+        if not 0 < mask_ratio <= 1:
+            raise ValueError(f"mask ratio {mask_ratio} is out of range: more than 0, at most 1")
+        cut = 1 + vit.n_patches - max(1, round(vit.n_patches * mask_ratio))
     options = dict(switches, smoothing=label_smoothing)
     if kind is MaskedAutoencoder:
         options["target"] = target
@@ -436,7 +430,7 @@ def make(name, vit, vocab_size=None, cut=None, mask_ratio=None, target=None, lab
     return kind(vit, cut, vocab_size, **options)
 
 
-# --- the masks, printed and drawn -------------------------------------------------------------------------
+# --- masks and predictions, printed and drawn -------------------------------------------------------------
 
 def list_stages(name, order, cut):
     """Who looks at whom in each network of an objective, for one order (n,): [(title, mask, rows, keys)].
@@ -444,25 +438,19 @@ def list_stages(name, order, cut):
     Rows and keys are names: cls, x3 = patch 3's content, m3 its mask token (position only), g3 its query.
     """
     kind, switches, _ = OBJECTIVES[name]
-    permute, positions = switches.get("permute"), switches.get("positions")
     x, m, g = ([f"{letter}{int(j)}" for j in order] for letter in "xmg")
     visible, x, m, g = ["cls"] + x[:cut - 1], x[cut - 1:], m[cut - 1:], g[cut - 1:]
-    if kind is MaskedAutoencoder:
-        stages = [("-encoder", visible, visible), ("-decoder", visible + m, visible + m)]
+    if switches.get("permute"):
+        keys = visible + x + m * switches["positions"]
+        return [(name, two_stream_mask(cut, len(m), switches["positions"]), keys + g, keys)]
+    if kind is MaPeT:
+        stages = [(name, visible + m, visible + m)]            # the encoder is all there is
     elif kind is CAE:                                          # its class token stays in the encoder
-        stages = [("-encoder", visible, visible), ("-regressor", m, visible[1:] + m), ("-decoder", m, m)]
+        stages = [(f"{name}-encoder", visible, visible), (f"{name}-regressor", m, visible[1:] + m),
+                  (f"{name}-decoder", m, m)]
     else:
-        keys = visible + x * permute + m * positions
-        stages = [("", keys + g * permute, keys)]              # the encoder is all there is
-    mask = lambda rows, keys: (two_stream_mask(cut, len(m), positions) if permute
-                               else torch.ones(len(rows), len(keys)).bool())
-    return [(name + network, mask(rows, keys), rows, keys) for network, rows, keys in stages]
-
-
-def print_mask(mask, rows, keys):
-    print("      " + " ".join(f"{key:>3}" for key in keys) + "   keys")
-    for row, sees in zip(rows, mask):
-        print(f"{row:>5} " + " ".join("  #" if s else "  ." for s in sees) + f"   {int(sees.sum())}")
+        stages = [(f"{name}-encoder", visible, visible), (f"{name}-decoder", visible + m, visible + m)]
+    return [(title, torch.ones(len(rows), len(keys)).bool(), rows, keys) for title, rows, keys in stages]
 
 
 def draw_mask(mask, rows, keys, visible, path, cell=26):
@@ -470,44 +458,31 @@ def draw_mask(mask, rows, keys, visible, path, cell=26):
 
     Blue = its content may be attended to, orange = only its position, white = nothing. Black: other kinds of rows.
     """
-    blue, orange = (49, 104, 173), (236, 151, 60)
-    left, top, right = 2 * cell, 2 * cell, 6 * cell
-    picture = Image.new("RGB", (left + cell * len(keys) + right, top + cell * len(rows) + cell), "white")
+    blue, orange, gray = (49, 104, 173), (236, 151, 60), (205, 205, 205)
+    picture = Image.new("RGB", (cell * (len(keys) + 8), cell * (len(rows) + 3)), "white")
     draw = ImageDraw.Draw(picture)
-    style = dict(fill="black", font_size=cell * .48)
-    text = lambda x, y, words, anchor="mm": draw.text((x, y), words, anchor=anchor, **style)
+    at = lambda *places: [cell * (2 + place) for place in places]            # x, y in cells, from the mask's corner
+    write = lambda x, y, text, anchor="mm": draw.text(at(x, y), text, "black", anchor=anchor, font_size=cell * .48)
     for x, key in enumerate(keys):
-        text(left + (x + .5) * cell, top - .5 * cell, key)
+        write(x + .5, -.5, key)
     for y, row in enumerate(rows):
-        text(left - .8 * cell, top + (y + .5) * cell, row)
+        write(-.8, y + .5, row)
         for x, key in enumerate(keys):
-            box = (left + x * cell, top + y * cell, left + (x + 1) * cell, top + (y + 1) * cell)
             color = orange if key[0] == "m" else blue
-            draw.rectangle(box, fill=color if mask[y, x] else "white", outline=(205, 205, 205))
+            draw.rectangle(at(x, y, x + 1, y + 1), fill=color if mask[y, x] else "white", outline=gray)
     # Where the kind of row changes; the class token counts as visible content.
-    kinds = lambda names: ["visible" if name in visible else name[0] for name in names]
-    edges = lambda names: [i for i, (a, b) in enumerate(zip(kinds(names), kinds(names)[1:]), 1) if a != b]
-    for x in edges(keys):
-        draw.line((left + x * cell, top, left + x * cell, top + len(rows) * cell), fill="black", width=2)
-    for y in edges(rows):
-        draw.line((left, top + y * cell, left + len(keys) * cell, top + y * cell), fill="black", width=2)
-    captions = {"visible": "content, visible", "x": "content, targets", "m": "mask tokens", "g": "query stream"}
-    for y in [0] + edges(rows):
-        text(left + (len(keys) + .5) * cell, top + (y + .5) * cell, captions[kinds(rows)[y]], "lm")
+    names = {"x": "content, targets", "m": "mask tokens", "g": "query stream"}
+    kinds = lambda rows: ["content, visible" if row in visible else names[row[0]] for row in rows]
+    edges = lambda kinds: [i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]]
+    for x in edges(kinds(keys)):
+        draw.line(at(x, 0, x, len(rows)), fill="black", width=2)
+    for y in edges(kinds(rows)):
+        draw.line(at(0, y, len(keys), y), fill="black", width=2)
+    for y in [0] + edges(kinds(rows)):
+        write(len(keys) + .5, y + .5, kinds(rows)[y], "lm")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with write_atomically(path) as temporary:
         picture.save(temporary, format="png")
-
-
-# --- what was predicted, drawn ----------------------------------------------------------------------------
-
-def picture_pixels(prediction, own, target, mean, std):
-    """Predicted pixels (b, T, 3 p^2) -> in 0..1; of "pixel-norm" in the hidden patch's `own` mean and contrast."""
-    if target == "pixel-norm":
-        contrast = (own.var(-1, keepdim=True) + 1e-6).sqrt()
-        prediction = prediction * contrast + own.mean(-1, keepdim=True)
-    pixels = prediction.shape[-1] // 3                         # patchify's order: the channel runs fastest
-    return prediction * std.repeat(pixels) + mean.repeat(pixels)
 
 
 def picture_hog(x, p):
@@ -548,15 +523,17 @@ def picture_predictions(model, images, mean, std, tokens=None, patch_pictures=No
         codes = [prediction.argmax(-1)] + [target] * (tokens is not None)
         rows += [fill(patches, patch_pictures[code]) for code in codes]
     elif model.target in ("pixel", "pixel-norm"):
-        rows.append(fill(patches, picture_pixels(prediction.float(), own, model.target, mean, std)))
+        guess = prediction.float()
+        if model.target == "pixel-norm":                       # in the hidden patch's own mean and contrast
+            guess = guess * (own.var(-1, keepdim=True) + 1e-6).sqrt() + own.mean(-1, keepdim=True)
+        rows.append(fill(patches, guess * std.repeat(p * p) + mean.repeat(p * p)))
     else:
         whole = model.compute_target(x, tokens)
         guess = fill(whole, prediction.float())
         if model.target == "hog":
             rows += [picture_hog(guess, p), picture_hog(whole, p)]
         else:
-            colors, guessed = principal_colors(whole, guess)
-            rows += [guessed.repeat(1, 1, p * p), colors.repeat(1, 1, p * p)]
+            rows += [colors.repeat(1, 1, p * p) for colors in reversed(principal_colors(whole, guess))]
     return [unpatchify(row, p) for row in rows], ["image", "visible", "predicted", "target"][:len(rows)]
 
 
@@ -582,7 +559,9 @@ def main(argv=None):
         for title, mask, rows, keys in list_stages(name, order, cut):
             path = os.path.join(args.out, f"{title}.png")
             print(f"\n{title}: rows attend to columns marked #")
-            print_mask(mask, rows, keys)
+            print("      " + " ".join(f"{key:>3}" for key in keys) + "   keys")
+            for row, sees in zip(rows, mask):
+                print(f"{row:>5} " + " ".join("  #" if s else "  ." for s in sees) + f"   {int(sees.sum())}")
             with exit_on_error("objectives.py"):
                 draw_mask(mask, rows, keys, {"cls", *names[:cut - 1]}, path)
             print(f"drawn in {path}")
