@@ -19,8 +19,7 @@ token + position j: "there is a patch at j", without its content. c counts the c
 of 197 tokens leaves 49 visible patches and 147 targets, 75 %. `beit` and `cae` hide blocks of patches, all others
 random ones: only the order z differs.
 
-Read down to the ruled line: orders and masks, what objectives share, MaskedAutoencoder, MaPeT. Below it, to be
-skipped at first: CAE (a baseline of MaPeT's tables), objectives by name, masks and predictions as pictures.
+Read down to the ruled line. Below it, to be skipped at first: CAE, objectives by name, pictures.
 
 python objectives.py                             who looks at whom: 6 patches cut at 3, printed and drawn
 python objectives.py mapet --patches 6 --cut 3   one of them; beit and cae print the blocks they hide as well
@@ -48,17 +47,16 @@ def random_order(b, n, generator=None, device=None):
     return torch.rand(b, n, generator=generator, device=device).argsort(1)
 
 
-def blockwise_mask(b, grid, count, min_block=None, generator=None, device=None, exact=True):
+def blockwise_mask(b, grid, count, generator=None, device=None, exact=True):
     """BEiT's block-wise masking (2106.08254, Alg. 1): (b, n) bool, True = hidden, of n = grid * grid patches.
 
     Blocks are hidden one after the other: area uniform from min_block to what is still to be hidden, height / width
     log-uniform from 0.3 to 1 / 0.3, place uniform. A block is taken if it is smaller than the grid, hides something
     new, and makes no more than `count`. An image is done when 10 tries for its next block fail.
-    min_block  in patches; BEiT's scripts: 16 of 196; other grids: the same share
-    exact      then hide random patches until `count` are hidden (BEiT v2); False: leave it at the blocks
+    exact: then hide random patches until `count` are hidden (BEiT v2); False: leave it at the blocks.
     All images at once: of the 10 tries, made in parallel, each image takes the first that fits.
     """
-    min_block = max(1, round(16 / 196 * grid ** 2)) if min_block is None else min_block
+    min_block = max(1, round(16 / 196 * grid ** 2))            # of BEiT's scripts: 16 patches of 196
     rand = lambda *shape: torch.rand(*shape, generator=generator, device=device)
     hidden = torch.zeros(b, grid, grid, dtype=torch.bool, device=device)
     unfinished = torch.ones(b, 1, dtype=torch.bool, device=device)
@@ -135,8 +133,7 @@ class Objective(nn.Module):
             raise ValueError(f"cutting point {cut} is out of range: with {n} patches and a class token it is 1 to {n}")
         self.encoder, self.cut, self.targets = vit, cut, 1 + n - cut
         self.smoothing, self.blockwise = smoothing, blockwise
-        # Is this the last forward of an optimizer step? (Gradient accumulation has several; see CAE.)
-        self.completes_step = True
+        self.completes_step = True                             # False: gradients accumulate, more forwards follow
 
     def draw_order(self, b, seed=None, device="cpu"):
         """An order z (b, n) of each image's patches, visible ones first; a function of the seed if given."""
@@ -160,8 +157,7 @@ class Objective(nn.Module):
 
         order (b, n): visible patches first; None = draw_order. noise: see ViT.encode.
         """
-        prediction, target = self.predict(images, tokens, order, noise)
-        return self.loss(prediction, target)
+        return self.loss(*self.predict(images, tokens, order, noise))
 
     def loss(self, logits, tokens):
         """Cross-entropy, the mean over targets: logits (b, T, K), tokens (b, T); and the share that is right."""

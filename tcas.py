@@ -18,7 +18,7 @@ python tcas.py toy --graph ring --n 12 --width 1             a sparse graph: cla
 """
 import argparse
 import functools
-import json
+import inspect
 import math
 import os
 import sys
@@ -186,7 +186,7 @@ def augmentation_graph(mask, tokens):
 
 
 def describe(mask, z, tokens):
-    """The numbers behind the bound and the claims, for one tokenizer. Keys: see `toy_model`."""
+    """The numbers of `toy_model`, but for the bounds, and the tensors behind them (M(x, S) is "mask")."""
     to_token, a, normalized = augmentation_graph(mask, tokens)
     classes = z.shape[1]
     label = z / z.sum(1, keepdim=True)                                       # shared points: evenly
@@ -206,11 +206,11 @@ def toy_model(n, overlap, tokenizer="mae", classes=2, graph="complete", width=1,
     """The augmentation graph of one tokenizer in the world of Sec. 2.2, point by point: a dict of numbers.
 
     tokenizer   "mae", "classwise", "crossclass", "pairs", or a list with the token of every point
-    w_in, w_x   mean weight of two points of one class only, of the same or of different classes
-    linked      fraction of the pairs of one class that have an edge
-    sum, tail   of the squared eigenvalues: all (the paper), all but the first one per class (usual theory)
-    alpha       labelling error; bound = c1 sum + c2 alpha (Eq. 3), bound_tail; c2 defaults to `classes`
-    Tensors: spectrum, tokens, mask M(x, S), graph A and normalized.
+    w_in, w_x   mean edge weight of two points of one class only, of the same or of different classes
+    linked      fraction of the pairs of one class that have an edge at all
+    sum, tail   of all squared eigenvalues (Eq. 17), of those beyond the first one per class (usual theory)
+    alpha       labelling error, the edges between classes (Eq. 18)
+    bound       c1 sum + c2 alpha (Eq. 3), less is better, c2 = `classes` by default; bound_tail: tail for sum
     """
     groups, z = populations(n, overlap, classes)
     c2 = classes if c2 is None else c2
@@ -269,44 +269,39 @@ def partitions(points):
 def theorem1(mask, z):
     """Theorem 1 by trying every tokenizer of at most 8 points, where M(x1, x2) > 0 only inside a class.
 
-    -> {"sum": (low, high), "tail": (low, high)}, the c2/c1 for which no tokenizer has a smaller bound than
-    the labels, and the number of tokenizers tried.
+    -> {"sum": (low, high), "tail": ...}, c2/c1 for which none has a smaller bound than the labels; how many
     """
     labels = describe(mask, z, z.argmax(1))
-    limits, tried = {"sum": (0., math.inf), "tail": (0., math.inf)}, 0
-    for tokens in partitions(len(z)):
-        rival = describe(mask, z, torch.tensor(tokens))
-        tried += 1
-        for key, (low, high) in limits.items():
-            rival_low, rival_high = window(labels, rival, key, tie=True)
-            limits[key] = max(low, rival_low), min(high, rival_high)
-    return limits, tried
+    rivals = [describe(mask, z, torch.tensor(tokens)) for tokens in partitions(len(z))]
+    limits = {}
+    for key in ("sum", "tail"):
+        low, high = zip(*[window(labels, rival, key, tie=True) for rival in rivals])
+        limits[key] = max(low), min(high)
+    return limits, len(rivals)
 
 
 # ==========================================================================================================
 # Machinery. The method ends here: what follows puts the results into words, tables and pictures.
 # ==========================================================================================================
 
-# --- words and pictures -----------------------------------------------------------------------------------
-
 def describe_codebook(tokens, labels, k, seed=0):
     """Lines on what a codebook is worth before any training: used codes, TCAS beside that of shuffled labels.
 
     tokens (m, n) in 0..k-1; labels (m,), or None or -1: none, then as with one class there is no TCAS.
     """
-    labels = np.zeros(len(tokens), np.int64) if labels is None else np.asarray(labels)
-    labels = np.zeros_like(labels) if labels.min() < 0 else labels
+    if labels is None or labels.min() < 0:
+        labels = np.zeros(len(tokens), np.int64)
     counts = cooccurrence(tokens, labels, k, 1 + int(labels.max()))
     share = counts.sum(1) / counts.sum()
     entropy = torch.special.entr(share).sum().item()
     lines = [f"codebook: {int((share > 0).sum())} of {k} codes used, perplexity {math.exp(entropy):.1f}; "
              f"a uniform guess has loss ln {k} = {math.log(k):.3f}, one by code frequency {entropy:.3f}"]
-    if len(np.unique(labels)) < 2:
-        return lines
-    shuffled = np.random.default_rng(seed).permutation(labels)               # the same codes, of no class
-    random = cooccurrence(tokens, shuffled, *counts.shape)
-    return lines + [f"TCAS {tcas(counts):.3f}, of random tokens {tcas(random):.3f} "
-                    "(0: no two tokens share a class)"]
+    if len(np.unique(labels)) > 1:
+        shuffled = np.random.default_rng(seed).permutation(labels)           # the same codes, of no class
+        random = cooccurrence(tokens, shuffled, *counts.shape)
+        lines.append(f"TCAS {tcas(counts):.3f}, of random tokens {tcas(random):.3f} "
+                     "(0: no two tokens share a class)")
+    return lines
 
 
 def fit_line(x, y):
@@ -351,16 +346,16 @@ def draw(toys, groups, side=240):
 
     Strips at the top and the left: each point's token, a color per token; red lines part groups of points.
     """
-    sizes = [size for _, size in groups]
-    scale = max(1, side // sum(sizes))
-    ends = (np.cumsum(sizes)[:-1] * scale).tolist()
+    ends = np.cumsum([size for _, size in groups])
+    scale = max(1, side // ends[-1])
+    parts = ends[:-1] * scale
     top = max(toy["graph"].max() for toy in toys.values())
     ink, red = torch.tensor([[.03, .15, .4], [.9, .2, .1]])[:, :, None, None]
     panels = []
     for toy in toys.values():
         shade = repeat((toy["graph"] / top).sqrt().float(), "x y -> 1 (x i) (y j)", i=scale, j=scale)
         image = 1 - shade * (1 - ink)
-        image[:, ends], image[:, :, ends] = red, red
+        image[:, parts], image[:, :, parts] = red, red
         # One hue per token, a golden ratio of the color wheel apart.
         turn = 2 * math.pi * (toy["tokens"] * .618 + torch.tensor([0, 1 / 3, 2 / 3])[:, None])
         strip = F.pad(repeat(.6 + .4 * turn.cos(), "rgb x -> rgb 10 (x j)", j=scale), (0, 0, 0, 4), value=1.)
@@ -369,15 +364,6 @@ def draw(toys, groups, side=240):
     return torch.cat(panels, 2)
 
 
-# --- the commands -----------------------------------------------------------------------------------------
-
-LEGEND = """
-w_in, w_x   mean edge weight of two points of one class only, of the same or of different classes
-sum, alpha  of all squared eigenvalues (Eq. 17); labelling error, the edges between classes (Eq. 18)
-tail        of the squared eigenvalues beyond the first one per class: what the theory behind the bound sums
-linked      fraction of the pairs of one class that have an edge at all
-bound       c1 sum + c2 alpha (Eq. 3), c1 = {c1:g}, c2 = {c2:g}, less is better; bound_tail with tail for sum
-"""
 WHY = {"complete": """
 Merging tokens cannot lower w_x nor raise an eigenvalue, so the order of the bounds is a matter of c2/c1. With 2
 classes, class-wise < MAE needs c2/c1 < 2 (1 - r)(2 - r), r = overlap/n, Theorem 1 c2/c1 >= 4 - 2/n: never both.
@@ -403,7 +389,8 @@ def toy(args, vit):
         if not ring and (name in TOKENIZERS or args.classes == 2):
             exact = closed_form(args.n, overlap, tokenizers[name], args.classes)
             print(f"{'  algebra':10}" + "".join(f"{exact[column]:12.7f}" for column in columns[:4]))
-    print(LEGEND.format(c1=args.c1, c2=args.classes if args.c2 is None else args.c2))
+    c2 = args.classes if args.c2 is None else args.c2
+    print(f"\n{inspect.getdoc(toy_model)}\nHere c1 = {args.c1:g}, c2 = {c2:g}.\n")
     _, z = populations(4 if ring else 3, 0, 2)                     # Theorem 1: classes without overlap
     for claim, limits in claims(toys, *theorem1(mask_graph(z, args.graph), z)):
         print(f"{verdict(*limits):28} {claim}")
@@ -414,13 +401,11 @@ def toy(args, vit):
     print(f"\n{args.out}: the graphs, panels from left to right: {', '.join(toys)}")
 
 
-def read_runs(folders):
+def read_runs(folders, train):
     """[(folder, its tokenizer.pt, linear-probe accuracy 0..1, objective)] of train.py's finished runs."""
     runs = []
     for folder in map(Path, folders):
-        log, tokenizer = folder / "metrics.jsonl", folder / "tokenizer.pt"
-        lines = log.read_text().splitlines() if log.is_file() else []
-        lines = [json.loads(line) for line in lines if line.endswith("}")]   # a killed run leaves half a line
+        tokenizer, lines = folder / "tokenizer.pt", train.read_metrics(folder / "metrics.jsonl")
         found = [line for line in lines if line.get("summary") and line.get("linear") is not None]
         if found and tokenizer.is_file():
             objective = found[-1].get("objective", "unknown")
@@ -462,11 +447,10 @@ def print_lines(points):
         x, y = zip(*[(score, 100 * linear) for objective, score, linear in points if objective == name])
         try:
             r, slope, intercept = fit_line(x, y)
+            print(f"{name}: linear probe = {intercept:.1f} {slope:+.1f} TCAS l2 (%), Pearson r = {r:.3f}, "
+                  f"r^2 = {r * r:.3f}, {len(x)} runs")
         except ValueError as error:
             print(f"{name}: left out, {error}")
-            continue
-        print(f"{name}: linear probe = {intercept:.1f} {slope:+.1f} TCAS l2 (%), Pearson r = {r:.3f}, "
-              f"r^2 = {r * r:.3f}, {len(x)} runs")
     print("the paper's Table 7: 62.9 -24.0 TCAS, r = -0.920, r^2 = 0.846, 16 tokenizers")
 
 
@@ -474,7 +458,8 @@ def score(args, kmeans, train):
     """Prints a row per tokenizer, token file and run, the reference rows, the lines through the runs."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("score is one process: torchrun kmeans.py tokenize, then score --tokens")
-    sources = [(path, path, None, None) for path in args.tokenizer + args.tokens] + read_runs(args.probes)
+    sources = [(path, path, None, None) for path in args.tokenizer + args.tokens]
+    sources += read_runs(args.probes, train)
     if not sources:
         raise ValueError("nothing to score: give --tokenizer (of kmeans.py fit), --tokens or --probes")
     loaded = {path: kmeans.load_tokens(path) if path in args.tokens else kmeans.load_tokenizer(path)
