@@ -805,13 +805,14 @@ def draw_tokens(tokenizer, ds, path, images=6):
 
 # --- commands ---------------------------------------------------------------------------------------------
 
-def measure_seconds(call):
-    """Least seconds of a call, device work included; the first one, which compiles, is never the least."""
-    def finish():
+def measure_seconds(*calls):
+    """Least seconds of each call, device work included; they take turns, so that noise strikes all alike."""
+    def finish(call):
         call()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-    return min(timeit.repeat(finish, number=1, repeat=8))
+    rounds = [[timeit.timeit(lambda: finish(call), number=1) for call in calls] for _ in range(8)]
+    return np.min(rounds, 0)                            # the first round, which compiles, is never the least
 
 
 def bench_cpu(n, d, ks):
@@ -826,17 +827,16 @@ def bench_cpu(n, d, ks):
     print0(f"{'K':>6} {'product ms':>10} {'iteration ms':>12} {'ratio':>6}")
     for k in ks:
         c, data, origin = x[:k].clone(), Rows(x, k), x.mean(0).double()
-        product = 1e3 * measure_seconds(lambda: x @ c.T)
-        iteration = 1e3 * measure_seconds(lambda: run_pass(data, c[None], origin))
+        product, iteration = 1e3 * measure_seconds(lambda: x @ c.T, lambda: run_pass(data, c[None], origin))
         print0(f"{k:>6} {product:>10.0f} {iteration:>12.0f} {iteration / product:>6.2f}")
 
 
 def bench_cuda(device):
     a = torch.empty(1 << 30, dtype=torch.uint8, device=device)
     b = torch.empty_like(a)
-    bandwidth = 2 * a.numel() / measure_seconds(lambda: b.copy_(a))
+    bandwidth = 2 * a.numel() / measure_seconds(lambda: b.copy_(a))[0]
     a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
-    rate = 2 * 8192 ** 3 / measure_seconds(lambda: a @ b)
+    rate = 2 * 8192 ** 3 / measure_seconds(lambda: a @ b)[0]
     print0(f"copy {bandwidth / 1e12:.2f} TB/s read + written, bfloat16 product {rate / 1e12:.0f} TFLOP/s")
     for n, d, k, kind in ((24_800_000, 768, 100, torch.uint8), (4_200_000, 1024, 8192, torch.bfloat16)):
         x = torch.empty(n, d, dtype=kind, device=device)
@@ -844,7 +844,7 @@ def bench_cuda(device):
             part.random_(256) if kind == torch.uint8 else part.normal_()
         data = Rows(x, k)
         c = data.standardize(x[:k])[None]
-        t = measure_seconds(lambda: run_pass(data, c, c[0].double().mean(0)))
+        t = measure_seconds(lambda: run_pass(data, c, c[0].double().mean(0)))[0]
         print0(f"n = {n}, d = {d}, K = {k}, {kind}: {t:.4f} s an iteration: "
                f"the data at {x.nbytes / t / bandwidth:.0%} of the copy bandwidth, "
                f"products at {2 * n * d * k / t / rate:.0%} of the bfloat16 rate")

@@ -29,7 +29,6 @@ import time
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision

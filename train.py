@@ -367,7 +367,7 @@ class Pictures(Dataset):
             with contextlib.suppress(Exception):                 # PIL's decoders raise half a dozen kinds
                 image = read_rgb(self.names[j]) if self.source is None else self.source[j][0].convert("RGB")
                 return self.transform(image), -1 if self.labels is None else int(self.labels[j]), j
-        raise OSError(f"{self.names[i]} and 99 pictures after it cannot be read: is the folder still there?")
+        raise OSError(f"{self.names[i]} and its neighbours cannot be read: is the folder still there?")
 
     def note_unreadable(self, wanted, read):
         """Name the pictures for which a neighbour stood in; more than 1 % is an error. Indices (b,)."""
@@ -821,7 +821,8 @@ def run(args):
         start_over(args)
     barrier()
     os.makedirs(args.out, exist_ok=True)
-    print0(f"{ds.name}: {len(ds)} images, {len(ds.classes or [])} classes; run in {args.out}")
+    classes = f"{len(ds.classes)} classes" if ds.classes else "no labels"
+    print0(f"{ds.name}: {len(ds)} images, {classes}; run in {args.out}")
     targets = targets or make_targets(args, ds, tokenizer, device)
     if rank == 0 and targets.stored is not None:
         print0("\n".join(tcas.describe_codebook(targets.stored, ds.labels, targets.size, args.seed)))
