@@ -718,8 +718,9 @@ def apply_flags(recipe, args):
         if isinstance(value, list) and len(value) > 1:
             raise ValueError(f"--{key.replace('_', '-')}: several at once go with --protocol fast only")
         given[key] = value[0] if isinstance(value, list) else value
-    if "epochs" in given:                                   # another length keeps the share of the warm-up
-        recipe = {**recipe, "warmup_epochs": recipe["warmup_epochs"] * given["epochs"] / recipe["epochs"]}
+    if "epochs" in given:                                   # a shorter run keeps the share of the warm-up
+        share = min(1, given["epochs"] / recipe["epochs"])
+        recipe = {**recipe, "warmup_epochs": recipe["warmup_epochs"] * share}
     return argparse.Namespace(**{**recipe, **given})
 
 

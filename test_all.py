@@ -2188,6 +2188,12 @@ def test_recipes_of_the_paper():
     short = train.parse(["--data", "/imagenet", "--objective", "mae", "--epochs", "20"])
     train.resolve_args(short, 1, torch.device("cpu"))
     assert short.warmup_epochs == 4                                       # a fifth, as 40 of 200
+    long = train.parse(["--data", "/imagenet", "--objective", "mae", "--epochs", "800"])
+    train.resolve_args(long, 1, torch.device("cpu"))
+    assert long.warmup_epochs == 40                                       # MAE's own command: never stretched
+    for epochs, warmup in (("10", 2), ("400", 20)):
+        args = probe.parse(["finetune", "x", "--epochs", epochs])
+        assert probe.apply_flags(probe.RECIPES["mapet"], args).warmup_epochs == warmup
     explicit = train.parse(["--lr", "3", "--cut", "20"])
     train.resolve_args(explicit, 1, torch.device("cpu"))
     assert explicit.lr == 3 and explicit.cut == 20 and explicit.model == "vit_micro"

@@ -71,7 +71,7 @@ SETTINGS = {
     "base_lr":          (None, 1.5e-4, None, "the same per 256 images: lr = base lr * batch / 256"),
     "min_lr":           (1e-5, 0., 1e-5, "at the end of the cosine"),
     "warmup_lr":        (1e-6, 0., 1e-6, "at the first step"),
-    "warmup_epochs":    (10., 40., .3, "linear warm-up; other --epochs keep its share"),
+    "warmup_epochs":    (10., 40., .3, "linear warm-up; fewer --epochs shrink it"),
     "weight_decay":     (.05, .05, .05, "AdamW, on matrices only"),
     "beta2":            (.999, .95, .95, "AdamW"),
     "clip_norm":        (3., 0., 1., "largest gradient norm, 0 = any"),
@@ -765,8 +765,8 @@ def resolve_args(args, world, device):
     args.out = args.out or name_run(args, chosen)
     if args.base_lr is not None:
         chosen["lr"] = None
-    if args.epochs is not None:                                # another length keeps the share of the warm-up
-        chosen["warmup_epochs"] *= args.epochs / chosen["epochs"]
+    if args.epochs is not None:                                # a shorter run keeps the share of the warm-up
+        chosen["warmup_epochs"] *= min(1, args.epochs / chosen["epochs"])
     for key, value in chosen.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
