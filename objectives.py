@@ -36,8 +36,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw
 
-from vit import (MLP, PATCH_FEATURES, Block, LayerScale, exit_on_error, gather_patches, init_weights, mae_init,
-                 patchify, principal_colors, sincos_positions, unpatchify, write_atomically)
+from vit import (MLP, PATCH_FEATURES, Block, LayerScale, drop_path, drop_rates, exit_on_error, gather_patches,
+                 init_weights, patchify, principal_colors, sincos_positions, split_noise, unpatchify, write_atomically)
 
 
 # --- orders and masks -------------------------------------------------------------------------------------
@@ -123,6 +123,7 @@ class Objective(nn.Module):
     logs    names of what forward returns beside the loss
     cut     the cutting point c: c - 1 visible patches, targets = 1 + n - c hidden ones
     smoothing   of the labels, in the cross-entropy; blockwise: hide blocks, not random patches
+    noise_rows  uniform numbers an image that decide stochastic depth
     """
     needs, logs = "tokens", ("accuracy",)
 
@@ -132,7 +133,7 @@ class Objective(nn.Module):
         if not 1 <= cut <= n:
             raise ValueError(f"cutting point {cut} is out of range: with {n} patches and a class token it is 1 to {n}")
         self.encoder, self.cut, self.targets = vit, cut, 1 + n - cut
-        self.smoothing, self.blockwise = smoothing, blockwise
+        self.smoothing, self.blockwise, self.noise_rows = smoothing, blockwise, 2 * vit.depth
         self.completes_step = True                             # False: gradients accumulate, more forwards follow
 
     def draw_order(self, b, seed=None, device="cpu"):
@@ -168,16 +169,18 @@ class Objective(nn.Module):
 class Decoder(nn.Module):
     """Transformer blocks, norm and head: rows (b, m, d) -> (b, n_out, values), of the last n_out rows."""
 
-    def __init__(self, width, depth, heads, values, layer_scale=None):
+    def __init__(self, width, depth, heads, values, layer_scale=None, drop=0.):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(width, heads, layer_scale=layer_scale) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, layer_scale=layer_scale, drop=rate)
+                                    for rate in drop_rates(drop, depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, values)
 
-    def forward(self, x, n_out):
-        for block in self.blocks[:-1]:
-            x = block(x)
-        x = self.blocks[-1](x, n_out=n_out)                    # asks for the last n_out rows only
+    def forward(self, x, n_out, noise=None):
+        noise = split_noise(noise, len(self.blocks))
+        for block, draws in zip(self.blocks[:-1], noise):
+            x = block(x, noise=draws)
+        x = self.blocks[-1](x, n_out=n_out, noise=noise[-1])   # asks for the last n_out rows only
         return self.head(self.norm(x))
 
 
@@ -208,8 +211,8 @@ class MaskedAutoencoder(Objective):
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.register_buffer("pos", sincos_positions(vit.grid, width, prefix=0), persistent=False)
         self.decoder = Decoder(width, depth, width // 32, size)
-        self.narrow.apply(mae_init)
-        self.decoder.apply(mae_init)
+        self.narrow.apply(vit.initialize)
+        self.decoder.apply(vit.initialize)
         self.decoder.head.apply(init_weights)                  # small: an untrained network starts at ln K
         nn.init.normal_(self.mask_token, std=.02)
 
@@ -292,8 +295,9 @@ class MaPeT(Objective):
 class RegressorBlock(nn.Module):
     """Cross-attention of CAE's regressor: hidden rows ask, visible and hidden rows answer."""
 
-    def __init__(self, width, heads, layer_scale=None):
+    def __init__(self, width, heads, layer_scale=None, drop=0.):
         super().__init__()
+        self.drop = drop
         scale = lambda: nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
         self.heads = heads
         self.norm_q, self.norm_k, self.norm_v, self.norm2 = (nn.LayerNorm(width, eps=1e-6) for _ in range(4))
@@ -301,7 +305,7 @@ class RegressorBlock(nn.Module):
         self.mlp = MLP(width, 4 * width)
         self.ls1, self.ls2 = scale(), scale()
 
-    def forward(self, x, visible, pos, pos_visible):
+    def forward(self, x, visible, pos, pos_visible, noise=(None, None)):
         """Hidden x (b, T, d), visible (b, v, d), their positions -> (b, T, d). Values carry no position."""
         rows = torch.cat([visible, x], 1)
         q = self.q(self.norm_q(x + pos))
@@ -310,8 +314,8 @@ class RegressorBlock(nn.Module):
         q, k, v = (rearrange(y, "b r (h d) -> b h r d", h=self.heads) for y in (q, k, v))
         y = rearrange(F.scaled_dot_product_attention(q, k, v), "b h r d -> b r (h d)")
         # CAE's quirk: the *normalised* rows are the residual, where a ViT block would keep the sum itself.
-        x = self.norm2(x + self.ls1(self.proj(y)))
-        return x + self.ls2(self.mlp(x))
+        x = self.norm2(x + drop_path(self.ls1(self.proj(y)), self.drop, noise[0]))
+        return x + drop_path(self.ls2(self.mlp(x)), self.drop, noise[1])
 
 
 class CAE(Objective):
@@ -321,21 +325,24 @@ class CAE(Objective):
         guess  = regressor(mask tokens | latent)      4 cross-attention blocks
         target = teacher([cls ; hidden])              the encoder one optimizer step before, no gradient
         loss   = CE(decoder(guess + pos), t(x)) + 2 MSE(guess, target)
-    So the encoder only encodes: to predict is left to the regressor. All parts are as wide as the encoder.
+    So the encoder only encodes: to predict is left to the regressor. All parts are as wide as the encoder, with
+    its initialization and stochastic depth (in regressor and decoder, too, linear from 0 to its last block's rate).
     The published one has no bias on keys: adding one changes no attention.
     """
     logs = "accuracy", "alignment"
 
     def __init__(self, vit, cut, vocab_size, depth=4, align=2., smoothing=0., blockwise=False):
         super().__init__(vit, cut, smoothing, blockwise)
-        width, heads = vit.width, vit.blocks[0].attn.heads
-        self.align = align
+        width, heads, drop = vit.width, vit.blocks[0].attn.heads, vit.blocks[-1].drop
+        self.align, self.depth, self.noise_rows = align, depth, 2 * (vit.depth + 2 * depth)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
-        self.regressor = nn.ModuleList(RegressorBlock(width, heads, vit.layer_scale) for _ in range(depth))
+        self.regressor = nn.ModuleList(RegressorBlock(width, heads, vit.layer_scale, rate)
+                                       for rate in drop_rates(drop, depth))
         self.regressor_norm = nn.LayerNorm(width, eps=1e-6)
-        self.decoder = Decoder(width, depth, heads, vocab_size, vit.layer_scale)
-        self.regressor.apply(init_weights)
-        self.decoder.apply(init_weights)
+        self.decoder = Decoder(width, depth, heads, vocab_size, vit.layer_scale, drop)
+        self.regressor.apply(vit.initialize)
+        self.decoder.apply(vit.initialize)
+        self.decoder.head.apply(init_weights)                  # small: an untrained network starts at ln K
         nn.init.trunc_normal_(self.mask_token, std=.02)
         self.teacher = copy.deepcopy(vit).eval().requires_grad_(False)
 
@@ -356,17 +363,21 @@ class CAE(Objective):
     def run(self, images, tokens, order, noise):
         """Of the hidden patches, in the order z: logits (b, T, K), tokens (b, T), guessed and true latents (b, T, d)."""
         vit, (visible, hidden) = self.encoder, self.split(images, order)
-        latent = vit.encode(vit.embed(images, visible), noise=noise)[:, vit.prefix:]
+        if noise is None and self.training:
+            noise = torch.rand(self.noise_rows, len(images), device=images.device)
+        rows = [2 * vit.depth, 2 * self.depth, 2 * self.depth]
+        of_encoder, of_regressor, of_decoder = [None] * 3 if noise is None else noise.split(rows)
+        latent = vit.encode(vit.embed(images, visible), noise=of_encoder)[:, vit.prefix:]
         with torch.no_grad():
             target = self.teacher.encode(self.teacher.embed(images, hidden))[:, vit.prefix:]
         if self.training and self.completes_step:
             self.update_teacher()
         pos, pos_visible = vit.positions(hidden), vit.positions(visible)
         guess = self.mask_token.expand(*hidden.shape, -1)
-        for block in self.regressor:
-            guess = block(guess, latent, pos, pos_visible)
+        for block, draws in zip(self.regressor, split_noise(of_regressor, self.depth)):
+            guess = block(guess, latent, pos, pos_visible, draws)
         guess = self.regressor_norm(guess)
-        logits = self.decoder(guess + pos, n_out=hidden.shape[1])
+        logits = self.decoder(guess + pos, hidden.shape[1], of_decoder)
         return logits, gather_patches(tokens, hidden), guess, target
 
     @torch.compiler.disable

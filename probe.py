@@ -42,7 +42,7 @@ import objectives
 import train
 from kmeans import (all_reduce, barrier, catch_signals, derive_seed, load_batches, make_loader, print0,
                     rank_and_world, setup)
-from vit import (MODELS, ViT, draw_grid, exit_on_error, from_weights, normalize, patchify, principal_colors,
+from vit import (MODELS, ViT, draw_grid, drop_rates, exit_on_error, from_weights, normalize, patchify, principal_colors,
                  read_checkpoint, save)
 
 
@@ -164,8 +164,8 @@ class Classifier(nn.Module):
         super().__init__()
         self.encoder, self.depth = vit.requires_grad_(True), vit.depth
         vit.norm = nn.Identity()
-        for i, block in enumerate(vit.blocks):
-            block.drop = drop_path * i / max(vit.depth - 1, 1)
+        for block, rate in zip(vit.blocks, drop_rates(drop_path, vit.depth)):
+            block.drop = rate
         self.fc_norm = nn.LayerNorm(vit.width, eps=1e-6)
         self.head = nn.Linear(vit.width, classes)
         nn.init.trunc_normal_(self.head.weight, std=head_std)
@@ -255,8 +255,8 @@ class LARS(torch.optim.Optimizer):
 
 
 # An explicit flag beats the recipe. blr is the learning rate per 256 images: lr = blr * batch / 256.
-ADAMW = dict(optimizer="adamw", lr=None, blr=None, min_lr=0., warmup_lr=0., warmup_epochs=0., layer_decay=1.,
-             beta2=.999, smoothing=0., mixup=0., cutmix=0., drop_path=0.)
+ADAMW = dict(optimizer="adamw", lr=None, blr=None, min_lr=0., warmup_lr=0., warmup_epochs=0., cosine="warmup",
+             layer_decay=1., beta2=.999, smoothing=0., mixup=0., cutmix=0., drop_path=0.)
 # Linear probes. mae: He et al. 2022, App. A.1, as in ClusterMIM. beit: MaPeT Sec. D; lr and decay are BEiT's.
 PROTOCOLS = {"mae": dict(ADAMW, optimizer="lars", blr=.1, weight_decay=0., batch_size=16384, epochs=90.,
                          warmup_epochs=10.),
@@ -267,7 +267,7 @@ STRONG = dict(ADAMW, batch_size=1024, weight_decay=.05, layer_decay=.65, epochs=
 # Ours: the embedded data's class is an orientation and a period, so nothing may turn, flip or zoom it.
 TEXTURES = dict(STRONG, lr=2e-3, layer_decay=1., epochs=10., batch_size=64, warmup_epochs=1., mixup=0.,
                 cutmix=0., erase=0., randaugment=0., drop_path=0.)
-RECIPES = {"mapet": dict(STRONG, lr=5e-4, warmup_epochs=20., warmup_lr=1e-6),
+RECIPES = {"mapet": dict(STRONG, lr=5e-4, warmup_epochs=20., warmup_lr=1e-6, cosine="start"),
            "mae": dict(STRONG, blr=5e-4, warmup_epochs=5., head_std=2e-5),
            "textures": TEXTURES}
 BY_WIDTH = {("mapet", 192): dict(lr=2.5e-4, epochs=300., layer_decay=1.),
@@ -531,7 +531,7 @@ def fit(model, ds, rows, recipe, args, name, classes=None, **identity):
     bar = tqdm(total=stop_at, initial=step, leave=False, disable=rank != 0 or None)
     with catch_signals() as received_anywhere, bar:
         while step < stop_at and not stopping:
-            lr = train.learning_rate(step, steps, warmup, peak, recipe.warmup_lr, recipe.min_lr)
+            lr = train.learning_rate(step, steps, warmup, peak, recipe.warmup_lr, recipe.min_lr, recipe.cosine)
             for group in optimizer.param_groups:
                 group["lr"] = group["scale"] * lr
             of_step = itertools.islice(micro_batches, share // micro)

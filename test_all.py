@@ -1741,6 +1741,41 @@ def test_cae_equals_its_description():
     assert all(torch.equal(value, teacher[key]) for key, value in model.teacher.state_dict().items())
 
 
+def test_stochastic_depth_reaches_all_of_cae():
+    """Noise 0 drops both branches of every block whose rate is above 0: here the last one's of all three networks."""
+    torch.manual_seed(0)
+    model = objectives.make("cae", V.ViT(**TINY, layer_scale=.3, drop_path=.5), 11, cut=5, decoder_depth=2)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=.2)
+    networks = model.encoder.blocks, model.regressor, model.decoder.blocks
+    assert [[block.drop for block in blocks] for blocks in networks] == [[0, .5]] * 3
+    given = torch.randn(2, 3, 24, 24), torch.randint(11, (2, 9)), objectives.random_order(2, 9)
+    nothing_dropped, everything = (torch.full((model.noise_rows, 2), value) for value in (1., 0.))
+    losses = [model(*given, noise=noise)[0] for noise in (nothing_dropped, everything)]
+    assert not torch.isclose(*losses) and not torch.isclose(*[model(*given)[0] for _ in range(2)])      # drawn anew
+    for number, blocks in enumerate(networks):                            # each network has draws of its own
+        noise = nothing_dropped.clone()
+        noise[4 * number:4 * number + 4] = 0
+        assert not torch.isclose(model(*given, noise=noise)[0], losses[0])
+    for blocks in networks:
+        for scale in (blocks[-1].ls1, blocks[-1].ls2):
+            nn.init.zeros_(scale.gamma)
+    model.eval()
+    torch.testing.assert_close(model(*given)[0], losses[1])
+
+
+@pytest.mark.parametrize("init", ["timm", "mae"])
+@pytest.mark.parametrize("name", ["mae", "clustermim", "cae"])
+def test_initialization_reaches_decoders(name, init):
+    """One initialization for all that is trained; only the head that ends in the loss starts small in both."""
+    model = objectives.make(name, V.ViT(**{**TINY, "init": init, "width": 96, "heads": 3}), 300)
+    layers = {key: layer for key, layer in model.named_modules() if isinstance(layer, nn.Linear) and "teacher" not in key}
+    for key, layer in layers.items():
+        xavier = math.sqrt(2 / (layer.in_features + layer.out_features))
+        wanted = .02 if init == "timm" or key == "decoder.head" else xavier
+        assert layer.weight.std().item() == pytest.approx(wanted, rel=.1) and not layer.bias.any(), key
+
+
 @pytest.mark.parametrize("name, target", [form for form in FORMS if form[0] in ("mae", "maskfeat", "clustermim", "cae")])
 def test_no_hidden_pixel_reaches_encoder_or_gradient(name, target):
     model, images, given, order = example(name, target, b=1, cut=4, decoder_depth=2)
@@ -2134,6 +2169,18 @@ def test_learning_rate():
     assert rate(60) == pytest.approx(.6) and rate(110) == pytest.approx(.2)
 
 
+def test_the_cosine_begins_where_each_paper_has_it():
+    """Fine-tuning of ViT-B, 20 of 100 epochs of warm-up: MaPeT's scheduler (timm's) starts the cosine at epoch 0."""
+    rate = lambda epoch, cosine: train.learning_rate(epoch, 100, 20, 1., 0., 0., cosine)
+    assert [rate(epoch, "warmup") for epoch in (10, 20, 60, 100)] == pytest.approx([.5, 1, .5, 0])
+    assert [rate(epoch, "start") for epoch in (10, 20, 60, 100)] == pytest.approx([.5, .9045, .3455, 0], abs=1e-4)
+    assert {name: settings["cosine"] for name, settings in probe.RECIPES.items()} == dict(
+        mapet="start", mae="warmup", textures="warmup")
+    for name in objectives.OBJECTIVES:
+        published = "warmup" if name in ("mae", "maskfeat", "clustermim") else "start"
+        assert train.recipe(name, "/imagenet")["cosine"] == published and train.recipe(name, "textures")["cosine"] == "warmup"
+
+
 def test_weight_decay_groups():
     model = objectives.make("mapet", tiny(layer_scale=.1), 6, cut=4)
     args = train.parse(["--lr", "1", "--weight-decay", "0.05", "--beta2", "0.9"])
@@ -2161,7 +2208,7 @@ def test_recipes_of_the_paper():
     assert train.recipe("mim", "/imagenet")["mask_ratio"] == 75 / 196
     assert {train.recipe(name, "/imagenet")["epochs"] for name in ("cae", "beit", "mim", "pim", "mapet")} == {300}
     cae, beit = train.recipe("cae", "/imagenet"), train.recipe("beit", "/imagenet")
-    assert (cae["mask_ratio"], cae["pos"], cae["decoder_depth"]) == (.5, "sincos", 4)
+    assert (cae["mask_ratio"], cae["pos"], cae["init"], cae["decoder_depth"]) == (.5, "sincos", "mae", 4)
     assert (beit["mask_ratio"], beit["pos"]) == (75 / 196, "learned")
     assert train.recipe("mapet", "cifar10")["mask_ratio"] == .75
     assert train.recipe("mapet", "cifar10", "vit_base")["mask_ratio"] == .7
@@ -2952,7 +2999,7 @@ def test_base_learning_rate_and_warmup_of_a_recipe(small_run, tmp_path, monkeypa
     probed("finetune", small_run, "--no-floor", "--out", tmp_path, "--recipe", "mae", "--batch-size", 8, "--steps", 1,
            "--epochs", 20, "--fresh")
     rate = pytest.approx(5e-4 * 8 / 256)
-    assert asked == [(0, 500, 25, rate, 0., 1e-6), (0, 100, 5, rate, 0., 1e-6)]
+    assert asked == [(0, 500, 25, rate, 0., 1e-6, "warmup"), (0, 100, 5, rate, 0., 1e-6, "warmup")]
     assert "40 images, 500 steps of 8, lr 1.5625e-05" in capsys.readouterr().out
 
 

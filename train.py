@@ -44,7 +44,7 @@ from vit import MODELS, count_flops, exit_on_error, normalize, read_checkpoint, 
 
 # MaPeT: Table 7, for ImageNet and every other folder of images; the rows of MaPeT's own tables. Not stated: the
 # digits of the cutting point for ViT-T, S and B (B gets Table 6's best, 70 % hidden, T and S the released code's
-# 75 %), PIM's cutting point (MaPeT's), MIM's hidden share (BEiT's), positions and initialisation of its CAE.
+# 75 %), PIM's cutting point (MaPeT's), MIM's hidden share (BEiT's), positions and initialization of its CAE (CAE's code).
 # ClusterMIM: Sec. 4.1, the rows of its tables, ViT-S, B and L alike. Not stated: base learning rate and warm-up
 # (MAE's), and whether its MAE row standardised the pixels (the released code's default: no).
 # textures: ours, for two CPU cores; learning rate, cut and K were compared on its third stream.
@@ -72,6 +72,7 @@ SETTINGS = {
     "min_lr":           (1e-5, 0., 1e-5, "at the end of the cosine"),
     "warmup_lr":        (1e-6, 0., 1e-6, "at the first step"),
     "warmup_epochs":    (10., 40., .3, "linear warm-up; fewer --epochs shrink it"),
+    "cosine":           ("start", "warmup", "warmup", "begins at the first step, which the warm-up hides, or after it"),
     "weight_decay":     (.05, .05, .05, "AdamW, on matrices only"),
     "beta2":            (.999, .95, .95, "AdamW"),
     "clip_norm":        (3., 0., 1., "largest gradient norm, 0 = any"),
@@ -82,7 +83,7 @@ MAPET, CLUSTERMIM, TEXTURES = ({key: row[i] for key, row in SETTINGS.items()} fo
 # batch / 256, warm-up 30, clip 0.02, crop 0.5, 40 % hidden in blocks).
 PAPERS = dict(
     mae=dict(CLUSTERMIM, vocab_size=None), maskfeat=dict(CLUSTERMIM, vocab_size=None, features="hog"),
-    clustermim=CLUSTERMIM, cae=dict(MAPET, pos="sincos"), beit=MAPET, mim=MAPET, pim=MAPET, mapet=MAPET)
+    clustermim=CLUSTERMIM, cae=dict(MAPET, pos="sincos", init="mae"), beit=MAPET, mim=MAPET, pim=MAPET, mapet=MAPET)
 SMALL = {"cifar10": (32, 4), "cifar100": (32, 4), "stl10": (96, 12)}     # ours: pixels a side, of a patch
 
 
@@ -123,11 +124,16 @@ def schedule(n, batch, seed, start, stop, rows, accumulate):
             yield [(epoch, i) for i in mine[m * micro:(m + 1) * micro]]
 
 
-def learning_rate(step, steps, warmup, peak, start, end):
-    """Linear warm-up from `start` to `peak`, then half a cosine down to `end`, step by step."""
+def learning_rate(step, steps, warmup, peak, start, end, cosine="warmup"):
+    """Linear warm-up from `start` to `peak`, then half a cosine down to `end`, step by step.
+
+    cosine   "warmup": it begins after the warm-up (MAE, ClusterMIM, BEiT); "start": at step 0, so that the rate drops
+             below the peak where the warm-up ends (MaPeT: timm's default)
+    """
     if step < warmup:
         return start + (peak - start) * step / warmup
-    done = (step - warmup) / max(1, steps - warmup)
+    first = warmup if cosine == "warmup" else 0
+    done = (step - first) / max(1, steps - first)
     return end + (peak - end) * .5 * (1 + math.cos(math.pi * done))
 
 
@@ -216,12 +222,12 @@ def train(args, ds, targets, state, device):
     with catch_signals() as received_anywhere:
         while step < stop_at:
             # --- one step: a function of (seed, step) and the parameters
-            lr = learning_rate(step, steps, warmup, args.lr, args.warmup_lr, args.min_lr)
+            lr = learning_rate(step, steps, warmup, args.lr, args.warmup_lr, args.min_lr, args.cosine)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             order = model.draw_order(args.batch_size, derive_seed(args.seed, step), device)[mine]
             generator.manual_seed(derive_seed(args.seed, step, 1))
-            size = 2 * model.encoder.depth, args.batch_size
+            size = model.noise_rows, args.batch_size
             noise = torch.rand(size, device=device, generator=generator)[:, mine]
             for m in range(accumulate):
                 images, _, wanted, read = next(loader)
@@ -703,7 +709,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(
         description="Pre-train a ViT by any objective of the two papers. What is not given comes from the recipe: "
                     "the embedded default for --data textures, the objective's paper's for a folder.")
-    choices = dict(model=list(MODELS), pos=["learned", "sincos"], init=["timm", "mae"])
+    choices = dict(model=list(MODELS), pos=["learned", "sincos"], init=["timm", "mae"], cosine=["start", "warmup"])
     add = parser.add_argument_group("recipe, with the papers' values").add_argument
     for key, (mapet, clustermim, _, text) in SETTINGS.items():
         kind = type(clustermim if mapet is None else mapet)

@@ -126,6 +126,16 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
+def split_noise(noise, depth):
+    """noise (2 depth, b) or None -> for each of `depth` blocks the draws of its two branches."""
+    return [(None, None)] * depth if noise is None else noise.split(2)
+
+
+def drop_rates(last, depth):
+    """Stochastic depth of each of `depth` blocks: linear from 0 to the last one's."""
+    return [last * i / max(depth - 1, 1) for i in range(depth)]
+
+
 class Block(nn.Module):
     def __init__(self, width, heads, mlp_ratio=4, layer_scale=None, drop=0.):
         super().__init__()
@@ -184,10 +194,11 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if cls_token else None
         self.pos_embed = nn.Parameter(torch.zeros(1, self.prefix + self.n_patches, width))
         self.patch_embed = PatchEmbed(patch_size, width)
-        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, layer_scale, rate) for rate in rates)
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, layer_scale, rate)
+                                    for rate in drop_rates(drop_path, depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.apply(init_weights if init == "timm" else mae_init)
+        self.initialize = init_weights if init == "timm" else mae_init   # for heads and decoders, too
+        self.apply(self.initialize)
         if cls_token:
             nn.init.normal_(self.cls_token, std=1e-6 if init == "timm" else .02)
         if pos == "learned":
@@ -223,9 +234,8 @@ class ViT(nn.Module):
         """
         if noise is None and self.training and self.blocks[-1].drop > 0:
             noise = torch.rand(2 * self.depth, len(x), device=x.device)
-        for i, block in enumerate(self.blocks):
-            drop = (None, None) if noise is None else noise[2 * i:2 * i + 2]
-            x = block(x, mask, n_keys, n_out if i == self.depth - 1 else None, drop)
+        for i, (block, draws) in enumerate(zip(self.blocks, split_noise(noise, self.depth))):
+            x = block(x, mask, n_keys, n_out if i == self.depth - 1 else None, draws)
         return self.norm(x)
 
     def forward(self, images):
