@@ -256,7 +256,7 @@ class LARS(torch.optim.Optimizer):
 
 # An explicit flag beats the recipe. blr is the learning rate per 256 images: lr = blr * batch / 256.
 ADAMW = dict(optimizer="adamw", lr=None, blr=None, min_lr=0., warmup_lr=0., warmup_epochs=0., cosine="warmup",
-             layer_decay=1., beta2=.999, smoothing=0., mixup=0., cutmix=0., drop_path=0.)
+             layer_decay=1., test_crop=.875, beta2=.999, smoothing=0., mixup=0., cutmix=0., drop_path=0.)
 # Linear probes. mae: He et al. 2022, App. A.1, as in ClusterMIM. beit: MaPeT Sec. D; lr and decay are BEiT's.
 PROTOCOLS = {"mae": dict(ADAMW, optimizer="lars", blr=.1, weight_decay=0., batch_size=16384, epochs=90.,
                          warmup_epochs=10.),
@@ -267,7 +267,7 @@ STRONG = dict(ADAMW, batch_size=1024, weight_decay=.05, layer_decay=.65, epochs=
 # Ours: the embedded data's class is an orientation and a period, so nothing may turn, flip or zoom it.
 TEXTURES = dict(STRONG, lr=2e-3, layer_decay=1., epochs=10., batch_size=64, warmup_epochs=1., mixup=0.,
                 cutmix=0., erase=0., randaugment=0., drop_path=0.)
-RECIPES = {"mapet": dict(STRONG, lr=5e-4, warmup_epochs=20., warmup_lr=1e-6, cosine="start"),
+RECIPES = {"mapet": dict(STRONG, lr=5e-4, warmup_epochs=20., warmup_lr=1e-6, cosine="start", test_crop=.9),
            "mae": dict(STRONG, blr=5e-4, warmup_epochs=5., head_std=2e-5),
            "textures": TEXTURES}
 BY_WIDTH = {("mapet", 192): dict(lr=2.5e-4, epochs=300., layer_decay=1.),
@@ -357,8 +357,9 @@ def choose_head(x, y, test_x, test_y, rates=RATES, decays=DECAYS, epochs=50, bat
 def make_transform(ds, kind, recipe=None):
     """Transform of a picture: "test"; "linear", of the papers' linear probes; "finetune", by the recipe."""
     size, is_file, bicubic = ds.image_size, hasattr(ds, "names"), InterpolationMode.BICUBIC
-    if kind == "test":                                              # the papers': 224 of 256
-        steps = [v2.Resize(size * 256 // 224, bicubic), v2.CenterCrop(size)] if is_file else []
+    if kind == "test":                                              # 224 of 256; MaPeT's fine-tuning: of 248
+        larger = int(size / (recipe.test_crop if recipe else .875))
+        steps = [v2.Resize(larger, bicubic), v2.CenterCrop(size)] if is_file else []
     elif is_file:
         steps = [v2.RandomResizedCrop(size, (.08, 1), interpolation=bicubic), v2.RandomHorizontalFlip()]
     else:                                                           # textures: shifted, a twelfth of a side
@@ -774,7 +775,8 @@ def run_finetune(args, vit, train_ds, test_ds, suffix):
     model = Classifier(vit, classes, recipe.drop_path, recipe.head_std)
     views = train.Augmented(train_ds, make_transform(train_ds, "finetune", recipe), args.seed)
     model = fit(model, views, rows, recipe, args, f"finetune{suffix}.pt", classes, data=args.data, weights=weights)
-    top1, top5 = score(model, train.with_transform(test_ds, make_transform(test_ds, "test")), args)[0].tolist()
+    seen = train.with_transform(test_ds, make_transform(test_ds, "test", recipe))
+    top1, top5 = score(model, seen, args)[0].tolist()
     return dict(finetune=top1, top5=top5, recipe=kind, labelled=len(rows))
 
 

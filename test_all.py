@@ -2768,14 +2768,16 @@ def test_views_are_crops_that_depend_on_the_seed(folder):
 
 
 def test_pictures_of_the_papers(folder):
-    """Test pictures are the centre 224 of 256, from the whole picture."""
+    """Test pictures are the center 224 of 256, MaPeT's after fine-tuning of 248, from the whole picture."""
     ds = train.open_dataset(folder, "test", 56)                            # files are 40 x 48
-    view = train.with_transform(ds, probe.make_transform(ds, "test"))[0][0]
-    with Image.open(ds.names[0]) as image:
-        resized = image.resize((76, 64), Image.Resampling.BICUBIC)         # 56 * 256 / 224 = 64
-    wanted = np.asarray(resized)[4:60, 10:66].transpose(2, 0, 1)
-    assert np.array_equal(view.numpy(), wanted)
     recipe = probe.apply_flags(probe.RECIPES["mapet"], probe.parse(["finetune", "x"]))
+    mae = probe.apply_flags(probe.RECIPES["mae"], probe.parse(["finetune", "x"]))
+    for how, (height, width) in ((None, (64, 76)), (mae, (64, 76)), (recipe, (62, 74))):   # 56 * 256 / 224 = 64
+        view = train.with_transform(ds, probe.make_transform(ds, "test", how))[0][0]
+        with Image.open(ds.names[0]) as image:
+            resized = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+        y, x = (height - 56) // 2, (width - 56) // 2
+        assert np.array_equal(view.numpy(), resized[y:y + 56, x:x + 56].transpose(2, 0, 1))
     strong = train.Augmented(ds, probe.make_transform(ds, "finetune", recipe), 0)
     images = torch.stack([strong[e, 0][0] for e in range(8)])
     assert images.dtype == torch.float32 and images.shape == (8, 3, 56, 56)
@@ -2974,6 +2976,15 @@ def test_finetune_starts_from_the_weights_and_resumes(folder, small_run, tmp_pat
     for name, value in trained.items():
         assert name.startswith("norm.") or torch.allclose(begun[f"encoder.{name}"], value, atol=1e-5)
     assert not any(name.startswith("encoder.norm.") for name in begun) and begun["fc_norm.weight"].shape == (96,)
+    # What was fine-tuned can make tokens, as ClusterMIM's DeiT does: its new norm takes the place of the old one.
+    tuned = V.from_weights(str(out / "finetune.pt"), 48)
+    assert torch.equal(tuned.norm.weight, begun["fc_norm.weight"])
+    assert torch.equal(tuned.blocks[0].mlp.fc1.weight, begun["encoder.blocks.0.mlp.fc1.weight"])
+    kmeans.main(["fit", "--data", folder, "--image-size", "48", "--patch-size", "8", "--k", "5", "--device", "cpu",
+                 "--features", str(out / "finetune.pt"), "--out", str(out)])
+    images = torch.rand(2, 3, 48, 48)
+    rows = kmeans.load_tokenizer(out / "tokenizer.pt").rows(images)
+    torch.testing.assert_close(rows, tuned(images)[:, 1:])
 
     whole = probed("finetune", small_run, *FINETUNE, "--out", tmp_path / "whole")
     assert whole["finetune"] > .7 and whole["top5"] == 1 and whole["floor"]["finetune"] <= 1

@@ -61,6 +61,7 @@ SETTINGS = {
     "features":         ("clip", "pixel", None, "what K-means clusters: pixel, pixel-norm, hog, dino, deit, mae, clip "
                          "or a ViT's file; or what mae (pixel, pixel-norm) and maskfeat (hog, dino, ...) predict"),
     "vocab_size":       (8192, 50, None, "codebook size K"),
+    "fraction":         (.05, .05, .05, "of each image's patches, for K-means (ClusterMIM's code takes all)"),
     "label_smoothing":  (0., 0., 0., "of the cross-entropy with tokens"),
     "crop":             (0., .2, 0., "least area of a random crop, as a share of the picture; half of the crops are "
                          "mirrored, and tokens are made of each as it comes. 0: the center square"),
@@ -646,10 +647,11 @@ def make_targets(args, ds, tokenizer, device):
     how = dict(device=device, workers=args.workers, progress=rank_and_world()[0] == 0 and sys.stderr.isatty())
     at_size = lambda size: ds if size == ds.image_size else with_transform(ds, center_square(size), image_size=size)
     if tokenizer is None:
-        print0(f"fitting a K-means tokenizer: {args.features} features, K = {args.vocab_size}, 5 % of the patches")
+        print0(f"fitting a K-means tokenizer: {args.features} features, K = {args.vocab_size}, "
+               f"{args.fraction:.0%} of the patches")
         tokenizer = kmeans.fit_tokenizer(
             at_size(args.image_size * (2 if args.features == "clip" else 1)), args.features, args.vocab_size,
-            patch_size=args.patch_size, image_size=args.image_size, fraction=.05, seed=args.seed, **how)
+            patch_size=args.patch_size, image_size=args.image_size, fraction=args.fraction, seed=args.seed, **how)
     if rank_and_world()[0] == 0:
         tokenizer.save(f"{args.out}/tokenizer.pt")
     barrier()
@@ -787,7 +789,7 @@ def resolve_args(args, world, device):
     if args.tokens and args.crop:
         raise ValueError(f"--tokens {args.tokens}: a crop or a flip (--crop {args.crop:g}) moves the patches away "
                          "from their stored tokens; --crop 0, or --tokenizer for tokens of each crop")
-    for key in ("crop", "label_smoothing", "drop_path"):
+    for key in ("crop", "label_smoothing", "drop_path", "fraction"):
         if getattr(args, key) > 1:
             raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key):g} is a share: from 0 to 1")
     if not args.crop and (args.vocab_size or 0) > kmeans.UNSET:

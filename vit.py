@@ -316,7 +316,8 @@ def read_checkpoint(path):
 def read_vit_weights(name_or_path):
     """(state dict of the ViT alone under timm's names, path): of a public name, a file or a run folder.
 
-    Files of timm, DINO, DeiT, MAE and of this repository; heads, decoders and mask tokens are left out.
+    Files of timm, DINO, DeiT, MAE and of this repository; heads, decoders and mask tokens are left out. A network
+    fine-tuned on the mean of its patches (probe.py, MAE) has a new norm, fc_norm, in place of the encoder's.
     """
     if name_or_path in PUBLIC:
         name_or_path = download(**PUBLIC[name_or_path])
@@ -329,7 +330,8 @@ def read_vit_weights(name_or_path):
         raise ValueError(f"{path}: no ViT weights in it")
     for prefix in ("module.", "backbone.", "encoder."):                       # DDP, DINO, the objectives here
         if any(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
+            state = {key.removeprefix(prefix): v for key, v in state.items() if key.startswith((prefix, "fc_norm."))}
+    state = {re.sub("^fc_norm", "norm", key): v for key, v in state.items()}
     ours = ("cls_token", "pos_embed", "patch_embed", "blocks", "norm")
     return {key: v for key, v in state.items() if key.split(".")[0] in ours}, path
 
