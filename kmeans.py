@@ -67,9 +67,8 @@ def find_nearest(x, w, bias):
     """
     if use_triton(x):
         return find_nearest_fused(x, w, bias)
-    scores = linear(x.float(), w.flatten(0, 1), bias.flatten())
-    best, labels = rearrange(scores, "m (r k) -> r m k", r=len(w)).max(-1)
-    return labels, best
+    best, labels = multiply(x, w, bias).unflatten(1, bias.shape).max(-1)
+    return labels.T, best.T
 
 
 def score_weights(c, origin, scale, shift):
@@ -82,34 +81,59 @@ def score_weights(c, origin, scale, shift):
     return (c * scale).float(), bias.float()
 
 
-def add_rows(sums, counts, labels, x):
-    """Add rows x (m, d) to sums (r, k, d) float32, and 1 to counts (r, k) float64, by labels (r, m)."""
-    if use_triton(x):
-        return add_rows_fused(sums, counts, labels, x)
-    x = x.float()
-    for r in range(len(labels)):
-        sums[r].index_add_(0, labels[r], x)
-        counts[r] += torch.bincount(labels[r], minlength=counts.shape[-1])
+def add_rows(sums, counts, labels, x, sign=1):
+    """Add rows x (m, d), sign -1: take them away, to float64 sums (k, d) and counts (k,), by labels (m,) int64.
+
+    float32 adds 65536 uint8 values exactly (below 2^24), others well enough; from there on float64 does.
+    """
+    for some, where in zip(x.split(1 << 16), labels.split(1 << 16)):
+        sums += sign * sum_rows(some, where, len(sums))
+        counts += sign * torch.bincount(where, minlength=len(sums))
 
 
-def run_pass(data, c, origin):
-    """One pass over all processes' rows: c (r, k, d) -> float64 sums (r, k, d), counts (r, k), score (r,)."""
-    sums, part = torch.zeros_like(c, dtype=torch.float64), torch.zeros_like(c)
-    counts, total = torch.zeros_like(sums[..., 0]), torch.zeros_like(sums[:, 0, 0])
-    w, bias = score_weights(c, origin, data.scale, data.shift)
-    added = 0
-    for block in data:
-        labels, scores = find_nearest(block, w, bias)
-        add_rows(part, counts, labels, block)
-        total += scores.sum(-1)
-        added += len(block)
-        if added >= 1 << 16:        # float32 adds 65536 uint8 values exactly (below 2^24), others well enough
-            sums += part
-            part.zero_()
-            added = 0
-    sums += part
-    all_reduce(sums, counts, total)
-    return sums, counts, total
+class Clusters:
+    """Which of k clusters each row is in, from pass to pass, and their float64 sums and counts; of r codebooks at once.
+
+    Only rows that change their cluster change a sum. Once few do, the CPU looks only at rows that can: `own` is at least
+    a row's distance to its centroid, `others` at most that to any other, and both move with the centroids (Hamerly
+    2010). Where they come nearer to each other than rounding the row is looked at: nothing is approximate.
+    """
+
+    def __init__(self, data, r, k, n, origin):
+        self.data, self.origin, self.n = data, origin, n                   # n: rows of this process
+        self.labels = torch.full((r, n), k, device=data.device)         # k: of none yet
+        self.sums = torch.zeros(r, k + 1, data.d, dtype=torch.float64, device=data.device)
+        self.counts = torch.zeros(r, k + 1, dtype=torch.float64, device=data.device)
+        self.bounds, self.few_change = None, False
+
+    def run_pass(self, c):
+        """All rows to the nearest of the centroids c (r, k, d): sums (r, k, d), counts (r, k) of all processes."""
+        w, bias = score_weights(c, self.origin, self.data.scale, self.data.shift)
+        if self.bounds:
+            self.bounds.move(c, self.labels)
+        elif self.few_change and not self.data.device.type == "cuda":
+            self.bounds = Bounds(self.data, c, self.n, self.origin)
+        changed, start = 0, 0
+        for block in self.data:
+            here = slice(start, start + len(block))
+            start = here.stop
+            for r, labels in enumerate(self.labels[:, here]):
+                if self.bounds:
+                    at, x, new = self.bounds.find_nearest(r, here, block, w[r], bias[r])
+                else:
+                    at, x, new = torch.arange(len(block)), block, find_nearest(block, w[r:r + 1], bias[r:r + 1])[0][0]
+                old = labels[at]
+                moved = (new != old).nonzero()[:, 0]
+                changed += len(moved)
+                if len(moved):
+                    x, new, old = x[moved], new[moved], old[moved]
+                    labels[at[moved]] = new
+                    add_rows(self.sums[r], self.counts[r], new, x)
+                    add_rows(self.sums[r], self.counts[r], old, x, sign=-1)
+        self.few_change = changed < .05 * self.labels.numel()
+        sums, counts = self.sums[:, :-1].clone(), self.counts[:, :-1].clone()
+        all_reduce(sums, counts)
+        return sums, counts
 
 
 def kmeans_plusplus(x, u):
@@ -164,19 +188,20 @@ class KMeans:
 
     def fit(self, x):
         data = Rows(x, self.k, **self.input)
-        n, start, mean, scatter = compute_statistics(data)
+        n, mine, start, mean, scatter = compute_statistics(data)
         if self.k > n:
             raise ValueError(f"{self.k} clusters of {n} rows: there must be at least as many rows as clusters")
         # Cosine: the rows have unit length, and centroids must get it back, or the longest would win.
         unit = F.normalize if self.metric == "cosine" else lambda c, dim: c
         c = unit(seed_centroids(data, self.k, self.init, self.restarts, self.seed, n, start), dim=-1)
+        clusters = Clusters(data, self.restarts, self.k, mine, mean)
         history, n_iter = [], torch.zeros(self.restarts, dtype=torch.long, device=c.device)
         done = n_iter > 0
         for _ in tqdm(range(self.max_iter), desc="k-means", unit=" passes", disable=not self.progress):
-            sums, counts, score = run_pass(data, c, mean)
-            history.append((scatter - 2 * score).clamp(min=0))    # ||x-c||^2 = ||x-mean||^2 - 2 score, summed
-            means = data.scale * sums / counts[..., None] + data.shift      # sums are of rows as stored
-            new = torch.where(counts[..., None] > 0, means, c.double())
+            sums, counts = clusters.run_pass(c)
+            sums = data.scale * sums + data.shift * counts[..., None]      # were of rows as stored
+            history.append(compute_inertia(scatter, sums, counts, c, mean))
+            new = torch.where(counts[..., None] > 0, sums / counts[..., None], c.double())
             if (counts == 0).any():
                 new = reseed(data, c, new, counts == 0, mean, start)
             new = torch.where(done[:, None, None], c, unit(new, dim=-1).float())     # what is done stays
@@ -185,7 +210,7 @@ class KMeans:
             done = done | (moved <= self.tol * scatter / (n * data.d))
             if done.all():
                 break
-        counts, inertia = torch.zeros_like(counts), torch.zeros_like(score)
+        counts, inertia = torch.zeros_like(counts), torch.zeros_like(history[0])
         for labels, distances in measure_distances(data, c, mean):
             counts.scatter_add_(-1, labels, torch.ones_like(labels, dtype=counts.dtype))
             inertia += distances.sum(-1)
@@ -286,6 +311,13 @@ def measure_distances(data, c, origin):
         yield labels, (data.standardize(block) - own).square_().sum(-1)
 
 
+def compute_inertia(scatter, sums, counts, c, mean):
+    """sum ||x - c||^2 = sum ||x - mean||^2 - 2 (c - mean).sum (x - mean) + count ||c - mean||^2, of each codebook."""
+    c = c.double() - mean
+    sums = sums - counts[..., None] * mean
+    return (scatter - 2 * (c * sums).sum((-1, -2)) + (counts * c.square().sum(-1)).sum(-1)).clamp(min=0)
+
+
 def reseed(data, c, new, empty, origin, start):
     """`new` (r, k, d) with its empty clusters moved onto the rows that are farthest from their centroids c."""
     m, first = int(empty.sum(-1).max()), start
@@ -306,7 +338,7 @@ def reseed(data, c, new, empty, origin, start):
 
 
 def compute_statistics(data):
-    """One pass: n of all processes, rows before this one's, mean (d,) and sum ||x - mean||^2 in float64."""
+    """One pass: n of all processes, of this one, rows before its own, mean (d,) and sum ||x - mean||^2 in float64."""
     n, origin, sums, squares = 0, None, 0., 0.
     for block in data:
         x = data.standardize(block)
@@ -324,7 +356,40 @@ def compute_statistics(data):
     scatter = squares - sums.square().sum() / total
     if not torch.isfinite(scatter):
         raise ValueError("K-means got NaN or infinite values (or some beyond 1e18): clean the data first")
-    return total, sum(sizes[:rank_and_world()[0]]), origin.double() + sums / total, scatter.clamp(min=0)
+    return total, n, sum(sizes[:rank_and_world()[0]]), origin.double() + sums / total, scatter.clamp(min=0)
+
+
+class Bounds:
+    """See Clusters: own, others (r, n) float32, for centroids c; norms (n,) are ||x - origin||^2."""
+
+    def __init__(self, data, c, n, origin):
+        self.own, self.others = (torch.full((len(c), n), value) for value in (math.inf, 0.))     # look at all
+        self.norms = torch.cat([(data.standardize(x) - origin.float()).square().sum(-1) for x in data])
+        self.c = c
+
+    def move(self, c, labels):
+        """The centroids have moved to c: by so much all bounds may be wrong."""
+        drift = F.pad((c - self.c).norm(dim=-1), (0, 1))       # one more, for k = 1
+        most, of = drift.topk(2)
+        for r, label in enumerate(labels):
+            self.own[r] += drift[r][label]
+            self.others[r] -= torch.where(label == of[r, 0], most[r, 1], most[r, 0])
+        self.c = c
+
+    def find_nearest(self, r, here, block, w, bias):
+        """Of the rows `here`, a block, those that can have changed: where (m,), rows (m, d), labels (m,) int64."""
+        own, others, norms = self.own[r, here], self.others[r, here], self.norms[here]
+        at = (own >= others).nonzero()[:, 0]
+        x = block.index_select(0, at)
+        if len(at) == 0:
+            return at, x, at
+        scores = multiply(x, w[None], bias[None])
+        best, labels = scores.max(-1)
+        second = scores.scatter_(1, labels[:, None], -math.inf).amax(-1)
+        # ||x - c||^2 = ||x - origin||^2 - 2 score. 1e-4 is far above the rounding of the scores.
+        own[at] = (1.0001 * norms[at] - 2 * best).clamp(min=0).sqrt()
+        others[at] = (.9999 * norms[at] - 2 * second).clamp(min=0).sqrt()
+        return at, x, labels
 
 
 # --- processes --------------------------------------------------------------------------------------------
@@ -470,12 +535,16 @@ def pixel_scale(d, mean, std):
     return tuple(v.repeat(-(-d // 3))[:d] for v in (1 / (255 * std), -mean / std))
 
 
-def linear(x, w, bias):
-    """F.linear; on the CPU as a 1x1 convolution, by oneDNN: on AMD's CPUs twice as fast as MKL's product."""
+def multiply(x, w, bias):
+    """Scores (m, r k) of rows (m, d) by w (r, k, d), bias (r, k); on the CPU a 1x1 convolution: by oneDNN.
+
+    On AMD's CPUs that is twice as fast as MKL's product.
+    """
+    x, w, bias = x.float(), w.flatten(0, 1), bias.flatten()
     if x.is_cuda or not torch.backends.mkldnn.is_available():
         return F.linear(x, w, bias)
-    image = rearrange(x[None, :, None], "b m one d -> b d m one")   # channels last, as the rows lie in memory
-    return rearrange(F.conv2d(image, w[:, :, None, None], bias), "1 k m 1 -> m k")
+    image = x.T[None, :, :, None]                                   # (1, d, m, 1): channels last, as the rows lie
+    return F.conv2d(image, w[:, :, None, None], bias)[0, :, :, 0].T
 
 
 # --- the same two steps on CUDA: no score reaches memory, no two programs add to the same number ----------
@@ -504,38 +573,14 @@ if triton is not None:
                 xs = tl.load(x_row + column[None, :], seen, 0).to(tl.float32)
                 ws = tl.load(w_row + column[:, None], (code[None, :] < k) & (column[:, None] < d), 0)
                 if HALF:
-                    xs = ((xs - center) * shrink).to(tl.float16)
+                    xs = ((xs - center) * tl.load(shrink)).to(tl.float16)
                 dot = tl.dot(xs, ws, dot, input_precision="tf32x3")     # as precise as float32 where not HALF
-            score = dot * unit + tl.load(bias + book * k + code, code < k, float("-inf"))[None, :]
+            score = dot * tl.load(unit) + tl.load(bias + book * k + code, code < k, float("-inf"))[None, :]
             top, arg = tl.max(score, 1, return_indices=True)
             label = tl.where(top > best, first + arg, label)
             best = tl.maximum(top, best)
         tl.store(labels + book * m + row, label, row < m)
         tl.store(scores + book * m + row, best, row < m)
-
-    @triton.jit
-    def one_hot_kernel(x, labels, sums, counts, m, k, d, span, splits, HALF: tl.constexpr,
-                       ROWS: tl.constexpr, CODES: tl.constexpr, WIDTH: tl.constexpr):
-        """One program: one-hot(labels)^T x over `span` rows and WIDTH columns, all codes at once in registers."""
-        split, book = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-        column = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-        code = tl.arange(0, CODES)
-        total = tl.zeros((CODES, WIDTH), tl.float32)
-        count = tl.zeros((CODES,), tl.float32)
-        for at in range(0, span, ROWS):
-            row = split * span + at + tl.arange(0, ROWS)
-            label = tl.load(labels + book * m + row, row < m, -1)
-            seen = (row[:, None] < m) & (column[None, :] < d)
-            xs = tl.load(x + row[:, None] * d + column[None, :], seen, 0).to(tl.float32)
-            hot = (label[None, :] == code[:, None]).to(tl.float32)
-            count += tl.sum(hot, 1)
-            if HALF:
-                hot, xs = hot.to(tl.float16), xs.to(tl.float16)
-            total = tl.dot(hot, xs, total, input_precision="tf32x3")
-        out = (book * splits + split) * k + code
-        tl.store(sums + out[:, None] * d + column[None, :], total, (code[:, None] < k) & (column[None, :] < d))
-        if tl.program_id(0) == 0:
-            tl.store(counts + out, count, code < k)
 
 
 def tile(size, most):
@@ -543,9 +588,9 @@ def tile(size, most):
 
 
 def power_of_two(x):
-    """The greatest one that is at most max |x|."""
-    largest = torch.linalg.vector_norm(x.flatten(), math.inf).item()
-    return 2. ** math.floor(math.log2(max(largest, 1e-30)))
+    """The greatest one that is at most max |x|, (1,) float32; nothing is read back, so that no GPU is waited for."""
+    largest = torch.linalg.vector_norm(x.flatten(), math.inf).float().clamp(min=1e-30).view(1)
+    return largest / (2 * torch.frexp(largest).mantissa)
 
 
 def find_nearest_fused(x, w, bias):
@@ -555,7 +600,8 @@ def find_nearest_fused(x, w, bias):
     only w is rounded, to 11 bits. Over 256 columns the errors average out far below 1e-4.
     """
     (r, k, d), m = w.shape, len(x)
-    x, half, center, shrink, unit = x.contiguous(), x.dtype != torch.float32 and d >= 256, 0., 1., 1.
+    x, half, center = x.contiguous(), x.dtype != torch.float32 and d >= 256, 0.
+    shrink = unit = torch.ones(1, device=x.device)
     if half:
         if x.dtype == torch.uint8:
             center, bias = 128., bias + 128 * w.sum(-1)         # x.w = (x - 128).w + 128 sum(w)
@@ -565,30 +611,23 @@ def find_nearest_fused(x, w, bias):
         w = (w / unit).half()
     labels = torch.empty(r, m, dtype=torch.int32, device=x.device)
     scores = torch.empty(r, m, device=x.device)
-    nearest_kernel[triton.cdiv(m, 128), r](
-        x, w.contiguous(), bias.contiguous(), labels, scores, m, k, d, center, shrink, unit / shrink, half,
-        128, tile(k, 128), tile(d, 64 if half else 32), num_warps=8)
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():      # Triton launches on the current one
+        nearest_kernel[triton.cdiv(m, 128), r](
+            x, w.contiguous(), bias.contiguous(), labels, scores, m, k, d, center, shrink, unit / shrink, half,
+            128, tile(k, 128), tile(d, 64 if half else 32), num_warps=8)
     return labels.long(), scores
 
 
-def add_rows_fused(sums, counts, labels, x):
-    """`add_rows` without atomics: a one-hot matrix product for up to 256 codes, sums of sorted rows for more."""
-    (r, k, d), m, x, labels = sums.shape, len(x), x.contiguous(), labels.contiguous()
-    if k <= 256:
-        span, width = min(16384, triton.cdiv(m, 64) * 64), tile(d, 64)  # < 65536 rows: float32 adds uint8 exactly
-        splits, half = triton.cdiv(m, span), x.dtype in (torch.uint8, torch.float16)
-        part = torch.empty(r, splits, k, d, device=x.device)
-        count = torch.empty(r, splits, k, device=x.device)
-        one_hot_kernel[triton.cdiv(d, width), splits, r](
-            x, labels, part, count, m, k, d, span, splits, half, 64, tile(k, 256), width, num_warps=8)
-        sums += part.sum(1)
-        counts += count.sum(1, dtype=torch.float64)
-        return
-    for i in range(r):
-        lengths = torch.bincount(labels[i], minlength=k)
-        ordered = x[labels[i].argsort(stable=True)].float()
-        sums[i] += torch.segment_reduce(ordered, "sum", lengths=lengths, axis=0, initial=0)
-        counts[i] += lengths
+def sum_rows(x, labels, k):
+    """Sums (k, d) float32 of rows x (m, d) by labels (m,); on CUDA without atomics, so that two runs agree."""
+    if not x.is_cuda:
+        return torch.zeros(k, x.shape[1]).index_add_(0, labels, x.float())
+    if k <= 257 and x.dtype != torch.float32:                      # one-hot(labels)^T x
+        kind = torch.float16 if x.dtype == torch.uint8 else x.dtype
+        hot = labels == torch.arange(k, device=x.device)[:, None]
+        return torch.mm(hot.to(kind), x.to(kind), out_dtype=torch.float32)
+    ordered, lengths = x[labels.argsort(stable=True)].float(), torch.bincount(labels, minlength=k)
+    return torch.segment_reduce(ordered, "sum", lengths=lengths, axis=0, initial=0)
 
 
 # --- from a data set to tokenizer.pt and tokens.npy -------------------------------------------------------
@@ -827,7 +866,8 @@ def bench_cpu(n, d, ks):
     print0(f"{'K':>6} {'product ms':>10} {'iteration ms':>12} {'ratio':>6}")
     for k in ks:
         c, data, origin = x[:k].clone(), Rows(x, k), x.mean(0).double()
-        product, iteration = 1e3 * measure_seconds(lambda: x @ c.T, lambda: run_pass(data, c[None], origin))
+        first = lambda: Clusters(data, 1, k, n, origin).run_pass(c[None])
+        product, iteration = 1e3 * measure_seconds(lambda: x @ c.T, first)
         print0(f"{k:>6} {product:>10.0f} {iteration:>12.0f} {iteration / product:>6.2f}")
 
 
@@ -844,7 +884,9 @@ def bench_cuda(device):
             part.random_(256) if kind == torch.uint8 else part.normal_()
         data = Rows(x, k)
         c = data.standardize(x[:k])[None]
-        t = measure_seconds(lambda: run_pass(data, c, c[0].double().mean(0)))[0]
+        clusters = Clusters(data, 1, k, n, c[0].double().mean(0))
+        clusters.run_pass(c)                                        # the first adds all rows, later ones what changes
+        t = measure_seconds(lambda: clusters.run_pass(c))[0]
         print0(f"n = {n}, d = {d}, K = {k}, {kind}: {t:.4f} s an iteration: "
                f"the data at {x.nbytes / t / bandwidth:.0%} of the copy bandwidth, "
                f"products at {2 * n * d * k / t / rate:.0%} of the bfloat16 rate")
