@@ -19,9 +19,11 @@ python kmeans.py bench                           time of a Lloyd iteration over 
 import argparse
 import contextlib
 import hashlib
+import itertools
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -45,7 +47,8 @@ try:
 except ImportError:                         # no Triton for macOS and Windows: plain torch takes over
     triton = None
 
-UNSET = np.uint16(65535)                    # no token: what is still missing in a half-written tokens.npy
+MOST_CODES = 1 << 16                        # tokens.npy is uint16
+SHARD = 4096                                # images; what a killed process loses of its tokens
 
 
 # --- K-means ----------------------------------------------------------------------------------------------
@@ -175,7 +178,7 @@ class KMeans:
     """
 
     def __init__(self, k, metric="euclidean", init="k-means++", max_iter=100, tol=1e-4, seed=0, restarts=1,
-                 mean=None, std=None, device=None, rows=None, progress=False):
+                 mean=None, std=None, device=None, rows=None):
         if metric not in ("euclidean", "cosine"):
             raise ValueError(f"metric must be euclidean or cosine, not {metric!r}")
         if not torch.is_tensor(init) and init not in ("k-means++", "random"):
@@ -183,7 +186,7 @@ class KMeans:
         if min(k, restarts, max_iter) < 1:
             raise ValueError(f"k, restarts and max_iter must be at least 1, not {k}, {restarts} and {max_iter}")
         self.k, self.metric, self.init, self.restarts, self.seed = k, metric, init, restarts, seed
-        self.max_iter, self.tol, self.progress = max_iter, tol, progress
+        self.max_iter, self.tol = max_iter, tol
         self.input = dict(metric=metric, mean=mean, std=std, device=device, rows=rows)
 
     def fit(self, x):
@@ -197,7 +200,7 @@ class KMeans:
         clusters = Clusters(data, self.restarts, self.k, mine, mean)
         history, n_iter = [], torch.zeros(self.restarts, dtype=torch.long, device=c.device)
         done = n_iter > 0
-        for _ in tqdm(range(self.max_iter), desc="k-means", unit=" passes", disable=not self.progress):
+        for _ in track(range(self.max_iter), "K-means", self.max_iter, "passes"):
             sums, counts = clusters.run_pass(c)
             sums = data.scale * sums + data.shift * counts[..., None]      # were of rows as stored
             history.append(compute_inertia(scatter, sums, counts, c, mean))
@@ -253,6 +256,7 @@ class KMeansTokenizer(nn.Module):
         self.vocab_size, self.n_patches = len(centroids), (image_size // patch_size) ** 2
         self.input_size = image_size * (2 if features == "clip" else 1)
         self.register_buffer("centroids", centroids.detach().float().clone())
+        self.folded = None                                     # of `forward`: see fold
 
     @torch.no_grad()
     def rows(self, images):
@@ -272,7 +276,20 @@ class KMeansTokenizer(nn.Module):
         return labels.view(rows.shape[:2]), distances.view(rows.shape[:2])
 
     def forward(self, images):
-        return self.assign(images)[0]
+        rows = self.rows(images)
+        block = rows.flatten(0, 1)
+        if self.metric == "cosine":                            # needs unit rows, at once
+            return self.assign(images)[0]
+        w, bias = self.fold(block)
+        return find_nearest(block, w, bias)[0].view(rows.shape[:2])
+
+    def fold(self, block):
+        """The centroids as `find_nearest` wants them, kept: to make them for every crop would wait for the GPU."""
+        key = self.centroids.device, self.centroids._version, block.dtype, self.centroids.data_ptr()
+        if self.folded is None or self.folded[0] != key:
+            data, c = Rows(block, len(self.centroids), mean=self.mean, std=self.std), self.centroids[None]
+            self.folded = key, *score_weights(c, c[0].double().mean(0), data.scale, data.shift)
+        return self.folded[1:]
 
     def save(self, path):
         keys = "features", "metric", "patch_size", "image_size", "mean", "std", "vocab_size"
@@ -364,8 +381,7 @@ class Bounds:
 
     def __init__(self, data, c, n, origin):
         self.own, self.others = (torch.full((len(c), n), value) for value in (math.inf, 0.))     # look at all
-        self.norms = torch.cat([(data.standardize(x) - origin.float()).square().sum(-1) for x in data])
-        self.c = c
+        self.norms, self.data, self.origin, self.c = torch.empty(n), data, origin.float(), c
 
     def move(self, c, labels):
         """The centroids have moved to c: by so much all bounds may be wrong."""
@@ -383,6 +399,8 @@ class Bounds:
         x = block.index_select(0, at)
         if len(at) == 0:
             return at, x, at
+        if len(at) == len(own) and own.isinf().all():          # the first time
+            norms.copy_((self.data.standardize(x) - self.origin).square().sum(-1))
         scores = multiply(x, w[None], bias[None])
         best, labels = scores.max(-1)
         second = scores.scatter_(1, labels[:, None], -math.inf).amax(-1)
@@ -404,6 +422,24 @@ def rank_and_world():
 def print0(*words):
     if rank_and_world()[0] == 0:
         print(*words, flush=True)
+
+
+def track(items, what, total, unit, size=lambda item: 1):
+    """Yields the items and says how far it is: a bar on a terminal, elsewhere a line a minute; on rank 0."""
+    rank, world = rank_and_world()
+    bar = tqdm(total=total, desc=what, unit=f" {unit}", leave=False, disable=rank != 0 or not sys.stderr.isatty())
+    started = said = time.time()
+    done = 0
+    for item in items:
+        yield item
+        done += size(item)
+        bar.update(size(item))
+        if rank == 0 and bar.disable and time.time() > said + 60:
+            said = time.time()
+            rate = done / (said - started)
+            all_rate = rate * world if unit == "images" else rate  # the processes share images, not passes
+            print0(f"{what}: {done / total:.0%}, {all_rate:.3g} {unit}/s, {(total - done) / rate / 60:.0f} minutes left")
+    bar.close()
 
 
 def barrier():
@@ -439,6 +475,7 @@ def setup(device=None):
     if device.type == "cuda":
         device = torch.device("cuda", local if device.index is None else device.index)
         torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)                # its backward with a mask is wrong for some shapes
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
@@ -447,15 +484,20 @@ def setup(device=None):
 @contextlib.contextmanager
 def catch_signals():
     """Yields a function: did any process get SIGTERM or SIGINT? All get the same answer in the same step."""
-    received = torch.zeros(1)
+    received, asked, calls, wait = torch.zeros(1), time.time(), 0, 1
     # A side group on the CPU: to ask through NCCL would wait for the GPU in every step.
     group = dist.new_group(backend="gloo") if dist.is_initialized() else None
 
     def received_anywhere():
-        flag = received.clone()
-        if group is not None:
-            dist.all_reduce(flag, group=group)
-        return flag.item() > 0
+        nonlocal asked, calls, wait
+        calls += 1
+        if group is None or calls % wait:
+            return group is None and received.item() > 0
+        # Many processes do not ask in every step, but about once a second, all in the same steps.
+        flags = torch.tensor([received.item(), (time.time() - asked) / wait])
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group)
+        asked, calls, wait = time.time(), 0, max(1, min(100, int(1 / flags[1].item())))
+        return flags[0].item() > 0
     numbers = signal.SIGTERM, signal.SIGINT
     before = [signal.signal(number, lambda *_: received.fill_(1)) for number in numbers]
     try:
@@ -647,11 +689,17 @@ def make_loader(ds, batches, workers=0, device="cpu"):
                       pin_memory=torch.device(device).type == "cuda")
 
 
-def load_batches(ds, indices, batch_size, workers=0, device="cpu"):
-    """(images uint8 (b, 3, S, S) on device, labels (b,), index really read (b,)) over `indices`, in that order."""
+def load_batches(ds, indices, batch_size, workers=0, device="cpu", what=None):
+    """(images uint8 (b, 3, S, S) on device, labels (b,), index really read (b,)) over `indices`, in that order.
+
+    what: a name for this pass, to say how far it is.
+    """
     indices = torch.as_tensor(indices).split(batch_size)
     loader = make_loader(ds, [part.tolist() for part in indices], workers, device)
-    for wanted, (images, labels, read) in zip(indices, loader):
+    batches = zip(indices, loader)
+    if what:
+        batches = track(batches, f"{what} of {ds.name}", sum(map(len, indices)), "images", lambda batch: len(batch[0]))
+    for wanted, (images, labels, read) in batches:
         if hasattr(ds, "note_unreadable"):                    # a neighbour may stand in for a damaged picture
             ds.note_unreadable(wanted, read)
         yield images.to(device, non_blocking=True), labels, read
@@ -662,21 +710,21 @@ def derive_seed(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def stream_patches(tokenizer, ds, keep, seed, batch_size, workers, device):
-    """(function that starts a stream of this process's rows, their number): `keep` patches of each image.
+def stream_patches(tokenizer, ds, keep, images, seed, batch_size, workers, device):
+    """(function that starts a stream of this process's rows, their number): `keep` patches of each of so many images.
 
     Images come in a seeded order over the whole set: sorted by class, as folders are, they would seed k-means++
     with one class (as ClusterMIM's code does). Which patches are kept depends on (seed, image) alone.
     """
     rank, world = rank_and_world()
-    order = torch.randperm(len(ds), generator=torch.Generator().manual_seed(seed))
-    mine = order[rank * len(ds) // world:(rank + 1) * len(ds) // world]
+    order = torch.randperm(len(ds), generator=torch.Generator().manual_seed(seed))[:images]
+    mine = order[rank * images // world:(rank + 1) * images // world]
 
     def choose(image, n):
         return torch.randperm(n, generator=torch.Generator().manual_seed(derive_seed(seed, image)))[:keep]
 
     def stream():
-        batches = load_batches(ds, mine, batch_size, workers, device)
+        batches = load_batches(ds, mine, batch_size, workers, device, "patches")
         for picked, (images, _, _) in zip(mine.split(batch_size), batches):
             x = tokenizer.rows(images)
             if keep < x.shape[1]:
@@ -701,10 +749,11 @@ def blank_tokenizer(ds, features, patch_size, image_size=None, k=1, metric="eucl
 
 def fit_tokenizer(ds, features="pixel", k=64, metric="euclidean", patch_size=16, image_size=None, fraction=None,
                   init=None, max_iter=None, tol=1e-4, restarts=None, seed=0, batch_size=64, workers=0, device="cpu",
-                  progress=False):
+                  images=None):
     """K-means on the patches of `ds`: a KMeansTokenizer, the same on every process; its .kmeans is the KMeans.
 
     fraction   of each image's patches, at least one; default: all of them
+    images     so many, a seeded sample; default: enough for 256 patches a code, at least 20,000
     Defaults for clip are k-CLIP's (MaPeT Sec. 4.2 and its code): 5 % of the patches, random seeds, 20 iterations,
     the best of 5; otherwise k-means++, 100 iterations, one start.
     The rows are computed once and kept (pixels: 1 byte a value, others float16 on CUDA) if they fit into memory,
@@ -717,17 +766,17 @@ def fit_tokenizer(ds, features="pixel", k=64, metric="euclidean", patch_size=16,
         raise ValueError(f"fraction is a share of each image's patches, above 0 and at most 1, not {fraction}")
     tokenizer = blank_tokenizer(ds, features, patch_size, image_size, k, metric).to(device)
     keep = max(1, round(fraction * tokenizer.n_patches))
-    stream, n = stream_patches(tokenizer, ds, keep, seed, batch_size, workers, device)
+    images = min(len(ds), images or max(20000, -(-256 * k // keep)))
+    stream, n = stream_patches(tokenizer, ds, keep, images, seed, batch_size, workers, device)
     first = next(stream())
     kind = torch.float16 if device.type == "cuda" and first.dtype == torch.float32 else first.dtype
     data = stream
     if n * first.shape[1] * kind.itemsize < available_memory(device):
         data, at = torch.empty(n, first.shape[1], dtype=kind, device=device), 0
-        for x in tqdm(stream(), desc="patches", unit=" batches", disable=not progress):
+        for x in stream():
             data[at:at + len(x)] = x
             at += len(x)
-    kmeans = KMeans(k, metric, init, max_iter, tol, seed, restarts, tokenizer.mean, tokenizer.std, device,
-                    progress=progress)
+    kmeans = KMeans(k, metric, init, max_iter, tol, seed, restarts, tokenizer.mean, tokenizer.std, device)
     tokenizer.kmeans = kmeans.fit(data)
     tokenizer.centroids = kmeans.centroids
     return tokenizer
@@ -755,52 +804,52 @@ def load_tokens(path):
     return tokens
 
 
-def reserve(path, shape, value):
-    """A .npy file full of `value`, all of it written: a memory map of a file with holes dies on a full disk."""
-    header = np.lib.format.header_data_from_array_1_0(np.broadcast_to(value, shape))
-    row = np.full(shape[1:], value).tobytes()
+def write_rows(path, shape, rows):
+    """A .npy file of rows, arrays of one type that follow each other, atomically.
+
+    Written as bytes: np.save does not notice when its last ones do not fit on the disk.
+    """
     with write_atomically(path) as temporary, open(temporary, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        for _ in range(shape[0]):
-            file.write(row)         # np.save does not notice when its last bytes do not fit
+        for i, row in enumerate(rows):
+            if i == 0:
+                header = np.lib.format.header_data_from_array_1_0(np.broadcast_to(row.flat[0], shape))
+                np.lib.format.write_array_header_1_0(file, header)
+            file.write(np.ascontiguousarray(row))
 
 
-def tokenize(tokenizer, ds, path, batch_size=64, workers=0, device="cpu", progress=False):
+def tokenize(tokenizer, ds, path, batch_size=64, workers=0, device="cpu"):
     """Tokens of all images in the data set's own order: writes `path`, a memory map (images, n) uint16.
 
-    Rows go into a file beside it that starts out as UNSET; a killed run is taken up at the rows that still have
-    UNSET, and the file gets its name when there is none. Several processes share the missing rows (and the disk).
+    The processes share the work in pieces of SHARD images, each a file in a folder beside `path`: a killed run is
+    taken up at the pieces that are missing, by any number of processes; the first one puts them together.
     """
-    tokenizer = tokenizer.to(device)
-    if tokenizer.vocab_size > UNSET:
-        raise ValueError(f"tokens are stored in 16 bits: {tokenizer.vocab_size} centroids are more than {UNSET}")
+    (rank, world), tokenizer, n = rank_and_world(), tokenizer.to(device), tokenizer.n_patches
+    if tokenizer.vocab_size > MOST_CODES:
+        raise ValueError(f"tokens are stored in 16 bits: {tokenizer.vocab_size} centroids are more than {MOST_CODES}")
     if os.path.exists(path):
         tokens, few = load_tokens(path), sorted({0, len(ds) // 2, len(ds) - 1})
         images, _, _ = next(load_batches(ds, few, len(few), device=device))
-        if tokens.shape == (len(ds), tokenizer.n_patches):
+        if tokens.shape == (len(ds), n):
             if (tokenizer(images).cpu().numpy() == tokens[few]).mean() >= .9:   # hardware may break a near-tie
                 return tokens
         raise ValueError(f"{path} is of another tokenizer or of other images than {ds.name}: "
                          "remove it or choose another folder")
-    rank, world = rank_and_world()
     made_of = tokenizer.centroids.cpu().numpy().tobytes() + f"{ds.name} {len(ds)} {tokenizer.features}".encode()
-    partial = f"{path}.{hashlib.sha256(made_of).hexdigest()[:8]}.partial"   # of no other tokenizer
-    if rank == 0 and not os.path.exists(partial):
-        reserve(partial, (len(ds), tokenizer.n_patches), UNSET)
-    barrier()
-    tokens = np.lib.format.open_memmap(partial, "r+")
-    missing = torch.from_numpy(np.flatnonzero((tokens == UNSET).any(1)))
+    folder = f"{path}.{hashlib.sha256(made_of).hexdigest()[:8]}"            # of no other tokenizer
+    os.makedirs(folder, exist_ok=True)
+    shards = {f"{start:09}.npy": range(start, min(start + SHARD, len(ds))) for start in range(0, len(ds), SHARD)}
+    there = set(os.listdir(folder))
     barrier()                                                      # nobody writes before everybody has looked
-    mine = missing[rank * len(missing) // world:(rank + 1) * len(missing) // world]
-    batches = zip(mine.split(batch_size), load_batches(ds, mine, batch_size, workers, device))
-    with tqdm(total=len(ds), initial=len(ds) - len(missing), desc="tokens", disable=not progress) as bar:
-        for rows, (images, _, _) in batches:
-            tokens[rows] = tokenizer(images).cpu().numpy()
-            bar.update(len(images) * world)
-    tokens.flush()
+    mine = [name for name in shards if name not in there][rank::world]
+    batches = load_batches(ds, [i for name in mine for i in shards[name]], batch_size, workers, device, "tokens")
+    rows = (row for images, _, _ in batches for row in tokenizer(images).cpu().numpy().astype(np.uint16))
+    for name in mine:
+        write_rows(os.path.join(folder, name), (len(shards[name]), n), itertools.islice(rows, len(shards[name])))
     barrier()
     if rank == 0:
-        os.replace(partial, path)
+        parts = [load_tokens(os.path.join(folder, name)) for name in shards]
+        write_rows(path, (len(ds), n), parts)
+        shutil.rmtree(folder)
     barrier()
     return load_tokens(path)
 
@@ -921,6 +970,7 @@ def parse(argv, check_numbers):
     add("--tol", type=float, default=1e-4, help="movement that counts as none (%(default)s)")
     add("--restarts", type=int, help="seedings, of which the best is kept (1; clip 5)")
     add("--fraction", type=float, help="share of each image's patches that is used (1; clip .05)")
+    add("--fit-images", type=int, help="a random sample of so many images (enough for 256 patches a code, 20,000)")
     add("--seed", type=int, default=0, help="of the patches and the first centroids (%(default)s)")
     show.add_argument("--rows", type=int, default=16, help="codes to draw, the most used ones (%(default)s)")
     show.add_argument("--images", type=int, default=400, help="images to look for patches in (%(default)s)")
@@ -936,18 +986,18 @@ def name_folder(args, k):
     """runs/tokenizer-DATA-FEATURES-kK, and what else was asked for: no two tokenizers meet in one folder."""
     parts = ["tokenizer", os.path.basename(os.path.normpath(args.data)), args.features, f"k{k}"]
     usual = dict(metric="euclidean", tol=1e-4, seed=0)
-    others = "metric", "init", "max_iter", "tol", "restarts", "fraction", "image_size", "patch_size", "seed"
+    others = "metric", "init", "max_iter", "tol", "restarts", "fraction", "fit_images", "image_size", "patch_size", "seed"
     for key in others:
         if (value := getattr(args, key)) not in (None, usual.get(key)):
             parts.append(f"{key.replace('_', '')}{value}")
     return os.path.join("runs", re.sub(r"[^\w.-]+", "_", "-".join(parts)))
 
 
-def run_fit(args, ds, k, p, size, device, progress):
+def run_fit(args, ds, k, p, size, device):
     started, path = time.perf_counter(), os.path.join(args.out, "tokenizer.pt")
     tokenizer = fit_tokenizer(
         ds, args.features, k, args.metric, p, size, args.fraction, args.init, args.max_iter, args.tol,
-        args.restarts, args.seed, args.batch_size, args.workers, device, progress)
+        args.restarts, args.seed, args.batch_size, args.workers, device, args.fit_images)
     found, n = tokenizer.kmeans, int(tokenizer.kmeans.counts.sum())
     share = found.counts / n
     print0(f"{n} patches, K = {k}: {found.n_iter} iterations, {time.perf_counter() - started:.1f} s, "
@@ -965,7 +1015,6 @@ def main(argv=None):
     args = parse(argv, check_numbers)
     with exit_on_error("kmeans.py"):
         rank, _, device = setup(args.device)
-        progress = rank == 0 and sys.stderr.isatty()
         if device.type not in ("cpu", "cuda"):
             raise ValueError(f"--device {args.device}: K-means adds up in float64, on cpu or cuda")
         if args.command == "bench":
@@ -988,10 +1037,10 @@ def main(argv=None):
         if ds is None:
             raise ValueError(f"--data {args.data}: no folder for --split {split} (val or test) in it")
         if args.command == "fit":
-            run_fit(args, ds, k, p, size, device, progress)
+            run_fit(args, ds, k, p, size, device)
         elif args.command == "tokenize":
             file = path("tokens.npy" if split == "train" else "tokens-test.npy")
-            tokens = tokenize(tokenizer, ds, file, args.batch_size, args.workers, device, progress)
+            tokens = tokenize(tokenizer, ds, file, args.batch_size, args.workers, device)
             print0(f"{file}: {tokens.shape[0]} images x {tokens.shape[1]} tokens of {tokenizer.vocab_size}")
         elif rank == 0:
             draw_codebook(tokenizer, ds, path("codebook.png"), args.rows, images=args.images)

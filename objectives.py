@@ -134,16 +134,25 @@ class Objective(nn.Module):
             raise ValueError(f"cutting point {cut} is out of range: with {n} patches and a class token it is 1 to {n}")
         self.encoder, self.cut, self.targets = vit, cut, 1 + n - cut
         self.smoothing, self.blockwise, self.noise_rows = smoothing, blockwise, 2 * vit.depth
-        self.completes_step = True                             # False: gradients accumulate, more forwards follow
 
-    def draw_order(self, b, seed=None, device="cpu"):
-        """An order z (b, n) of each image's patches, visible ones first; a function of the seed if given."""
-        at = "cpu" if self.blockwise else device               # blocks take decisions: each waits for a GPU
-        generator = None if seed is None else torch.Generator(at).manual_seed(seed)
+    def before_step(self):
+        """Called before the optimizer changes the weights."""
+
+    def draw_order(self, b, seed=None, device="cpu", rows=slice(None)):
+        """An order z (b, n) of each image's patches, visible ones first; a function of the seed if given.
+
+        rows: only those of a batch of b. Blocks are drawn for 64 images at once, each process's for its own.
+        """
         if not self.blockwise:
-            return random_order(b, self.encoder.n_patches, generator, at)
-        hidden = blockwise_mask(b, self.encoder.grid, self.targets, generator=generator)
-        order = hidden.int().argsort(dim=1, stable=True)
+            generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+            return random_order(b, self.encoder.n_patches, generator, device)[rows]
+        start, stop, _ = rows.indices(b)
+        first, orders = start // 64, []
+        for chunk in range(first, -(-stop // 64)):             # on the CPU: they take decisions, which wait for a GPU
+            generator = None if seed is None else torch.Generator().manual_seed(seed + chunk)
+            hidden = blockwise_mask(min(64, b - 64 * chunk), self.encoder.grid, self.targets, generator)
+            orders.append(hidden.int().argsort(dim=1, stable=True))
+        order = torch.cat(orders)[start - 64 * first:stop - 64 * first]
         if torch.device(device).type == "cuda":
             order = order.pin_memory()                         # so that the copy does not wait for the GPU
         return order.to(device, non_blocking=True)
@@ -370,8 +379,6 @@ class CAE(Objective):
         latent = vit.encode(vit.embed(images, visible), noise=of_encoder)[:, vit.prefix:]
         with torch.no_grad():
             target = self.teacher.encode(self.teacher.embed(images, hidden))[:, vit.prefix:]
-        if self.training and self.completes_step:
-            self.update_teacher()
         pos, pos_visible = vit.positions(hidden), vit.positions(visible)
         guess = self.mask_token.expand(*hidden.shape, -1)
         for block, draws in zip(self.regressor, split_noise(of_regressor, self.depth)):
@@ -380,12 +387,10 @@ class CAE(Objective):
         logits = self.decoder(guess + pos, hidden.shape[1], of_decoder)
         return logits, gather_patches(tokens, hidden), guess, target
 
-    @torch.compiler.disable
     @torch.no_grad()
-    def update_teacher(self):
+    def before_step(self):
         """Keep the weights that this step is about to change: the next step's targets are theirs."""
-        for old, new in zip(self.teacher.parameters(), self.encoder.parameters()):
-            old.copy_(new)
+        torch._foreach_copy_(list(self.teacher.parameters()), list(self.encoder.parameters()))
 
 
 # --- the objectives by name -------------------------------------------------------------------------------

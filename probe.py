@@ -359,12 +359,13 @@ def make_transform(ds, kind, recipe=None):
     size, is_file, bicubic = ds.image_size, hasattr(ds, "names"), InterpolationMode.BICUBIC
     if kind == "test":                                              # 224 of 256; MaPeT's fine-tuning: of 248
         larger = int(size / (recipe.test_crop if recipe else .875))
-        steps = [v2.Resize(larger, bicubic), v2.CenterCrop(size)] if is_file else []
+        steps = [v2.Resize(larger, bicubic), v2.CenterCrop(size)] if is_file else [v2.Identity()]
     elif is_file:
         steps = [v2.RandomResizedCrop(size, (.08, 1), interpolation=bicubic), v2.RandomHorizontalFlip()]
     else:                                                           # textures: shifted, a twelfth of a side
         steps = [v2.RandomCrop(size, padding=size // 12, padding_mode="reflect")]
     if kind == "finetune":
+        steps += [v2.ToPILImage()]                                  # whose rotations are the faster ones
         # timm's two operations, each with probability 1/2; its 9 of 10 is 27 of torchvision's 31. Its small
         # noise on the magnitude (mstd 0.5) is left out. Erased is by unit noise: after normalization.
         fill = [round(255 * m) for m in ds.mean]
@@ -372,7 +373,7 @@ def make_transform(ds, kind, recipe=None):
         steps += [v2.RandomApply([one], .5)] * 2 if recipe.randaugment else []
         steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(ds.mean, ds.std),
                   v2.RandomErasing(recipe.erase, value="random")]
-    return v2.Compose([*steps, v2.PILToTensor()])
+    return v2.Compose(steps)
 
 
 def mix_images(x, y, classes, recipe, *seed):
@@ -737,7 +738,8 @@ def run_fast(args, vit, train_ds, test_ds, suffix):
     try:
         if 4 * math.prod(shape) > args.memory * 2 ** 30:
             if rank == 0:
-                kmeans.reserve(path, shape, np.float16(0))
+                row = np.zeros(shape[1:], np.float16)               # all of it: a map of a file with holes dies
+                kmeans.write_rows(path, shape, itertools.repeat(row, shape[0]))        # on a full disk
             barrier()
             file = torch.from_numpy(np.load(path, mmap_mode="r+"))
         x = extract_layers(vit, train_ds, device, args.workers, file=file)

@@ -17,12 +17,16 @@ it, to be skipped at first: data sets, the run's files, tokens, the command line
 import argparse
 import contextlib
 import copy
+import functools
 import json
 import math
 import os
 import re
+import shutil
 import sys
 import time
+import zipfile
+import zlib
 
 import numpy as np
 import torch
@@ -30,8 +34,9 @@ import torchvision.datasets as tv
 from PIL import Image, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 import kmeans
@@ -39,6 +44,11 @@ import objectives
 import tcas
 from kmeans import all_reduce, barrier, catch_signals, derive_seed, make_loader, print0, rank_and_world, setup
 from vit import MODELS, count_flops, exit_on_error, normalize, read_checkpoint, save, write_atomically
+
+try:
+    from torchvision.io import decode_jpeg, read_file
+except ImportError:                         # torchvision 0.29 says that it will move its decoders out
+    decode_jpeg = None
 
 # --- recipes: an explicit flag beats the recipe -----------------------------------------------------------
 
@@ -118,8 +128,8 @@ def schedule(n, batch, seed, start, stop, rows, accumulate):
         epoch, k = divmod(step, per_epoch)
         if order is None or k == 0:
             generator = torch.Generator().manual_seed(derive_seed(seed, epoch))
-            order = torch.randperm(n, generator=generator).tolist()
-        mine = order[k * batch:(k + 1) * batch][rows]
+            order = torch.randperm(n, generator=generator)
+        mine = order[k * batch:(k + 1) * batch][rows].tolist()
         micro = len(mine) // accumulate
         for m in range(accumulate):
             yield [(epoch, i) for i in mine[m * micro:(m + 1) * micro]]
@@ -178,7 +188,8 @@ class Targets:
     def of(self, images, indices=None):
         """Of uint8 images (b, 3, S, S), at `indices` of the training set if they are its; None: not known."""
         if self.stored is not None and indices is not None:
-            return torch.from_numpy(self.stored[indices].astype(np.int64)).to(images.device)
+            tokens = torch.from_numpy(self.stored[indices].astype(np.int64))
+            return (tokens.pin_memory() if images.is_cuda else tokens).to(images.device, non_blocking=True)
         return self.make(images) if self.make else None
 
 
@@ -211,11 +222,12 @@ def train(args, ds, targets, state, device):
     if args.compile:
         model.compile()                                             # in place, so that parameter names stay
     net = model if world == 1 else DistributedDataParallel(
-        model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
+        model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False,
+        gradient_as_bucket_view=True)
 
     # --- images
-    seed = [args.seed] if args.crop or args.jitter else []
-    images_of = Augmented(ds, augmentation(ds, args.crop, args.jitter), *seed)
+    images_of = Augmented(ds, random_crop(ds.image_size, args.crop) if args.crop else None, args.seed)
+    jitter = ColorJitter(args.jitter, len(ds), args.seed)
     keys = schedule(len(ds), args.batch_size, args.seed, step, stop_at, mine, accumulate)
     loader = iter(make_loader(images_of, keys, args.workers, device))
 
@@ -226,16 +238,16 @@ def train(args, ds, targets, state, device):
             lr = learning_rate(step, steps, warmup, args.lr, args.warmup_lr, args.min_lr, args.cosine)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            order = model.draw_order(args.batch_size, derive_seed(args.seed, step), device)[mine]
+            order = model.draw_order(args.batch_size, derive_seed(args.seed, step), device, mine)
             generator.manual_seed(derive_seed(args.seed, step, 1))
             size = model.noise_rows, args.batch_size
             noise = torch.rand(size, device=device, generator=generator)[:, mine]
             for m in range(accumulate):
                 images, _, wanted, read = next(loader)
                 ds.note_unreadable(wanted, read)
-                images = images.to(device, non_blocking=True)
+                images = jitter(images.to(device, non_blocking=True), step // per_epoch, wanted)
                 given, part = targets.of(images, read), slice(m * micro, (m + 1) * micro)
-                last = model.completes_step = m == accumulate - 1
+                last = m == accumulate - 1
                 # All micro-batches make one gradient: the processes exchange it once, with the last.
                 with contextlib.nullcontext() if world == 1 or last else net.no_sync():
                     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -254,6 +266,7 @@ def train(args, ds, targets, state, device):
                 kept = f"{args.out}/last.pt keeps step {saved}" if saved else "No checkpoint was written yet"
                 raise ValueError(f"step {step + 1}: the loss or its gradient is not finite. {kept}; "
                                  f"try a lower --lr (now {args.lr:g})")
+            model.before_step()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
@@ -348,47 +361,77 @@ class Textures(Dataset):
 
 def center_square(size):
     """Short side resized (bicubic), then cropped: what MaPeT's images and their stored tokens share."""
-    return v2.Compose([v2.Resize(size, InterpolationMode.BICUBIC), v2.CenterCrop(size), v2.PILToTensor()])
+    return v2.Compose([v2.Resize(size, InterpolationMode.BICUBIC), v2.CenterCrop(size)])
 
 
 class Pictures(Dataset):
     """Pictures of any size and mode -> center square uint8 (3, S, S), label (-1: none), index really read.
 
-    names    of the files; or, with `source`, what to call source[i], whose first part is a PIL image
+    names    (n,) of the files in folder `root`, as bytes: an array, which forked loading processes share, where a list
+             would be copied page by page; or None with `source`, whose items begin with a PIL image
     labels   (n,) int64 or None; classes: their names or None
+    squares  Squares or None: center squares that were decoded before
     A neighbour stands in for a damaged picture, because a run of days must not die of one file.
     """
     mean, std = (.485, .456, .406), (.229, .224, .225)           # of ImageNet, on the scale 0..1
 
-    def __init__(self, name, names, labels, classes, image_size, source=None):
-        self.name, self.names, self.classes, self.source = name, names, classes, source
-        self.image_size, self.transform = image_size, center_square(image_size)
+    def __init__(self, name, root, names, labels, classes, image_size, source=None):
+        self.name, self.root, self.names, self.classes, self.source = name, root, names, classes, source
+        self.image_size, self.transform, self.squares = image_size, center_square(image_size), None
         self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
         self.unreadable = set()
 
     def __len__(self):
-        return len(self.names)
+        return len(self.names if self.source is None else self.source)
+
+    def path(self, i):
+        return os.path.join(self.root, f"picture {i}" if self.names is None else os.fsdecode(self.names[i]))
+
+    def load(self, i):
+        """The whole picture i, uint8 (3, H, W)."""
+        return read_rgb(self.path(i)) if self.source is None else pil_to_tensor(self.source[i][0].convert("RGB"))
+
+    def open(self, i):
+        """Picture i, transformed; decoded only if its square was not kept."""
+        if self.squares is None:
+            return self.transform(self.load(i))
+        square = self.squares.read(i)
+        if square is None or self.image_size != self.squares.size:           # k-CLIP's tokens want twice the pixels
+            picture = self.load(i)
+            image = self.transform(picture)
+            if square is None:
+                self.squares.write(i, image if self.image_size == self.squares.size else
+                                   center_square(self.squares.size)(picture))
+            return image
+        return square
 
     def __getitem__(self, i):
         for j in [(i + k) % len(self) for k in range(100)]:
-            with contextlib.suppress(Exception):                 # PIL's decoders raise half a dozen kinds
-                image = read_rgb(self.names[j]) if self.source is None else self.source[j][0].convert("RGB")
-                return self.transform(image), -1 if self.labels is None else int(self.labels[j]), j
-        raise OSError(f"{self.names[i]} and its neighbours cannot be read: is the folder still there?")
+            with contextlib.suppress(Exception):                 # decoders raise half a dozen kinds
+                return self.open(j), -1 if self.labels is None else int(self.labels[j]), j
+        raise OSError(f"{self.path(i)} and its neighbours cannot be read: is the folder still there?")
 
     def note_unreadable(self, wanted, read):
         """Name the pictures for which a neighbour stood in; more than 1 % is an error. Indices (b,)."""
         for i in set(wanted[wanted != read].tolist()) - self.unreadable:
             self.unreadable.add(i)
             count = f"{len(self.unreadable)} of {len(self)}"
-            tqdm.write(f"cannot read {self.names[i]}: its neighbour stands in ({count} so far)", sys.stderr)
+            tqdm.write(f"cannot read {self.path(i)}: its neighbour stands in ({count} so far)", sys.stderr)
             if len(self.unreadable) > .01 * len(self):
                 raise ValueError(f"{count} pictures cannot be read, more than 1 %: the first is "
-                                 f"{self.names[min(self.unreadable)]}; replace or remove them")
+                                 f"{self.path(min(self.unreadable))}; replace or remove them")
 
 
 def read_rgb(path):
-    """Any picture file -> PIL RGB as a viewer shows it: EXIF rotation applied, 16-bit grays scaled, on white."""
+    """Any picture file -> uint8 (3, H, W) as a viewer shows it: EXIF rotation applied, 16-bit grays scaled, on white.
+
+    Plain JPEGs by torchvision's decoder, whose pixels are PIL's; all else, also what it refuses, by PIL.
+    """
+    if decode_jpeg and path.lower().endswith((".jpg", ".jpeg")):
+        with contextlib.suppress(RuntimeError):                  # damaged, or no JPEG: PIL says which
+            image = decode_jpeg(read_file(path), apply_exif_orientation=True)
+            if len(image) != 4:                                  # CMYK
+                return image.expand(3, -1, -1)
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):                           # 16 bits a pixel: PIL would clip them at 255
@@ -396,7 +439,55 @@ def read_rgb(path):
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        return pil_to_tensor(image.convert("RGB"))
+
+
+class Squares:
+    """Center squares uint8 (3, size, size) in one file: decoded once, for all epochs and runs.
+
+    A row is whole pages of the disk, so that machines may fill one file together, and ends with a checksum of its
+    pixels: one that was never written, or half, is None. Read and written by position, as a memory map of a disk that
+    fails kills the process.
+    """
+
+    def __init__(self, path, n, size):
+        self.path, self.size, self.bytes = path, size, 3 * size * size
+        self.row = -(-(self.bytes + 8) // 4096) * 4096
+        self.total = n * self.row
+
+    def reserve(self):
+        """Make room on the disk for all rows; OSError if there is none."""
+        os.makedirs(os.path.dirname(self.path), exist_ok=True)
+        with open(self.path, "ab") as file:
+            missing = self.total - file.tell()
+            if missing > shutil.disk_usage(self.path).free:
+                raise OSError("no room")
+            if missing and hasattr(os, "posix_fallocate"):       # not on macOS
+                os.posix_fallocate(file.fileno(), 0, self.total)
+
+    def checksum(self, row):
+        """Of a row (row,) uint8 without its end: 64-bit words added up, and 1, so that zeros are no square."""
+        return (int(row[:-8].view(np.uint64).sum()) + 1) % 2 ** 64
+
+    def read(self, i):
+        row = np.empty(self.row, np.uint8)
+        if os.preadv(open_file(self.path, os.getpid()), [row], i * self.row) < self.row:
+            return None
+        whole = row[-8:].view(np.uint64)[0] == self.checksum(row)
+        return torch.from_numpy(row[:self.bytes]).view(3, self.size, self.size) if whole else None
+
+    def write(self, i, image):
+        row = np.zeros(self.row, np.uint8)
+        row[:self.bytes] = image.flatten().numpy()
+        row[-8:].view(np.uint64)[0] = self.checksum(row)
+        with contextlib.suppress(OSError):                       # a full disk after all: it is decoded again
+            os.pwrite(open_file(self.path, os.getpid()), row, i * self.row)
+
+
+@functools.lru_cache
+def open_file(path, process):
+    """A file to read and write by position, opened once in each process."""
+    return os.open(path, os.O_RDWR)
 
 
 # Data sets of torchvision: name -> (class, arguments of the training split, of the test split).
@@ -469,8 +560,8 @@ def open_named(name, split, image_size):
             barrier()
     keys = [key for key in ("targets", "labels", "_labels") if hasattr(pictures, key)]
     labels = getattr(pictures, keys[0]) if keys else [label for _, label in pictures._samples]
-    names, classes = [f"{name} picture {i}" for i in range(len(pictures))], getattr(pictures, "classes", None)
-    return Pictures(f"{name}/{split}", names, labels, classes, image_size, source=pictures)
+    classes = getattr(pictures, "classes", None)
+    return Pictures(f"{name}/{split}", name, None, labels, classes, image_size, source=pictures)
 
 
 def open_folder(folder, split, image_size, classes_file=None):
@@ -478,60 +569,135 @@ def open_folder(folder, split, image_size, classes_file=None):
     root = next(filter(os.path.isdir, roots), folder if split == "train" else None)
     if root is None:
         return None
-    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir()) if root != folder else []
-    classes, labels = names or None, None
+    found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir()) if root != folder else []
+    classes = found or None
     if classes_file:
         classes = sorted(open(classes_file).read().split())
-        if missing := set(classes) - set(names):
+        if missing := set(classes) - set(found):
             raise ValueError(f"--classes {classes_file}: no class folder {min(missing)} in {root}")
-    if classes is not None:
-        samples = make_dataset(root, {name: i for i, name in enumerate(classes)}, IMG_EXTENSIONS)
-        paths, labels = zip(*samples)
-    else:
-        found = (os.path.join(at, name) for at, _, names in os.walk(root, followlinks=True) for name in names)
-        paths = sorted(path for path in found if path.lower().endswith(IMG_EXTENSIONS))
-    if not paths:
-        raise ValueError(f"--data {root}: no pictures in it ({', '.join(IMG_EXTENSIONS)})")
-    return Pictures(f"{folder}/{split}", paths, labels, classes, image_size)
+    names, labels = list_pictures(root, classes)
+    return Pictures(f"{folder}/{split}", root, names, labels, classes, image_size)
+
+
+def list_pictures(root, classes):
+    """(names (n,) of the pictures below root, as bytes; labels (n,) int64, or None without classes), sorted by folder.
+
+    The list of a million files takes seconds: it is kept, with the time of the last change of every folder, and made
+    anew when one differs. Of the processes of a machine the first does that.
+    """
+    where = zlib.crc32("\n".join([os.path.abspath(root), *(classes or [])]).encode())
+    kept = os.path.join(torch.hub.get_dir(), "listings", f"{where:08x}.npz")
+    follows = int(os.environ.get("LOCAL_RANK", 0)) > 0
+    try:
+        if follows:
+            barrier()
+        with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):     # none yet, or damaged
+            with np.load(kept) as listing:
+                if [os.stat(folder).st_mtime_ns for folder in listing["folders"].tolist()] == listing["times"].tolist():
+                    return listing["names"], listing["labels"] if classes else None
+        names, labels, folders = [], [], []
+        for label, top in enumerate([os.path.join(root, name) for name in classes] if classes else [root]):
+            found = 0
+            for folder, _, files in sorted(os.walk(top, followlinks=True)):
+                files = sorted(name for name in files if name.lower().endswith(IMG_EXTENSIONS))
+                paths = [os.fsencode(os.path.relpath(os.path.join(folder, name), root)) for name in files]
+                names.append(np.array(paths, dtype=bytes))
+                labels.append(np.full(len(files), label))
+                folders.append(folder)
+                found += len(files)
+            if not found:
+                raise ValueError(f"--data {top}: no pictures in it ({', '.join(IMG_EXTENSIONS)})")
+        names, labels = np.concatenate(names), np.concatenate(labels)
+        with contextlib.suppress(OSError):                       # no room, no right: then it is made each time
+            os.makedirs(os.path.dirname(kept), exist_ok=True)
+            times = [os.stat(folder).st_mtime_ns for folder in folders]
+            with write_atomically(kept) as temporary, open(temporary, "wb") as file:
+                np.savez(file, names=names, labels=labels, folders=folders, times=times)
+        return names, labels if classes else None
+    finally:
+        if not follows:
+            barrier()
 
 
 def with_transform(ds, transform, **changes):
     """`ds` with another transform (of the whole picture) in place of its center square."""
     ds = copy.copy(ds)
-    vars(ds).update(transform=transform, **changes)
+    vars(ds).update({"transform": transform, "squares": None, **changes})
     return ds
 
 
 def augment(x, transform, *seed):
     """transform(x), with the random numbers that `seed` determines and nothing else."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(*seed))
+    generator = torch.default_generator                          # torch.manual_seed would ask for GPUs each time
+    state = generator.get_state()
+    generator.manual_seed(derive_seed(*seed))
+    try:
         return transform(x)
+    finally:
+        generator.set_state(state)
 
 
 class Augmented(Dataset):
     """Item (epoch, i): an image under a random transform, its label, i, and the index really read.
 
-    What is random in it is a function of (seed, epoch, i); without a seed nothing is.
+    What is random in it is a function of (seed, epoch, i); without a transform it is the data set's own item.
     """
 
-    def __init__(self, ds, transform, *seed):
-        self.ds, self.seed = with_transform(ds, transform), seed
+    def __init__(self, ds, transform=None, seed=0):
+        self.ds, self.random, self.seed = ds, transform is not None, seed
+        if self.random:
+            self.ds = with_transform(ds, transform)
         self.mean, self.std, self.note_unreadable = ds.mean, ds.std, ds.note_unreadable
 
     def __getitem__(self, key):
         epoch, i = key
-        image, label, read = augment(i, self.ds.__getitem__, *self.seed, epoch, i) if self.seed else self.ds[i]
+        image, label, read = augment(i, self.ds.__getitem__, self.seed, epoch, i) if self.random else self.ds[i]
         return image, label, i, read
 
 
-def augmentation(ds, crop, jitter):
-    """The transform of pre-training: the center square, or a random crop and flip; then color jitter."""
-    steps = [ds.transform]
-    if crop:
-        steps = [v2.RandomResizedCrop(ds.image_size, (crop, 1), interpolation=InterpolationMode.BICUBIC),
-                 v2.RandomHorizontalFlip(), v2.PILToTensor()]
-    return v2.Compose(steps + [v2.ColorJitter(jitter, jitter, jitter)] * (jitter > 0))
+def random_crop(size, area):
+    """A random crop of at least `area` of the picture, resized (bicubic), half of them mirrored (MAE, ClusterMIM)."""
+    return v2.Compose([v2.RandomResizedCrop(size, (area, 1), interpolation=InterpolationMode.BICUBIC),
+                       v2.RandomHorizontalFlip()])
+
+
+class ColorJitter:
+    """v2.ColorJitter of brightness, contrast and saturation, batched, on any device.
+
+    Factors and order of an image are a function of (seed, epoch, image).
+    """
+
+    def __init__(self, strength, n, seed):
+        self.strength, self.n, self.seed, self.epoch = strength, n, seed, None
+
+    def __call__(self, images, epoch, index):
+        """uint8 images (b, 3, S, S), those at index (b,) of the n of the data set -> the same, jittered."""
+        if not self.strength:
+            return images
+        if epoch != self.epoch:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch, 2))
+            self.epoch, self.draws = epoch, torch.rand(self.n, 6, generator=generator)
+        draws = self.draws[index]
+        draws = (draws.pin_memory() if images.is_cuda else draws).to(images.device, non_blocking=True)
+        low, high = max(0., 1 - self.strength), 1 + self.strength
+        return jitter_colors(images, low + (high - low) * draws[:, :3], draws[:, 3:].argsort(1))
+
+
+def jitter_colors(images, factors, order):
+    """Each of uint8 images (b, 3, S, S) by its factors (b, 3), of brightness, contrast, saturation, in its order (b, 3).
+
+    Each operation blends with something, factor x + (1 - factor) y: with black, with the mean gray, with its grays;
+    and rounds to uint8, as torchvision's functions do.
+    """
+    x = images.float()
+    for operation in order.unbind(1):
+        factor = factors.gather(1, operation[:, None])[..., None, None]
+        red, green, blue = x.split(1, dim=1)
+        gray = (.2989 * red + .587 * green + .114 * blue).floor()
+        operation = operation[:, None, None, None]
+        other = torch.where(operation == 2, gray, gray.mean((1, 2, 3), keepdim=True) * (operation == 1))
+        x = (factor * x + (1 - factor) * other).clamp(0, 255).floor()
+    return x.to(torch.uint8)
 
 
 # --- the run's files, tokens and plan ---------------------------------------------------------------------
@@ -584,7 +750,7 @@ class Log:
 
 
 # Flags that may change between a run and its continuation, because they do not change what is computed.
-FREE = set("out device workers steps fresh compile probe plan save_every log_every micro_batch".split())
+FREE = set("out cache device workers steps fresh compile probe plan save_every log_every micro_batch".split())
 
 
 def resume(path, args):
@@ -639,19 +805,48 @@ def read_inputs(args, ds, needs, device):
     return None, None
 
 
+def keep_squares(args, ds):
+    """Let the center squares of pictures be decoded once, if the disk has room; the first process of a machine asks."""
+    if args.crop or not args.cache or not isinstance(ds, Pictures):
+        return
+    what = (ds.names.tobytes() if ds.source is None else b"") + f"{os.path.abspath(ds.root)} {len(ds)}".encode()
+    name = re.sub(r"[^\w.-]+", "_", f"{ds.name.strip('/')}-{ds.image_size}-{zlib.crc32(what):08x}.squares")
+    squares = Squares(os.path.join(args.cache, name), len(ds), ds.image_size)
+    size = f"{squares.total / 1e9:.3g} GB"
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        try:
+            squares.reserve()
+            print0(f"center squares are kept in {squares.path}: {size}")
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.remove(squares.path)
+            print0(f"pictures are decoded in every epoch: there is no room in {args.cache} for their squares, {size}")
+    barrier()
+    if not os.path.exists(squares.path):
+        return
+    for i in sorted({0, len(ds) // 2, len(ds) - 1}):
+        square = squares.read(i)
+        with contextlib.suppress(OSError):
+            if square is not None and (square.float() - ds.open(i)).abs().mean() > 1:      # decoders differ by less
+                raise ValueError(f"{squares.path} is of other pictures than {ds.path(i)}: remove it")
+    ds.squares = squares
+
+
 def make_targets(args, ds, tokenizer, device):
     """Targets by a tokenizer; K-means is fitted on the training images where `read_inputs` found none.
 
     Tokenizer and tokens are kept in --out. With --crop none are stored: they are made of each crop in each step.
     """
-    how = dict(device=device, workers=args.workers, progress=rank_and_world()[0] == 0 and sys.stderr.isatty())
-    at_size = lambda size: ds if size == ds.image_size else with_transform(ds, center_square(size), image_size=size)
+    how = dict(device=device, workers=args.workers)
+    at_size = lambda size: ds if size == ds.image_size else with_transform(
+        ds, center_square(size), image_size=size, squares=getattr(ds, "squares", None))
     if tokenizer is None:
         print0(f"fitting a K-means tokenizer: {args.features} features, K = {args.vocab_size}, "
                f"{args.fraction:.0%} of the patches")
         tokenizer = kmeans.fit_tokenizer(
             at_size(args.image_size * (2 if args.features == "clip" else 1)), args.features, args.vocab_size,
-            patch_size=args.patch_size, image_size=args.image_size, fraction=args.fraction, seed=args.seed, **how)
+            patch_size=args.patch_size, image_size=args.image_size, fraction=args.fraction, seed=args.seed, images=args.fit_images,
+            **how)
     if rank_and_world()[0] == 0:
         tokenizer.save(f"{args.out}/tokenizer.pt")
     barrier()
@@ -695,12 +890,15 @@ FLAGS = {
                           "ViT-B 0.7, CAE 0.5, BEiT 75 of 196)"),
     "tokenizer": (str, "tokenizer.pt of kmeans.py fit (default: fitted first, kept in --out)"),
     "tokens": (str, "tokens.npy of kmeans.py tokenize, (images, patches), in the data set's order"),
+    "fit-images": (int, "images that K-means is fitted on, a random sample (default: enough for 256 patches a code, at "
+                        "least 20,000; the papers: all)"),
+    "cache": (str, "folder for decoded center squares, shared by runs; '': decode in every epoch (default cache)"),
     "steps": (int, "stop after this many optimizer steps of the schedule"),
     "micro-batch": (int, "images at once on one process; its share is accumulated (default: up to 256)"),
     "out": (str, "folder of the run (default: runs/OBJECTIVE-DATA-what differs from the recipe)"),
     "seed": (int, "of weights, order of images, augmentation, masks (default 0)"),
     "device": (str, "cuda, cpu (default: cuda if there is one)"),
-    "workers": (int, "loading processes per GPU (default: up to 8; 0 for textures)"),
+    "workers": (int, "loading processes of each process (default: its share of the cores; 0 for textures)"),
     "log-every": (int, "steps between lines of metrics.jsonl (default 50)"),
 }
 MAY_BE_ZERO = set("seed workers jitter crop cut mask_ratio label_smoothing drop_path layer_scale min_lr warmup_lr "
@@ -725,7 +923,7 @@ def parse(argv):
     add("--plan", action="store_true", help="print what the run would take, and stop")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     add("--probe", action=argparse.BooleanOptionalAction, help="k-NN and linear probe at the end (default)")
-    parser.set_defaults(data="textures", objective="mapet", seed=0, log_every=50, fresh=False, probe=True)
+    parser.set_defaults(data="textures", objective="mapet", seed=0, cache="cache", log_every=50, fresh=False, probe=True)
     args = parser.parse_args(argv)
     check_numbers(parser, args, MAY_BE_ZERO)
     for a, b in (("cut", "mask_ratio"), ("lr", "base_lr"), ("tokens", "tokenizer")):
@@ -781,8 +979,9 @@ def resolve_args(args, world, device):
     args.lr = args.base_lr * args.batch_size / 256 if args.lr is None else args.lr
     args.compile = device.type == "cuda" if args.compile is None else args.compile
     if args.workers is None:
-        cores = (os.cpu_count() or 1) // max(1, torch.cuda.device_count())
-        args.workers = 0 if args.data == "textures" else min(8, cores)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()     # not on macOS
+        share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        args.workers = 0 if args.data == "textures" else max(1, share)
     if args.objective == "maskfeat" and args.features in ("pixel", "pixel-norm"):
         raise ValueError(f"--features {args.features}: to predict pixels is --objective mae; maskfeat predicts "
                          "hog or the features of an encoder")
@@ -792,8 +991,8 @@ def resolve_args(args, world, device):
     for key in ("crop", "label_smoothing", "drop_path", "fraction"):
         if getattr(args, key) > 1:
             raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key):g} is a share: from 0 to 1")
-    if not args.crop and (args.vocab_size or 0) > kmeans.UNSET:
-        raise ValueError(f"--vocab-size {args.vocab_size}: stored tokens have 16 bits, {kmeans.UNSET} codes at "
+    if not args.crop and (args.vocab_size or 0) > kmeans.MOST_CODES:
+        raise ValueError(f"--vocab-size {args.vocab_size}: stored tokens have 16 bits, {kmeans.MOST_CODES} codes at "
                          "most; with --crop nothing is stored")
     divide_batch(args, world)
     with torch.device("meta"):                                   # sizes, --cut and --mask-ratio out of range
@@ -831,6 +1030,7 @@ def run(args):
     os.makedirs(args.out, exist_ok=True)
     classes = f"{len(ds.classes)} classes" if ds.classes else "no labels"
     print0(f"{ds.name}: {len(ds)} images, {classes}; run in {args.out}")
+    keep_squares(args, ds)
     targets = targets or make_targets(args, ds, tokenizer, device)
     if rank == 0 and targets.stored is not None:
         print0("\n".join(tcas.describe_codebook(targets.stored, ds.labels, targets.size, args.seed)))

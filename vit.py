@@ -571,6 +571,8 @@ def exit_on_error(script):
             code, line = 2, first
             if "worker process" in first:                           # a loader's whole traceback: its last line
                 line = re.sub(r"^\w+: ", "", others[-1])
+        elif isinstance(error, torch.OutOfMemoryError):
+            line = f"the device is out of memory; --micro-batch: fewer images at once, the same result; {again}"
         elif first.startswith("DataLoader worker"):
             line = f"a loading process was lost ({first}); short of memory, of /dev/shm? Fewer --workers; {again}"
         elif "WORLD_SIZE" in os.environ and re.search("gloo|nccl|connection|peer", str(error), re.I):
