@@ -243,13 +243,15 @@ class KMeansTokenizer(nn.Module):
 
     S is image_size; for clip also twice that, which spares it the blur of enlarging (`input_size`: the best).
     It belongs beside a model, never inside: MAE's weight initialisation would wipe it.
+
+    encoder   of a learned tokenizer (dvae, vq, peco, vqkd): the weights of f, see PatchFeatures; f is kept with it
     """
 
-    def __init__(self, features, centroids, metric, patch_size, image_size, mean, std):
+    def __init__(self, features, centroids, metric, patch_size, image_size, mean, std, encoder=None):
         super().__init__()
         self.features, self.metric, self.patch_size, self.image_size = features, metric, patch_size, image_size
         self.mean, self.std = (tuple(float(value) for value in values) for values in (mean, std))
-        self.extract = PatchFeatures(features, patch_size, image_size)
+        self.extract, self.learned = PatchFeatures(features, patch_size, image_size, encoder), encoder is not None
         self.vocab_size, self.n_patches = len(centroids), (image_size // patch_size) ** 2
         self.input_size = image_size * (2 if features == "clip" else 1)
         self.register_buffer("centroids", centroids.detach().float().clone())
@@ -276,7 +278,10 @@ class KMeansTokenizer(nn.Module):
 
     def save(self, path):
         keys = "features", "metric", "patch_size", "image_size", "mean", "std", "vocab_size"
-        save({"centroids": self.centroids.cpu(), **{key: getattr(self, key) for key in keys}}, path)
+        state = {"centroids": self.centroids.cpu(), **{key: getattr(self, key) for key in keys}}
+        if self.learned:
+            state["encoder"] = {key: value.cpu() for key, value in self.extract.state_dict().items()}
+        save(state, path)
 
 
 # ==========================================================================================================

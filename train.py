@@ -37,8 +37,9 @@ from tqdm import tqdm
 import kmeans
 import objectives
 import tcas
-from kmeans import all_reduce, barrier, catch_signals, derive_seed, make_loader, print0, rank_and_world, setup
-from vit import MODELS, count_flops, exit_on_error, normalize, read_checkpoint, save, write_atomically
+from kmeans import all_gather, all_reduce, barrier, catch_signals, derive_seed, make_loader, print0, rank_and_world, setup
+from vit import (MODELS, count_flops, exit_on_error, normalize, read_checkpoint, save, to_channels,
+                 write_atomically)
 
 # --- recipes: an explicit flag beats the recipe -----------------------------------------------------------
 
@@ -85,6 +86,15 @@ MAPET, CLUSTERMIM, TEXTURES = ({key: row[i] for key, row in SETTINGS.items()} fo
 PAPERS = dict(
     mae=dict(CLUSTERMIM, vocab_size=None), maskfeat=dict(CLUSTERMIM, vocab_size=None, features="hog"),
     clustermim=CLUSTERMIM, cae=dict(MAPET, pos="sincos", init="mae"), beit=MAPET, mim=MAPET, pim=MAPET, mapet=MAPET)
+# Learned tokenizers: VQ-KD's recipe (BEiT v2's code), with DINO as teacher in place of CLIP's ViT-B/16. The others' are for
+# convolutions: of DALL-E (App. A), VQGAN (its code) and PeCo what fits a ViT; ours: epochs of dvae and vq.
+VQKD = dict(MAPET, features="dino_vitb16", vocab_size=8192, decoder_depth=3, crop=.08, jitter=0., layer_scale=0., drop_path=0.,
+            epochs=100., batch_size=512, lr=2e-4, min_lr=1e-5, weight_decay=1e-4, beta2=.99, clip_norm=0.,
+            cosine="warmup")
+PAPERS.update(
+    vqkd=VQKD, peco=dict(VQKD, batch_size=128, lr=5e-5, min_lr=0., beta2=.999),
+    vq=dict(VQKD, features="pixel", vocab_size=1024, lr=1e-4),
+    dvae=dict(VQKD, features="pixel", lr=1e-4, min_lr=1.25e-6, beta2=.999))
 SMALL = {"cifar10": (32, 4), "cifar100": (32, 4), "stl10": (96, 12)}     # ours: pixels a side, of a patch
 
 
@@ -92,16 +102,19 @@ def recipe(objective, data, model=None):
     """The settings of an objective on a data set, as a dict of flags; `model` as given by --model, or None."""
     kind, _, mask_ratio = objectives.OBJECTIVES[objective]
     chosen = dict(PAPERS[objective], mask_ratio=mask_ratio)
-    codebook = dict(features="pixel", vocab_size=64) if chosen["vocab_size"] else {}
+    teacher = "hog" if objective in ("peco", "vqkd") else "pixel"    # on small data sets: ours, needs no download
+    codebook = dict(features=teacher, vocab_size=64) if chosen["vocab_size"] else {}
     if data in SMALL:
         size, p = SMALL[data]
         chosen.update(codebook, model="vit_tiny", batch_size=512, image_size=size, patch_size=p)
     if objective in ("pim", "mapet") and (model or chosen["model"]) == "vit_base":
         chosen["mask_ratio"] = .7                                     # MaPeT Table 6
     if data == "textures":
-        hidden = .75 if kind is objectives.MaskedAutoencoder else .5
+        hidden = mask_ratio and (.75 if kind is objectives.MaskedAutoencoder else .5)
         textures = {key: value for key, value in TEXTURES.items() if value is not None}
         chosen.update(textures, base_lr=None, mask_ratio=hidden, **codebook)
+        if objective in objectives.TOKENIZERS:                     # 3 epochs are enough, and std 0.02 starts slowly
+            chosen.update(epochs=3., init="mae")
     return chosen
 
 
@@ -159,8 +172,9 @@ def build(args, size):
     teacher = "hog" if args.features == "hog" else "features"
     target = dict(mae=args.features, maskfeat=teacher).get(args.objective)
     mask_ratio = args.mask_ratio if args.cut is None else None
-    return objectives.make(args.objective, vit, size, args.cut, mask_ratio, target, args.label_smoothing,
-                           args.decoder_depth)
+    vocab_size = args.vocab_size if args.objective in objectives.TOKENIZERS else size
+    return objectives.make(args.objective, vit, vocab_size, args.cut, mask_ratio, target, args.label_smoothing,
+                           args.decoder_depth, values=size)
 
 
 class Targets:
@@ -170,10 +184,11 @@ class Targets:
     stored  tokens (images, n) of the center squares, extracted once (MaPeT); or None
     make    function of uint8 images, as augmented: tokens (b, n), or features (b, n, size); or None
     size    codebook size, or values a patch
+    layers  of images normalised as for the model: what a perceptual loss compares; or None
     """
 
-    def __init__(self, stored=None, make=None, size=None):
-        self.stored, self.make, self.size = stored, make, size
+    def __init__(self, stored=None, make=None, size=None, layers=None):
+        self.stored, self.make, self.size, self.layers = stored, make, size, layers
 
     def of(self, images, indices=None):
         """Of uint8 images (b, 3, S, S), at `indices` of the training set if they are its; None: not known."""
@@ -198,6 +213,7 @@ def train(args, ds, targets, state, device):
 
     # --- model, optimizer, where we are
     model = build(args, targets.size).to(device)
+    model.layers = targets.layers
     optimizer = make_optimizer(model, args)
     step = saved = state["step"] if state else 0
     if state:
@@ -205,6 +221,8 @@ def train(args, ds, targets, state, device):
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
         print0(f"going on from {args.out}/last.pt at step {step}")
+    elif args.objective in ("vq", "peco", "vqkd"):
+        start_codebook(args, model, ds, device)
     log = Log(args, model, targets, state, device)
     print0(f"{describe(model, args)}. {steps} steps of {args.batch_size} images ({world} processes x {accumulate} x "
            f"{micro}), lr {args.lr:g}, {'bfloat16' if device.type == 'cuda' else 'float32'} on {device}")
@@ -226,6 +244,7 @@ def train(args, ds, targets, state, device):
             lr = learning_rate(step, steps, warmup, args.lr, args.warmup_lr, args.min_lr, args.cosine)
             for group in optimizer.param_groups:
                 group["lr"] = lr
+            model.progress.fill_(step / steps)
             order = model.draw_order(args.batch_size, derive_seed(args.seed, step), device)[mine]
             generator.manual_seed(derive_seed(args.seed, step, 1))
             size = model.noise_rows, args.batch_size
@@ -256,6 +275,7 @@ def train(args, ds, targets, state, device):
                                  f"try a lower --lr (now {args.lr:g})")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            model.end_step(all_reduce, all_gather)
             step += 1
             if log_due:
                 log.write(step, step / per_epoch, lr, steps)
@@ -618,6 +638,12 @@ def read_inputs(args, ds, needs, device):
     if needs == "features":
         teacher = kmeans.blank_tokenizer(ds, args.features, args.patch_size).to(device)
         return None, Targets(make=teacher.rows, size=teacher.rows(ds[0][0][None].to(device)).shape[-1])
+    if needs == "layers":
+        teacher = kmeans.blank_tokenizer(ds, args.features, args.patch_size).to(device)
+        mean, std, own_mean, own_std = (to_channels(v, device) for v in (ds.mean, ds.std, teacher.mean, teacher.std))
+        layers = lambda images: teacher.extract.layers((images * std + mean - own_mean) / own_std)
+        layers(normalize(ds[0][0][None].to(device), ds))               # can it be had?
+        return None, Targets(layers=layers)
     if args.tokens:
         tokens = kmeans.load_tokens(args.tokens)
         if tokens.shape != (len(ds), n):
@@ -661,6 +687,33 @@ def make_targets(args, ds, tokenizer, device):
     return Targets(tokens, tokenizer, tokenizer.vocab_size)
 
 
+def start_codebook(args, model, ds, device):
+    """Codes to start from: K-means of what the untrained encoder makes of the first batch (VQ-KD's code: 10 iterations)."""
+    rank, world = rank_and_world()
+    share, micro = divide_batch(args, world)
+    first = [i for keys in schedule(len(ds), args.batch_size, args.seed, 0, 1, slice(rank * share, (rank + 1) * share), 1)
+             for _, i in keys]
+    with torch.no_grad():
+        z = [model.encode_patches(normalize(images, ds)).flatten(0, 1)
+             for images, _, _ in kmeans.load_batches(ds, first, micro, args.workers, device)]
+    metric = "cosine" if model.unit else "euclidean"
+    found = kmeans.KMeans(args.vocab_size, metric, max_iter=10, seed=args.seed).fit(torch.cat(z))
+    model.codebook.data.copy_(found.centroids)
+
+
+def save_tokenizer(args, model, ds, device):
+    """OUT/tokenizer.pt of a learned tokenizer, and what its tokens of some images are worth."""
+    encoder, centroids, metric = model.export()
+    tokenizer = kmeans.KMeansTokenizer(args.objective, centroids, metric, args.patch_size, args.image_size,
+                                       ds.mean, ds.std, encoder)
+    tokenizer.save(f"{args.out}/tokenizer.pt")
+    few = range(0, len(ds), math.ceil(len(ds) / 2000))
+    found = [(tokenizer.to(device)(images).cpu(), labels) for images, labels, _ in
+             kmeans.load_batches(ds, few, 64, args.workers, device)]
+    tokens, labels = (torch.cat(parts).numpy() for parts in zip(*found))
+    print0("\n".join(tcas.describe_codebook(tokens, labels, tokenizer.vocab_size, args.seed)))
+
+
 def describe(model, args):
     millions = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     target = "tokens" if model.needs == "tokens" else args.features
@@ -671,7 +724,8 @@ def describe(model, args):
 def print_plan(args, ds):
     """What the run would take; the rate of a GPU is an assumption, and said to be one."""
     with torch.device("meta"):
-        model = build(args, args.vocab_size or 1024)                 # a teacher's features: about that wide
+        learns = args.objective in objectives.TOKENIZERS             # a teacher's features: about 1024 wide
+        model = build(args, 1024 if learns and args.objective == "vqkd" else None if learns else args.vocab_size or 1024)
         n, size = model.encoder.n_patches, args.image_size
         order = torch.zeros(1, n, dtype=torch.long)
         given = torch.zeros(1, n, 1024) if model.needs == "features" else order
@@ -762,8 +816,9 @@ def resolve_args(args, world, device):
     Returns what the objective needs: "tokens", "features" or None.
     """
     chosen, kind = recipe(args.objective, args.data, args.model), objectives.OBJECTIVES[args.objective][0]
-    for key in ("tokenizer", "tokens", "vocab_size", "label_smoothing"):
-        if args.objective in objectives.TARGETS and getattr(args, key) is not None:
+    learns = args.objective in objectives.TOKENIZERS
+    for key in ("tokenizer", "tokens", "label_smoothing") + ("vocab_size",) * (not learns):
+        if (learns or args.objective in objectives.TARGETS) and getattr(args, key) is not None:
             flag = key.replace("_", "-")
             raise ValueError(f"--{flag} is for tokens, which {args.objective} does not predict")
     if kind is objectives.MaPeT and args.decoder_depth is not None:
@@ -786,6 +841,8 @@ def resolve_args(args, world, device):
     if args.objective == "maskfeat" and args.features in ("pixel", "pixel-norm"):
         raise ValueError(f"--features {args.features}: to predict pixels is --objective mae; maskfeat predicts "
                          "hog or the features of an encoder")
+    if args.objective in ("dvae", "vq") and args.features != "pixel":
+        raise ValueError(f"--features {args.features}: {args.objective} rebuilds pixels; features are for peco and vqkd")
     if args.tokens and args.crop:
         raise ValueError(f"--tokens {args.tokens}: a crop or a flip (--crop {args.crop:g}) moves the patches away "
                          "from their stored tokens; --crop 0, or --tokenizer for tokens of each crop")
@@ -843,6 +900,8 @@ def run(args):
         return
     model, step, steps = done
     if rank == 0:
+        if args.objective in objectives.TOKENIZERS:
+            save_tokenizer(args, model, ds, device)
         probe.draw_predictions(args, model, ds, test, targets, device)
     if args.probe and test is None:
         print0("no labels, or no test split: no k-NN and no linear probe")

@@ -350,7 +350,11 @@ def load_weights(vit, name_or_path):
 
     ValueError, naming the file and the first keys that differ, if it does not fit; `vit` is then untouched.
     """
-    state, path = read_vit_weights(name_or_path)
+    return fit_weights(vit, *read_vit_weights(name_or_path))
+
+
+def fit_weights(vit, state, path):
+    """`load_weights` of a state dict that came from `path`."""
     own = vit.state_dict()
     if "pos_embed" in state and state["pos_embed"].shape[1] != own["pos_embed"].shape[1]:
         n = state["pos_embed"].shape[1] - vit.prefix
@@ -369,7 +373,11 @@ def load_weights(vit, name_or_path):
 
 def from_weights(name_or_path, image_size=None):
     """The ViT that a file, public name or run folder was made from, with its weights; the shapes tell its sizes."""
-    state, path = read_vit_weights(name_or_path)
+    return rebuild_vit(*read_vit_weights(name_or_path), image_size)
+
+
+def rebuild_vit(state, path, image_size=None):
+    """`from_weights` of a state dict that came from `path`."""
     try:
         width, _, p, _ = state["patch_embed.proj.weight"].shape
         cls_token = "cls_token" in state
@@ -381,7 +389,7 @@ def from_weights(name_or_path, image_size=None):
     heads = {96: 3, 1280: 16}.get(width, max(1, width // 64))             # vit_micro, ViT-H; else 64 wide
     layer_scale = 1. if "blocks.0.ls1.gamma" in state else None
     vit = ViT(image_size or grid * p, p, width, depth, heads, mlp_ratio, layer_scale, cls_token=cls_token)
-    return load_weights(vit, path)
+    return fit_weights(vit, state, path)
 
 
 # --- frozen features of patches: what K-means clusters, what MaskFeat predicts ----------------------------
@@ -422,7 +430,7 @@ def hog(images, p):
     images = F.pad(images, (1, 1, 1, 1), mode="reflect")
     gx, gy = (F.conv2d(images, kernel.repeat(3, 1, 1, 1), groups=3) for kernel in (sobel, sobel.T))
     bins = (torch.atan2(gx, gy) / math.pi * 9).floor() % 9              # x first: measured from the y axis
-    magnitude = torch.hypot(gx, gy)
+    magnitude = torch.linalg.vector_norm(torch.stack([gx, gy]), dim=0)  # its gradient at 0 is 0, hypot's is NaN
     add_up = lambda x: reduce(x, "b c (y i) (x j) -> b c y x", "sum", i=cell, j=cell)
     cells = F.normalize(torch.stack([add_up(magnitude * (bins == o)) for o in range(9)], 2), dim=2)
     return rearrange(cells, "b c o (y i) (x j) -> b (y x) (c o i j)", i=p // cell, j=p // cell)
@@ -489,25 +497,38 @@ def load_clip():
     return trunk
 
 
-class PatchFeatures(nn.Module):
-    """Normalised images (b, 3, S, S) -> (b, n, d) float32, a row a patch, by what is never trained.
+def make_projection(width, size):
+    """From a ViT's patch tokens to the codes of a learned tokenizer, the shape of VQ-KD's (BEiT v2's code)."""
+    return nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, size))
 
-    name   pixel, pixel-norm (each patch standardised), hog, clip, dino, deit, mae, or what from_weights takes
+
+class PatchFeatures(nn.Module):
+    """Normalised images (b, 3, S, S) -> (b, n, d) float32, a row a patch, by what is never trained (here).
+
+    name      pixel, pixel-norm (each patch standardised), hog, clip, dino, deit, mae, or what from_weights takes
+    weights   of a learned tokenizer, whose name is then only a name: {encoder.KEY of a ViT, project.KEY}
     """
 
-    def __init__(self, name, patch_size, image_size):
+    def __init__(self, name, patch_size, image_size, weights=None):
         super().__init__()
         self.name, self.patch_size, self.image_size, self.encoder = name, patch_size, image_size, None
+        self.project = nn.Identity()
         if image_size % patch_size:
             raise ValueError(f"image size {image_size} is not a multiple of patch size {patch_size}")
         if name == "clip" and patch_size != 16:
             raise ValueError(f"clip has a feature for every 16 pixels: patch size {patch_size} does not fit")
         if name == "clip":
             self.encoder = load_clip()
+        elif weights is not None:
+            vit, head = ({key.removeprefix(part): value for key, value in weights.items() if key.startswith(part)}
+                         for part in ("encoder.", "project."))
+            self.encoder = rebuild_vit(vit, name, image_size)
+            self.project = make_projection(self.encoder.width, len(head["2.bias"]))
+            self.project.load_state_dict(head)
         elif name not in PATCH_FEATURES:
             self.encoder = from_weights(ENCODERS.get(name, name), image_size)
-            if self.encoder.patch_size != patch_size:
-                raise ValueError(f"{name} has patches of {self.encoder.patch_size} pixels, not {patch_size}")
+        if getattr(self.encoder, "patch_size", patch_size) != patch_size:
+            raise ValueError(f"{name} has patches of {self.encoder.patch_size} pixels, not {patch_size}")
         self.eval().requires_grad_(False)
 
     def train(self, mode=True):
@@ -518,10 +539,29 @@ class PatchFeatures(nn.Module):
             return PATCH_FEATURES[self.name](images, self.patch_size)
         with torch.autocast("cuda", torch.float16, enabled=images.is_cuda):
             if self.name != "clip":
-                return self.encoder(images)[:, self.encoder.prefix:].float()
-            if images.shape[-1] == self.image_size:            # CLIP sees twice the pixels: stride 32, not 16
-                images = F.interpolate(images, scale_factor=2, mode="bicubic")
-            return rearrange(self.encoder(images), "b d y x -> b (y x) d").float()
+                x = self.encoder(images)[:, self.encoder.prefix:]
+            else:
+                if images.shape[-1] == self.image_size:        # CLIP sees twice the pixels: stride 32, not 16
+                    images = F.interpolate(images, scale_factor=2, mode="bicubic")
+                x = rearrange(self.encoder(images), "b d y x -> b (y x) d")
+        return self.project(x.float())
+
+    def layers(self, images):
+        """What a perceptual loss compares: [(b, rows, d)], each row standardised; gradients reach the images.
+
+        Of a ViT, after 3, 6, 9 and 11 of 12 blocks (PeCo), or as many of its own; of all else, its features.
+        """
+        if self.name == "clip":
+            raise ValueError("--features clip: a perceptual loss takes hog, pixel-norm or a ViT (dino, deit, mae, ours)")
+        rows, vit = [], self.encoder
+        if vit is None:
+            rows.append(PATCH_FEATURES[self.name](images, self.patch_size))
+        else:
+            chosen, x = {max(1, vit.depth * i // 12) for i in (3, 6, 9, 11)}, vit.embed(images)
+            for i, block in enumerate(vit.blocks, 1):
+                x = block(x)
+                rows += [x] * (i in chosen)
+        return [F.layer_norm(x, x.shape[-1:]) for x in rows]
 
 
 # --- files: all or nothing, and one line for what went wrong ----------------------------------------------
