@@ -36,8 +36,8 @@ from einops import rearrange
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from vit import (CLIP, ENCODERS, IMAGENET, PatchFeatures, draw_grid, exit_on_error, gather_patches, normalize,
-                 patchify, read_checkpoint, save, unpatchify, write_atomically)
+from vit import (CLIP, ENCODERS, IMAGENET, PUBLIC, SYMMETRIC, PatchFeatures, download, draw_grid, exit_on_error,
+                 gather_patches, normalize, patchify, read_checkpoint, save, select_vit, unpatchify, write_atomically)
 
 try:
     import triton
@@ -700,7 +700,8 @@ def available_memory(device):
 
 def blank_tokenizer(ds, features, patch_size, image_size=None, k=1, metric="euclidean"):
     """A tokenizer before its fit: it knows the features of the images of `ds` (`rows`), but no centroids."""
-    mean, std = CLIP if features == "clip" else IMAGENET if features in ENCODERS else (ds.mean, ds.std)
+    known = {"clip": CLIP, "vqkd": SYMMETRIC, **dict.fromkeys(ENCODERS, IMAGENET)}
+    mean, std = known.get(features, (ds.mean, ds.std))
     return KMeansTokenizer(features, torch.zeros(k, 1), metric, patch_size, image_size or ds.image_size, mean, std)
 
 
@@ -738,10 +739,24 @@ def fit_tokenizer(ds, features="pixel", k=64, metric="euclidean", patch_size=16,
     return tokenizer
 
 
+def select_vqkd(state, path):
+    """The arguments of KMeansTokenizer that make BEiT v2's VQ-KD of its official weights: its codes are centroids."""
+    weights = {f"encoder.{key}": value for key, value in select_vit(state, path).items()}
+    weights |= {key.replace("encode_task_layer.", "project."): value for key, value in state.items()
+                if key.startswith("encode_task_layer.")}
+    p, n = weights["encoder.patch_embed.proj.weight"].shape[-1], weights["encoder.pos_embed"].shape[1] - 1
+    codes, (mean, std) = state["quantize.embedding.weight"], SYMMETRIC
+    return dict(features="vqkd", centroids=codes, metric="cosine", patch_size=p, image_size=p * math.isqrt(n),
+                mean=mean, std=std, encoder=weights, vocab_size=len(codes))
+
+
 def load_tokenizer(path):
-    """What `save` wrote; ValueError, one line, for a file that is missing, damaged or something else."""
+    """What `save` wrote, or VQ-KD (a file, or "vqkd": fetched); ValueError, one line, for anything else."""
+    path = download(**PUBLIC[path]) if path == "vqkd" else path
     state = read_checkpoint(path)
     try:
+        if "quantize.embedding.weight" in state.get("model", ()):
+            state = select_vqkd(state["model"], path)
         if state.pop("vocab_size") != len(state["centroids"]):
             raise ValueError("vocab_size is not the number of centroids")
         return KMeansTokenizer(**state)

@@ -40,8 +40,8 @@ from einops import rearrange
 from PIL import Image, ImageDraw
 
 from vit import (MLP, PATCH_FEATURES, Block, LayerScale, drop_path, drop_rates, exit_on_error, gather_patches,
-                 init_weights, make_projection, patchify, principal_colors, sincos_positions, split_noise, unpatchify,
-                 write_atomically)
+                 hash_uniform, init_weights, make_projection, patchify, principal_colors, sincos_positions,
+                 split_noise, unpatchify, write_atomically)
 
 
 # --- orders and masks -------------------------------------------------------------------------------------
@@ -125,23 +125,20 @@ class Objective(nn.Module):
 
     needs   what it wants besides images: "tokens" (b, n) int64, "features" (b, n, values), or None
     logs    names of what forward returns beside the loss
-    cut     the cutting point c: c - 1 visible patches, targets = 1 + n - c hidden ones; None: nothing is hidden
+    cut     the cutting point c: c - 1 visible patches, targets = 1 + n - c hidden ones
     smoothing   of the labels, in the cross-entropy; blockwise: hide blocks, not random patches
     noise_rows  uniform numbers an image that decide stochastic depth
-    progress    share of the training that is done, 0 to 1
     """
     needs, logs = "tokens", ("accuracy",)
 
     def __init__(self, vit, cut, smoothing=0., blockwise=False):
         super().__init__()
         n = vit.n_patches
-        if cut is not None and not 1 <= cut <= n:
+        if not 1 <= cut <= n:
             raise ValueError(f"cutting point {cut} is out of range: with {n} patches and a class token it is 1 to {n}")
-        cut = 1 + n if cut is None else cut
         self.encoder, self.cut, self.targets = vit, cut, 1 + n - cut
         self.smoothing, self.blockwise, self.noise_rows = smoothing, blockwise, 2 * vit.depth
         self.completes_step = True                             # False: gradients accumulate, more forwards follow
-        self.register_buffer("progress", torch.zeros(()), persistent=False)      # a tensor: nothing is compiled anew
 
     def draw_order(self, b, seed=None, device="cpu"):
         """An order z (b, n) of each image's patches, visible ones first; a function of the seed if given."""
@@ -172,8 +169,8 @@ class Objective(nn.Module):
         loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), label_smoothing=self.smoothing)
         return loss, {"accuracy": (logits.detach().argmax(-1) == tokens).float().mean()}
 
-    def end_step(self, all_reduce, all_gather):
-        """Called after each optimizer step, with functions that sum and collect over all processes."""
+    def end_step(self, progress, all_reduce, all_gather):
+        """After each optimizer step: share of the steps that is done; functions to sum, to collect over processes."""
 
 
 class Decoder(nn.Module):
@@ -400,153 +397,115 @@ class CAE(Objective):
 
 # --- learned tokenizers -----------------------------------------------------------------------------------
 
-def straight_through(z, code):
-    """The code; but its gradient is z's, as if nothing had been replaced (VQ-VAE, arXiv:1711.00937, Sec. 3.2)."""
-    return z + (code - z).detach()
-
-
-def hash_uniform(seeds, count):
-    """(b, count) float32 in (0, 1) from seeds (2, b), uniform in [0, 1): a counter, hashed (lowbias32), for each seed.
-
-    What an image gets depends on its own numbers alone, however the batch is divided, and needs no generator.
-    """
-    seeds = (seeds.double() * 2 ** 32).long()[..., None]
-    x = seeds[0] + torch.arange(count, device=seeds.device)
-    for other in (seeds[1], 0):
-        x = (x ^ other) & 0xffffffff
-        for shift, factor in ((16, 0x7feb352d), (15, 0x846ca68b)):
-            x = ((x ^ (x >> shift)) * factor) & 0xffffffff
-        x = x ^ (x >> 16)
-    return ((x >> 9) + .5) / 2 ** 23                           # 23 bits: exact in float32, never 0 or 1
-
-
 class LearnedTokenizer(Objective):
-    """Encode all patches, replace each by one of K codes, decode: a tokenizer is what stands in the middle.
+    """Encode all patches, replace each by one of K codes, decode: what stands in the middle is a tokenizer.
 
-        z          = project(encoder([cls ; patches + pos]))         (b, n, size)
-        t          = argmin_k |z - C_k|                              token: the nearest code, hard
-                     argmax_k (W z + b)_k                            or the best of K logits, soft
-        prediction = decoder(V code + pos)                           code = C_t, or in training of soft: below
+        z          = project(encoder([cls ; patches + pos]))     (b, n, size)
+        t          = argmin_k ||z - C_k||                        hard: the nearest code
+                     argmax_k (W z + b)_k                        soft: the greatest logit
+        prediction = decoder(V code + pos)                       hard: code = C_t; soft: see below
         loss       = distance(prediction, target) + what ties codes and z together
 
-    Four switches make the four:
-    soft        dVAE (DALL-E, arXiv:2102.12092, Sec. 2.1): code = y C, y = softmax((W z + b + Gumbel noise) / tau), and
-                KL(softmax(W z + b) || uniform) in the loss; tau falls from 1 to 1/16, the weight rises from 0 to `beta`
-                Otherwise hard: |z - sg C_t|^2 `beta` times, the commitment, and straight-through gradients
-    unit        VQ-KD (BEiT v2, arXiv:2208.06366, Sec. 3.1): z and codes have unit length and few values, a code moves
-                to the mean direction of its z, 1 % a step, whatever their number
-                Otherwise codes learn by gradient, of |sg z - C_t|^2 (VQ-VAE Eq. 3), or of the prediction if soft
-    features    VQ-KD: the target is a teacher's features, by their cosine; otherwise it is the pixels, by MSE
-    perceptual  PeCo (arXiv:2111.12710, Sec. 3.2): and features of the prediction should be those of the image
-
-    Ours: a code whose share of the patches (mean of about 20 steps) falls below a tenth of 1 / K is dead, and
-    moves to a random z of the last batch. Adversarial terms are left out.
+    soft        dVAE (DALL-E, arXiv:2102.12092, Sec. 2.1): code = y C, y = softmax((W z + b + Gumbel noise) / tau);
+                tau falls from 1 to 1/16, beta KL(softmax(W z + b) || uniform) joins the loss, both gradually
+                else (VQ-VAE, Eq. 3) straight-through gradients, and beta ||z - sg C_t||^2, the commitment
+    unit        VQ-KD (BEiT v2, arXiv:2208.06366, Sec. 3.1): z and codes have unit length and 32 values; a code moves
+                to the mean direction of its z, 1 % a step; else by gradient, hard ones by that of ||sg z - C_t||^2
+    features    VQ-KD: the target is a teacher's features, 1 - cosine; else the pixels, MSE
+    perceptual  PeCo (arXiv:2111.12710, Sec. 3.2): and a frozen network should see the same in both
+    Ours: a code with less than a tenth of the mean share (over about 20 steps) is dead, and moves to a random z.
     """
     logs = "error", "used", "perplexity", "reseeded"
 
-    def __init__(self, vit, vocab_size, values=None, depth=3, beta=.25, soft=False, unit=False, features=False,
-                 perceptual=False):
-        super().__init__(vit, None)
+    def __init__(self, vit, vocab_size, values, depth, soft, unit, features, perceptual, beta):
+        super().__init__(vit, vit.n_patches)
+        self.cut, self.targets = 1 + vit.n_patches, 0          # nothing is hidden
         self.soft, self.unit, self.features, self.perceptual, self.beta = soft, unit, features, perceptual, beta
         self.needs = "features" if features else "layers" if perceptual else None
-        self.layers = None                                     # of images, what `perceptual` compares; set from outside
-        self.noise_rows += 2                                   # seeds of hash_uniform
+        self.layers = None                                     # function of images, set from outside: PeCo's network
+        self.noise_rows += 2                                   # the seeds of hash_uniform
         size, K, width = 32 if unit else min(256, vit.width), vocab_size, vit.width
         self.project = make_projection(width, size)
         codebook = torch.randn(K, size)
-        codebook = F.normalize(codebook, dim=-1) if unit else codebook
-        self.codebook = nn.Parameter(codebook, requires_grad=not unit)
+        self.codebook = nn.Parameter(F.normalize(codebook, dim=-1) if unit else codebook, requires_grad=not unit)
         self.classify = nn.Linear(size, K) if soft else None
         self.widen = nn.Linear(size, width)
         self.register_buffer("pos", sincos_positions(vit.grid, width, prefix=0), persistent=False)
         self.decoder = Decoder(width, depth, vit.blocks[0].attn.heads, values or 3 * vit.patch_size ** 2)
         for part in (self.project, self.widen, self.decoder):
             part.apply(vit.initialize)
-        for part in (self.classify, self.decoder.head):
-            part and part.apply(init_weights)                  # small: it starts at the mean, and at equal shares
-        # Of this step, until end_step: how often each code was chosen, the sum of its z, some z by lot.
-        self.register_buffer("counts", torch.zeros(K), persistent=False)
-        self.register_buffer("sums", torch.zeros(K, size), persistent=False)
-        self.register_buffer("lots", torch.full((min(K, 64),), -1.), persistent=False)
-        self.register_buffer("spare", torch.zeros(size, min(K, 64)), persistent=False)
+        for part in [self.decoder.head] + [self.classify] * soft:
+            part.apply(init_weights)                           # small: starts at the mean, at equal shares
         self.register_buffer("share", torch.full((K,), 1 / K))
-        self.register_buffer("state", torch.zeros(3))          # used, perplexity, reseeded: of the step before
+        self.register_buffer("progress", torch.zeros(()))      # a tensor: nothing is compiled anew
+        self.register_buffer("state", torch.zeros(3))          # used, perplexity, reseeded, of the step before
+        # Of one step, until it ends: how often each code was chosen, the sum of its z; some z by lot, columns.
+        for name, start in (("counts", torch.zeros(K)), ("sums", torch.zeros(K, size)),
+                            ("lots", torch.full((min(K, 64),), -1.)), ("spare", torch.zeros(size, min(K, 64)))):
+            self.register_buffer(name, start, persistent=False)
 
     def encode_patches(self, images, noise=None):
         """z (b, n, size) float32 of all patches; noise as in ViT.encode."""
-        vit = self.encoder
-        x = vit.encode(vit.embed(images), noise=noise)[:, vit.prefix:]
+        x = self.encoder.encode(self.encoder.embed(images), noise=noise)[:, self.encoder.prefix:]
         with torch.autocast(images.device.type, enabled=False):
-            z = self.project(x.float())                        # float32, as VQ-KD's
+            z = self.project(x.float())
             return F.normalize(z, dim=-1) if self.unit else z
 
     def score(self, z):
-        """(b, n, K): the token of a patch has the greatest score."""
-        if self.soft:
-            return self.classify(z)
-        return z @ self.codebook.T - self.codebook.square().sum(-1) / 2        # the nearest code: ||z||^2 is left out
+        """(..., K): the token of z (..., size) is where it is greatest; hard: (||z||^2 - ||z - C_k||^2) / 2."""
+        return self.classify(z) if self.soft else z @ self.codebook.T - self.codebook.square().sum(-1) / 2
 
     def quantize(self, z, seeds=None):
-        """z (b, n, size) -> code (b, n, size), tokens (b, n), the loss that ties them; seeds of noise: if training."""
-        if self.soft and seeds is not None:
-            logits = self.score(z)
-            ramp = (1 - torch.cos(math.pi * (8 * self.progress).clamp(max=1))) / 2      # 0 to 1 in an eighth of the run
-            noise = -(-hash_uniform(seeds, logits[0].numel()).log()).log().view_as(logits)
-            y = ((logits + noise) / (1 - ramp * 15 / 16)).softmax(-1)
-            log_q = logits.log_softmax(-1)
-            kl = math.log(len(self.codebook)) + (log_q.exp() * log_q).sum(-1).mean()
-            return y @ self.codebook, logits.argmax(-1), self.beta * ramp * kl / (3 * self.encoder.patch_size ** 2)
-        with torch.no_grad():
-            tokens = self.score(z).argmax(-1)
+        """z (b, n, size) -> code (b, n, size), tokens (b, n), what ties both; seeds (2, b): of Gumbel noise."""
+        scores = self.score(z)
+        tokens = scores.argmax(-1)
         code = F.embedding(tokens, self.codebook)
-        if self.soft:
-            return code, tokens, z.new_zeros(())
-        loss = self.beta * F.mse_loss(z, code.detach())
-        if not self.unit:
-            loss = loss + F.mse_loss(code, z.detach())
-        return straight_through(z, code), tokens, loss
+        if not self.soft:
+            loss = self.beta * F.mse_loss(z, code.detach())
+            loss = loss if self.unit else loss + F.mse_loss(code, z.detach())
+            return z + (code - z).detach(), tokens, loss       # straight through: the code, with z's gradient
+        ramp = (1 - torch.cos(math.pi * (8 * self.progress).clamp(max=1))) / 2     # 0 to 1 in an eighth of the run
+        if seeds is not None:
+            noise = -(-hash_uniform(seeds, scores[0].numel()).log()).log().view_as(scores)
+            code = ((scores + noise) / (1 - ramp * 15 / 16)).softmax(-1) @ self.codebook
+        log_q = scores.log_softmax(-1)
+        kl = math.log(len(self.codebook)) + (log_q.exp() * log_q).sum(-1).mean()
+        return code, tokens, self.beta * ramp * kl / (3 * self.encoder.patch_size ** 2)     # a value's, as the MSE
 
-    def run(self, images, given, noise):
-        """Prediction (b, n, values), its target, tokens (b, n), the codes' loss."""
+    def predict(self, images, given=None, order=None, noise=None):
+        """Prediction (b, n, values), its target, tokens (b, n), the codes' part of the loss."""
         noise = torch.rand(self.noise_rows, len(images), device=images.device) if noise is None else noise
-        drops, seeds = noise.split([self.noise_rows - 2, 2])
-        z = self.encode_patches(images, drops if self.training else None)
+        drop, seeds = noise.split([self.noise_rows - 2, 2]) if self.training else (None, None)
+        z = self.encode_patches(images, drop)
         with torch.autocast(images.device.type, enabled=False):
-            code, tokens, loss = self.quantize(z, seeds if self.training else None)
+            code, tokens, loss = self.quantize(z, seeds)
             if self.training:
                 self.count(z.detach(), tokens, seeds)
         prediction = self.decoder(self.widen(code) + self.pos, code.shape[1]).float()
         return prediction, given if self.features else patchify(images, self.encoder.patch_size), tokens, loss
 
-    def predict(self, images, tokens=None, order=None, noise=None):
-        return self.run(images, tokens, noise)[:2]
-
     def forward(self, images, tokens=None, order=None, noise=None):
-        prediction, target, _, loss = self.run(images, tokens, noise)
-        if self.features:
-            error = 1 - F.cosine_similarity(prediction, target.float(), dim=-1).mean()
-        else:
-            error = F.mse_loss(prediction, target)
+        prediction, target, _, loss = self.predict(images, tokens, noise=noise)
+        error = F.mse_loss(prediction, target) if not self.features else \
+            1 - F.cosine_similarity(prediction, target.float(), dim=-1).mean()
         loss = loss + error
         if self.perceptual and self.layers:
-            with torch.no_grad():
-                wanted = self.layers(images)
-            rebuilt = self.layers(unpatchify(prediction, self.encoder.patch_size))
-            loss = loss + sum(F.mse_loss(own, of) for own, of in zip(rebuilt, wanted))
+            seen = self.layers(unpatchify(prediction, self.encoder.patch_size)), self.layers(images)
+            loss = loss + sum(F.mse_loss(*both) for both in zip(*seen))
         return loss, dict(zip(self.logs, (error.detach(), *self.state.clone())))
 
     @torch.no_grad()
     def count(self, z, tokens, seeds):
         """Note what end_step needs of one micro-batch."""
-        tokens, lots = tokens.flatten(), hash_uniform(1 - seeds, z.shape[1]).flatten()
+        z, tokens, lots = z.flatten(0, 1), tokens.flatten(), hash_uniform(1 - seeds, z.shape[1]).flatten()
         self.counts.index_add_(0, tokens, torch.ones_like(lots))
-        self.sums.index_add_(0, tokens, z.flatten(0, 1))
-        best, at = torch.cat([self.lots, lots]).topk(len(self.lots))
-        self.lots.copy_(best)
-        self.spare.copy_(torch.cat([self.spare, z.flatten(0, 1).T], 1)[:, at])
+        self.sums.index_add_(0, tokens, z)
+        lots, at = torch.cat([self.lots, lots]).topk(len(self.lots))
+        self.lots.copy_(lots)
+        self.spare.copy_(torch.cat([self.spare, z.T], 1)[:, at])
 
     @torch.no_grad()
-    def end_step(self, all_reduce, all_gather):
+    def end_step(self, progress, all_reduce, all_gather):
         """Codes of unit length move, dead ones are re-seeded: the same on every process, however many there are."""
         all_reduce(self.counts, self.sums)
         if self.unit:                                          # the direction of the sum is that of the mean
@@ -555,35 +514,32 @@ class LearnedTokenizer(Objective):
         share = self.counts / self.counts.sum()
         self.share.lerp_(share, .05)
         lots, at = all_gather(self.lots).topk(len(self.lots))
-        z = all_gather(self.spare)[:, at].T
         dead = self.share < .1 / len(share)
-        codes = dead.int().argsort(descending=True, stable=True)[:len(z)]
+        codes = dead.int().argsort(descending=True, stable=True)[:len(lots)]
         fresh = dead[codes] & (lots >= 0)                      # no `if`: it would wait for the GPU
-        self.reseed(codes, z, fresh[:, None])
+        self.reseed(codes, all_gather(self.spare)[:, at].T, fresh)
         self.share[codes] = torch.where(fresh, 1 / len(share), self.share[codes])
-        perplexity = torch.special.entr(share).sum().exp()
-        self.state.copy_(torch.stack([(share > 0).sum(), perplexity, fresh.sum()]))
-        for buffer, value in ((self.counts, 0), (self.sums, 0), (self.lots, -1)):
+        self.state.copy_(torch.stack([(share > 0).sum(), torch.special.entr(share).sum().exp(), fresh.sum()]))
+        for buffer, value in ((self.progress, progress), (self.counts, 0), (self.sums, 0), (self.lots, -1)):
             buffer.fill_(value)
 
     def reseed(self, codes, z, fresh):
-        """Codes (m,) become z (m, size) where fresh (m, 1). A soft one splits the code that z has now.
-
-        It gets that code's values and logits that are greater by 0.1 at z, and for what lies farther out.
-        """
+        """Codes (m,) move to z (m, size) where fresh (m,). A soft one gets, at z, a logit 0.1 above the greatest."""
+        def put(rows, new):
+            keep = ~fresh.view(-1, *[1] * (rows.ndim - 1))
+            rows[codes] = torch.where(keep, rows[codes], new)
         if not self.soft:
-            self.codebook[codes] = torch.where(fresh, z, self.codebook[codes])
-            return
+            return put(self.codebook, z)
         w, b, old = self.classify.weight, self.classify.bias, self.score(z).argmax(-1)
-        self.codebook[codes] = torch.where(fresh, self.codebook[old], self.codebook[codes])
-        w[codes] = torch.where(fresh, w[old] + z / z.square().sum(-1, keepdim=True), w[codes])
-        b[codes] = torch.where(fresh[:, 0], b[old] - .9, b[codes])
+        put(self.codebook, self.codebook[old])
+        put(w, w[old] + z / z.square().sum(-1, keepdim=True))
+        put(b, b[old] - .9)                                    # so it splits off what lies at z and farther out
 
     @torch.no_grad()
     def export(self):
         """(weights of f, centroids, metric), on the CPU: a patch's token is the nearest centroid of f(image).
 
-        Soft, too, with one value more: W_k.z + b_k is greatest where ||[z, 0] - [W_k, s_k]|| is least, for
+        Soft, too, in one dimension more: W_k.z + b_k is greatest where ||[z, 0] - [W_k, s_k]|| is least, if
         s_k^2 = constant - 2 b_k - ||W_k||^2.
         """
         f = {key: value.detach().cpu().clone() for key, value in self.state_dict().items()
@@ -591,8 +547,8 @@ class LearnedTokenizer(Objective):
         if not self.soft:
             return f, self.codebook.detach().cpu(), "cosine" if self.unit else "euclidean"
         w, b = self.classify.weight.cpu().double(), self.classify.bias.cpu().double()
-        square = w.square().sum(-1) + 2 * b
-        f["project.2.weight"] = F.pad(f["project.2.weight"], (0, 0, 0, 1))     # f's last value: always 0
+        square = 2 * b + w.square().sum(-1)
+        f["project.2.weight"] = F.pad(f["project.2.weight"], (0, 0, 0, 1))     # f's last value is 0
         f["project.2.bias"] = F.pad(f["project.2.bias"], (0, 1))
         return f, torch.cat([w, (square.max() - square).sqrt()[:, None]], 1).float(), "euclidean"
 
@@ -610,8 +566,8 @@ OBJECTIVES = {
     "mim": Entry(MaPeT, dict(permute=False, positions=True), 75 / 196),
     "pim": Entry(MaPeT, dict(permute=True, positions=False), .75),
     "mapet": Entry(MaPeT, dict(permute=True, positions=True), .75),
-    # beta: of the KL, 1 makes it the evidence bound for pixels of variance 1/2 (DALL-E's 6.6 is for its logit-Laplace);
-    # of the commitment, VQ-VAE's and VQ-KD's.
+    # beta of the KL: 1 is the evidence bound for pixels of variance 1/2 (DALL-E: 6.6, with its logit-Laplace);
+    # of the commitment: VQ-VAE's and VQ-KD's.
     "dvae": Entry(LearnedTokenizer, dict(soft=True, unit=False, features=False, perceptual=False, beta=1.), 0),
     "vq":   Entry(LearnedTokenizer, dict(soft=False, unit=False, features=False, perceptual=False, beta=.25), 0),
     "peco": Entry(LearnedTokenizer, dict(soft=False, unit=False, features=False, perceptual=True, beta=.25), 0),
@@ -645,8 +601,7 @@ def make(name, vit, vocab_size=None, cut=None, mask_ratio=None, target=None, lab
     if name in TOKENIZERS:
         if cut or mask_ratio:
             raise ValueError(f"{name} hides nothing: it has no cutting point and no mask ratio (--cut, --mask-ratio)")
-        depth = {} if decoder_depth is None else dict(depth=decoder_depth)
-        return kind(vit, vocab_size, values, **depth, **switches)
+        return kind(vit, vocab_size, values, decoder_depth or 3, **switches)
     if cut is None:
         mask_ratio = default_ratio if mask_ratio is None else mask_ratio
         if not 0 < mask_ratio <= 1:
@@ -665,7 +620,7 @@ def make(name, vit, vocab_size=None, cut=None, mask_ratio=None, target=None, lab
 def list_stages(name, order, cut):
     """Who looks at whom in each network of an objective, for one order (n,): [(title, mask, rows, keys)].
 
-    Rows and keys are names: cls, x3 = patch 3's content, m3 its mask token (position only), g3 its query, t3 its token.
+    Rows and keys are names: cls, x3 = patch 3's content, m3 its mask token (position only), g3 query, t3 token.
     """
     kind, switches, _ = OBJECTIVES[name]
     cut = len(order) + 1 if kind is LearnedTokenizer else cut
@@ -685,19 +640,6 @@ def list_stages(name, order, cut):
     else:
         stages = [(f"{name}-encoder", visible, visible), (f"{name}-decoder", visible + m, visible + m)]
     return [(title, torch.ones(len(rows), len(keys)).bool(), rows, keys) for title, rows, keys in stages]
-
-
-def describe_tokenizer(name):
-    """What separates the learned tokenizers, in words."""
-    s = OBJECTIVES[name].switches
-    code = "soft: a mixture by Gumbel-softmax, argmax in use" if s["soft"] else \
-        "hard: the nearest by cosine, straight-through gradient" if s["unit"] else \
-        "hard: the nearest, straight-through gradient"
-    tie = f"KL to equal shares (weight up to {s['beta']})" if s["soft"] else f"commitment (weight {s['beta']})"
-    codes = "by the running mean of their patches" if s["unit"] else "by gradient"
-    target = "features of a teacher, 1 - cosine" if s["features"] else "pixels, MSE"
-    return (f"{name} hides nothing. Codes are {code}; they learn {codes}; {tie}. To rebuild: {target}" +
-            "; and features of a frozen network" * s["perceptual"])
 
 
 def draw_mask(mask, rows, keys, visible, path, cell=26):
@@ -748,19 +690,18 @@ def picture_hog(x, p):
 
 
 @torch.no_grad()
-def picture_codes(model, images, x, given=None):
-    """Rows for draw_grid, and their labels: image, token map (a color a token), target (features) and reconstruction."""
+def picture_codes(model, images, x, given, unscale):
+    """Rows for draw_grid, and labels: image, token map (a color a token), target (of features), what is rebuilt."""
     p, was_training = model.encoder.patch_size, model.training
-    prediction, target, tokens, _ = model.eval().run(x, given, None)
+    prediction, target, tokens, _ = model.eval().predict(x, given)
     model.train(was_training)
     colors = torch.rand(len(model.codebook), 3, generator=torch.Generator().manual_seed(0)).to(images)
     paint = lambda colors: unpatchify(colors.repeat(1, 1, p * p), p)
-    if model.features:
-        more = [paint(part) for part in principal_colors(F.normalize(target.float(), dim=-1),
-                                                         F.normalize(prediction, dim=-1))]
-    else:
-        more = [unpatchify(prediction, p)]
-    return [images, paint(colors[tokens]), *more], ["image", "tokens", *["target"] * model.features, "rebuilt"]
+    rows = [images, paint(colors[tokens])]
+    if not model.features:
+        return rows + [unscale(unpatchify(prediction, p)).clamp(0, 1)], ["image", "tokens", "rebuilt"]
+    both = principal_colors(*(F.normalize(part.float(), dim=-1) for part in (target, prediction)))
+    return rows + [paint(part) for part in both], ["image", "tokens", "target", "rebuilt"]
 
 
 @torch.no_grad()
@@ -773,9 +714,7 @@ def picture_predictions(model, images, mean, std, tokens=None, patch_pictures=No
     p, mean, std = model.encoder.patch_size, images.new_tensor(mean), images.new_tensor(std)
     x = (images - mean[:, None, None]) / std[:, None, None]
     if isinstance(model, LearnedTokenizer):
-        rows, labels = picture_codes(model, images, x, tokens)
-        unscale = lambda row: (row * std[:, None, None] + mean[:, None, None]).clamp(0, 1)
-        return rows[:-1] + [rows[-1] if model.features else unscale(rows[-1])], labels
+        return picture_codes(model, images, x, tokens, lambda row: row * std[:, None, None] + mean[:, None, None])
     order = model.draw_order(len(images), seed, images.device)
     hidden = order[:, model.cut - 1:]
     given = torch.zeros_like(order) if tokens is None else tokens            # only the target row needs them
@@ -833,7 +772,7 @@ def main(argv=None):
                 draw_mask(mask, rows, keys, {"cls", *names[:cut - 1]}, path)
             print(f"drawn in {path}")
         if name in TOKENIZERS:
-            print(describe_tokenizer(name))
+            print(f"{name} hides nothing; switches: {OBJECTIVES[name].switches}")
     if args.objective in ("beit", "cae"):
         count = round(196 * OBJECTIVES[args.objective].mask_ratio)
         print(f"\n{args.objective} hides blocks: {count} of 14 x 14 patches, marked #")

@@ -37,7 +37,8 @@ from tqdm import tqdm
 import kmeans
 import objectives
 import tcas
-from kmeans import all_gather, all_reduce, barrier, catch_signals, derive_seed, make_loader, print0, rank_and_world, setup
+from kmeans import (all_gather, all_reduce, barrier, catch_signals, derive_seed, make_loader, print0, rank_and_world,
+                    setup)
 from vit import (MODELS, count_flops, exit_on_error, normalize, read_checkpoint, save, to_channels,
                  write_atomically)
 
@@ -86,15 +87,15 @@ MAPET, CLUSTERMIM, TEXTURES = ({key: row[i] for key, row in SETTINGS.items()} fo
 PAPERS = dict(
     mae=dict(CLUSTERMIM, vocab_size=None), maskfeat=dict(CLUSTERMIM, vocab_size=None, features="hog"),
     clustermim=CLUSTERMIM, cae=dict(MAPET, pos="sincos", init="mae"), beit=MAPET, mim=MAPET, pim=MAPET, mapet=MAPET)
-# Learned tokenizers: VQ-KD's recipe (BEiT v2's code), with DINO as teacher in place of CLIP's ViT-B/16. The others' are for
-# convolutions: of DALL-E (App. A), VQGAN (its code) and PeCo what fits a ViT; ours: epochs of dvae and vq.
-VQKD = dict(MAPET, features="dino_vitb16", vocab_size=8192, decoder_depth=3, crop=.08, jitter=0., layer_scale=0., drop_path=0.,
-            epochs=100., batch_size=512, lr=2e-4, min_lr=1e-5, weight_decay=1e-4, beta2=.99, clip_norm=0.,
+# Learned tokenizers: VQ-KD's recipe (BEiT v2's code); its teacher is CLIP's ViT-B/16, here DINO's. The others' are for
+# convolutions, and what is not named below is VQ-KD's: DALL-E's (App. A), VQGAN's (its code: 4.5e-6 an image), PeCo's.
+VQKD = dict(MAPET, features="dino_vitb16", vocab_size=8192, decoder_depth=3, crop=.08, jitter=0., layer_scale=0.,
+            drop_path=0., epochs=100., batch_size=512, lr=2e-4, weight_decay=1e-4, beta2=.99, clip_norm=0.,
             cosine="warmup")
 PAPERS.update(
-    vqkd=VQKD, peco=dict(VQKD, batch_size=128, lr=5e-5, min_lr=0., beta2=.999),
-    vq=dict(VQKD, features="pixel", vocab_size=1024, lr=1e-4),
-    dvae=dict(VQKD, features="pixel", lr=1e-4, min_lr=1.25e-6, beta2=.999))
+    dvae=dict(VQKD, features="pixel", lr=1e-4, min_lr=1.25e-6, beta2=.999),
+    vq=dict(VQKD, features="pixel", vocab_size=1024, batch_size=64, lr=64 * 4.5e-6),
+    peco=dict(VQKD, batch_size=128, lr=5e-5, beta2=.999), vqkd=VQKD)
 SMALL = {"cifar10": (32, 4), "cifar100": (32, 4), "stl10": (96, 12)}     # ours: pixels a side, of a patch
 
 
@@ -244,7 +245,6 @@ def train(args, ds, targets, state, device):
             lr = learning_rate(step, steps, warmup, args.lr, args.warmup_lr, args.min_lr, args.cosine)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            model.progress.fill_(step / steps)
             order = model.draw_order(args.batch_size, derive_seed(args.seed, step), device)[mine]
             generator.manual_seed(derive_seed(args.seed, step, 1))
             size = model.noise_rows, args.batch_size
@@ -275,8 +275,8 @@ def train(args, ds, targets, state, device):
                                  f"try a lower --lr (now {args.lr:g})")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            model.end_step(all_reduce, all_gather)
             step += 1
+            model.end_step(step / steps, all_reduce, all_gather)
             if log_due:
                 log.write(step, step / per_epoch, lr, steps)
             if save_due:
@@ -688,11 +688,11 @@ def make_targets(args, ds, tokenizer, device):
 
 
 def start_codebook(args, model, ds, device):
-    """Codes to start from: K-means of what the untrained encoder makes of the first batch (VQ-KD's code: 10 iterations)."""
+    """Hard codes start as K-means of what the new encoder makes of the first batch (VQ-KD's code; 10 iterations)."""
     rank, world = rank_and_world()
     share, micro = divide_batch(args, world)
-    first = [i for keys in schedule(len(ds), args.batch_size, args.seed, 0, 1, slice(rank * share, (rank + 1) * share), 1)
-             for _, i in keys]
+    mine = slice(rank * share, (rank + 1) * share)
+    first = [i for _, i in next(schedule(len(ds), args.batch_size, args.seed, 0, 1, mine, 1))]
     with torch.no_grad():
         z = [model.encode_patches(normalize(images, ds)).flatten(0, 1)
              for images, _, _ in kmeans.load_batches(ds, first, micro, args.workers, device)]
@@ -724,8 +724,8 @@ def describe(model, args):
 def print_plan(args, ds):
     """What the run would take; the rate of a GPU is an assumption, and said to be one."""
     with torch.device("meta"):
-        learns = args.objective in objectives.TOKENIZERS             # a teacher's features: about 1024 wide
-        model = build(args, 1024 if learns and args.objective == "vqkd" else None if learns else args.vocab_size or 1024)
+        size = {"vqkd": 1024, **dict.fromkeys(("dvae", "vq", "peco"))}       # a teacher's features: about 1024 wide
+        model = build(args, size.get(args.objective, args.vocab_size or 1024))
         n, size = model.encoder.n_patches, args.image_size
         order = torch.zeros(1, n, dtype=torch.long)
         given = torch.zeros(1, n, 1024) if model.needs == "features" else order
@@ -842,7 +842,7 @@ def resolve_args(args, world, device):
         raise ValueError(f"--features {args.features}: to predict pixels is --objective mae; maskfeat predicts "
                          "hog or the features of an encoder")
     if args.objective in ("dvae", "vq") and args.features != "pixel":
-        raise ValueError(f"--features {args.features}: {args.objective} rebuilds pixels; features are for peco and vqkd")
+        raise ValueError(f"--features {args.features}: {args.objective} rebuilds pixels; peco and vqkd want features")
     if args.tokens and args.crop:
         raise ValueError(f"--tokens {args.tokens}: a crop or a flip (--crop {args.crop:g}) moves the patches away "
                          "from their stored tokens; --crop 0, or --tokenizer for tokens of each crop")

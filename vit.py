@@ -281,6 +281,8 @@ PUBLIC = {
     "deit_small": dict(url=FACEBOOK + "deit/deit_small_patch16_224-cd65a155.pth", sha256="cd65a155"),
     "mae_vitb16": dict(url=FACEBOOK + "mae/pretrain/mae_pretrain_vit_base.pth", md5="8cad7c"),      # CC-BY-NC
     "mae_vitl16": dict(url=FACEBOOK + "mae/pretrain/mae_pretrain_vit_large.pth", md5="b8b06e"),     # CC-BY-NC
+    "vqkd": dict(url="https://github.com/addf400/files/releases/download/BEiT-v2/"          # BEiT v2's tokenizer, MIT
+                     "vqkd_encoder_base_decoder_3x768x12_clip-d5036aa7.pth", sha256="d5036aa7"),
 }
 CLIP_SHA256 = "be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c"
 CLIP_URL = f"https://openaipublic.azureedge.net/clip/models/{CLIP_SHA256}/RN50x64.pt"
@@ -322,7 +324,11 @@ def read_vit_weights(name_or_path):
     if name_or_path in PUBLIC:
         name_or_path = download(**PUBLIC[name_or_path])
     path = os.path.join(name_or_path, "encoder.pt") if os.path.isdir(name_or_path) else name_or_path
-    state = read_checkpoint(path)
+    return select_vit(read_checkpoint(path), path), path
+
+
+def select_vit(state, path):
+    """The ViT's part of what a checkpoint holds, under timm's names."""
     for container in ("model", "state_dict", "teacher", "student"):           # MAE and DeiT, timm, DINO
         if isinstance(state, dict) and isinstance(state.get(container), dict):
             state = state[container]
@@ -332,8 +338,11 @@ def read_vit_weights(name_or_path):
         if any(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): v for key, v in state.items() if key.startswith((prefix, "fc_norm."))}
     state = {re.sub("^fc_norm", "norm", key): v for key, v in state.items()}
+    for key in [key for key in state if key.endswith("attn.q_bias")]:         # BEiT's: keys have no bias
+        q, v = state.pop(key), state.pop(key.replace("q_bias", "v_bias"))
+        state[key.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
     ours = ("cls_token", "pos_embed", "patch_embed", "blocks", "norm")
-    return {key: v for key, v in state.items() if key.split(".")[0] in ours}, path
+    return {key: v for key, v in state.items() if key.split(".")[0] in ours}
 
 
 def resize_positions(pos, grid, prefix=1):
@@ -392,10 +401,28 @@ def rebuild_vit(state, path, image_size=None):
     return fit_weights(vit, state, path)
 
 
+# --- random numbers of an image ---------------------------------------------------------------------------
+
+def hash_uniform(seeds, count):
+    """(b, count) float32 in (0, 1) from seeds (2, b), uniform in [0, 1): a counter, hashed with both (lowbias32).
+
+    An image's numbers depend on its seeds alone: no generator, and the same however a batch is divided.
+    """
+    first, second = (seeds.double() * 2 ** 32).long()[..., None]
+    x = first + torch.arange(count, device=seeds.device)
+    for seed in (0, second):
+        x = (x ^ seed) & 0xffffffff
+        for shift, factor in ((16, 0x7feb352d), (15, 0x846ca68b)):
+            x = ((x ^ (x >> shift)) * factor) & 0xffffffff
+        x = x ^ (x >> 16)
+    return ((x >> 9) + .5) / 2 ** 23                           # 23 bits: exact in float32, never 0 or 1
+
+
 # --- frozen features of patches: what K-means clusters, what MaskFeat predicts ----------------------------
 
 IMAGENET = (.485, .456, .406), (.229, .224, .225)  # mean, std on the scale 0..1: DINO, DeiT and MAE want these
 CLIP = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
+SYMMETRIC = (.5, .5, .5), (.5, .5, .5)             # pixels in -1..1, for VQ-KD
 ENCODERS = {"dino": "dino_vits16", "deit": "deit_small", "mae": "mae_vitb16"}
 
 
@@ -552,7 +579,7 @@ class PatchFeatures(nn.Module):
         Of a ViT, after 3, 6, 9 and 11 of 12 blocks (PeCo), or as many of its own; of all else, its features.
         """
         if self.name == "clip":
-            raise ValueError("--features clip: a perceptual loss takes hog, pixel-norm or a ViT (dino, deit, mae, ours)")
+            raise ValueError("--features clip: a perceptual loss takes hog, pixel-norm or a ViT (dino, mae, ours)")
         rows, vit = [], self.encoder
         if vit is None:
             rows.append(PATCH_FEATURES[self.name](images, self.patch_size))
