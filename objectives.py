@@ -239,7 +239,7 @@ class MaskedAutoencoder(Objective):
         """What every patch should be: (b, n) int64, or (b, n, size) float32. given: tokens or features."""
         if self.target == "tokens":
             return given
-        with torch.autocast(images.device.type, enabled=False):
+        with torch.autocast("cuda", enabled=False):
             if self.target == "features":
                 return F.normalize(given.float(), dim=-1)
             return PATCH_FEATURES[self.target](images.float(), self.encoder.patch_size)
@@ -407,7 +407,7 @@ class LearnedTokenizer(Objective):
         loss       = distance(prediction, target) + what ties codes and z together
 
     soft        dVAE (DALL-E, arXiv:2102.12092, Sec. 2.1): code = y C, y = softmax((W z + b + Gumbel noise) / tau);
-                tau falls from 1 to 1/16, beta KL(softmax(W z + b) || uniform) joins the loss, both gradually
+                tau falls from 1 to 1/16, and beta KL(softmax(W z + b) || uniform) joins the loss, by half a cosine
                 else (VQ-VAE, Eq. 3) straight-through gradients, and beta ||z - sg C_t||^2, the commitment
     unit        VQ-KD (BEiT v2, arXiv:2208.06366, Sec. 3.1): z and codes have unit length and 32 values; a code moves
                 to the mean direction of its z, 1 % a step; else by gradient, hard ones by that of ||sg z - C_t||^2
@@ -431,11 +431,10 @@ class LearnedTokenizer(Objective):
         self.classify = nn.Linear(size, K) if soft else None
         self.widen = nn.Linear(size, width)
         self.register_buffer("pos", sincos_positions(vit.grid, width, prefix=0), persistent=False)
-        self.decoder = Decoder(width, depth, vit.blocks[0].attn.heads, values or 3 * vit.patch_size ** 2)
-        for part in (self.project, self.widen, self.decoder):
+        self.decoder = Decoder(width, depth, vit.blocks[0].attn.heads, values if features else 3 * vit.patch_size ** 2)
+        for part in [self.project, self.widen, self.decoder] + [self.classify] * soft:
             part.apply(vit.initialize)
-        for part in [self.decoder.head] + [self.classify] * soft:
-            part.apply(init_weights)                           # small: starts at the mean, at equal shares
+        self.decoder.head.apply(init_weights)                  # small: it starts at the mean
         self.register_buffer("share", torch.full((K,), 1 / K))
         self.register_buffer("progress", torch.zeros(()))      # a tensor: nothing is compiled anew
         self.register_buffer("state", torch.zeros(3))          # used, perplexity, reseeded, of the step before
@@ -447,7 +446,7 @@ class LearnedTokenizer(Objective):
     def encode_patches(self, images, noise=None):
         """z (b, n, size) float32 of all patches; noise as in ViT.encode."""
         x = self.encoder.encode(self.encoder.embed(images), noise=noise)[:, self.encoder.prefix:]
-        with torch.autocast(images.device.type, enabled=False):
+        with torch.autocast("cuda", enabled=False):
             z = self.project(x.float())
             return F.normalize(z, dim=-1) if self.unit else z
 
@@ -464,7 +463,7 @@ class LearnedTokenizer(Objective):
             loss = self.beta * F.mse_loss(z, code.detach())
             loss = loss if self.unit else loss + F.mse_loss(code, z.detach())
             return z + (code - z).detach(), tokens, loss       # straight through: the code, with z's gradient
-        ramp = (1 - torch.cos(math.pi * (8 * self.progress).clamp(max=1))) / 2     # 0 to 1 in an eighth of the run
+        ramp = (1 - torch.cos(math.pi * self.progress)) / 2    # 0 to 1
         if seeds is not None:
             noise = -(-hash_uniform(seeds, scores[0].numel()).log()).log().view_as(scores)
             code = ((scores + noise) / (1 - ramp * 15 / 16)).softmax(-1) @ self.codebook
@@ -477,7 +476,7 @@ class LearnedTokenizer(Objective):
         noise = torch.rand(self.noise_rows, len(images), device=images.device) if noise is None else noise
         drop, seeds = noise.split([self.noise_rows - 2, 2]) if self.training else (None, None)
         z = self.encode_patches(images, drop)
-        with torch.autocast(images.device.type, enabled=False):
+        with torch.autocast("cuda", enabled=False):
             code, tokens, loss = self.quantize(z, seeds)
             if self.training:
                 self.count(z.detach(), tokens, seeds)

@@ -693,9 +693,11 @@ def start_codebook(args, model, ds, device):
     share, micro = divide_batch(args, world)
     mine = slice(rank * share, (rank + 1) * share)
     first = [i for _, i in next(schedule(len(ds), args.batch_size, args.seed, 0, 1, mine, 1))]
+    model.eval()                                               # without stochastic depth
     with torch.no_grad():
         z = [model.encode_patches(normalize(images, ds)).flatten(0, 1)
              for images, _, _ in kmeans.load_batches(ds, first, micro, args.workers, device)]
+    model.train()
     metric = "cosine" if model.unit else "euclidean"
     found = kmeans.KMeans(args.vocab_size, metric, max_iter=10, seed=args.seed).fit(torch.cat(z))
     model.codebook.data.copy_(found.centroids)
@@ -770,7 +772,9 @@ def parse(argv):
     for key, (mapet, clustermim, _, text) in SETTINGS.items():
         kind = type(clustermim if mapet is None else mapet)
         kind = dict(choices=choices[key]) if key in choices else dict(type=kind)
-        add(f"--{key.replace('_', '-')}", help=f"{text} (MaPeT {mapet}, ClusterMIM {clustermim})", **kind)
+        others = [f"{name} {PAPERS[name][key]}" for name in objectives.TOKENIZERS if PAPERS[name][key] != mapet]
+        papers = ", ".join([f"MaPeT {mapet}", f"ClusterMIM {clustermim}"] + others)
+        add(f"--{key.replace('_', '-')}", help=f"{text} ({papers})", **kind)
     add = parser.add_argument_group("run").add_argument
     for flag, (kind, text) in FLAGS.items():
         add(f"--{flag}", help=text, **{"choices" if isinstance(kind, list) else "type": kind})
