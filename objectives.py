@@ -8,9 +8,8 @@
     mim, beit    visible patches and mask tokens        the encoder                  tokens
     pim          patches before the target in order z   the encoder's query stream   tokens
     mapet        the same and mask tokens of all others the encoder's query stream   tokens
-    dvae, vq     all patches: what is learned           a decoder, from tokens       pixels, MSE
-    peco         is a tokenizer, of which tokens        the same                     and features of a frozen network
-    vqkd         for the others are made                the same                     features, cosine
+    dvae, vq     all patches: what is learned is a      a decoder, from tokens       pixels, MSE
+    peco, vqkd   tokenizer, for the others' tokens      the same                     pixels and features; features
 
 The first three rows are one class, `MaskedAutoencoder`, the last four another, `LearnedTokenizer`. MIM, BEiT, PIM and
 MaPeT are a third, `MaPeT`: take one of its two ideas away and its parents appear:
@@ -431,7 +430,8 @@ class LearnedTokenizer(Objective):
         self.classify = nn.Linear(size, K) if soft else None
         self.widen = nn.Linear(size, width)
         self.register_buffer("pos", sincos_positions(vit.grid, width, prefix=0), persistent=False)
-        self.decoder = Decoder(width, depth, vit.blocks[0].attn.heads, values if features else 3 * vit.patch_size ** 2)
+        values = values if features else 3 * vit.patch_size ** 2
+        self.decoder = Decoder(width, depth, vit.blocks[0].attn.heads, values)
         for part in [self.project, self.widen, self.decoder] + [self.classify] * soft:
             part.apply(vit.initialize)
         self.decoder.head.apply(init_weights)                  # small: it starts at the mean
@@ -456,8 +456,7 @@ class LearnedTokenizer(Objective):
 
     def quantize(self, z, seeds=None):
         """z (b, n, size) -> code (b, n, size), tokens (b, n), what ties both; seeds (2, b): of Gumbel noise."""
-        scores = self.score(z)
-        tokens = scores.argmax(-1)
+        tokens = (scores := self.score(z)).argmax(-1)
         code = F.embedding(tokens, self.codebook)
         if not self.soft:
             loss = self.beta * F.mse_loss(z, code.detach())

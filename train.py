@@ -82,17 +82,16 @@ SETTINGS = {
     "save_every":       (1000, 1000, 200, "steps between checkpoints"),
 }
 MAPET, CLUSTERMIM, TEXTURES = ({key: row[i] for key, row in SETTINGS.items()} for i in range(3))
+# Learned tokenizers: VQ-KD's recipe (BEiT v2's code); its teacher is CLIP's ViT-B/16, here DINO's. The others' are
+# for convolutions: what is not named is VQ-KD's. DALL-E's is of its App. A, VQGAN's of its code (4.5e-6 an image).
+VQKD = dict(MAPET, features="dino_vitb16", vocab_size=8192, decoder_depth=3, crop=.08, jitter=0., layer_scale=0.,
+            drop_path=0., epochs=100., batch_size=512, lr=2e-4, weight_decay=1e-4, beta2=.99, clip_norm=0.,
+            cosine="warmup")
 # MaskFeat is the row of ClusterMIM's tables; its own paper's recipe is for mask tokens in the encoder (lr 2e-4 *
 # batch / 256, warm-up 30, clip 0.02, crop 0.5, 40 % hidden in blocks).
 PAPERS = dict(
     mae=dict(CLUSTERMIM, vocab_size=None), maskfeat=dict(CLUSTERMIM, vocab_size=None, features="hog"),
-    clustermim=CLUSTERMIM, cae=dict(MAPET, pos="sincos", init="mae"), beit=MAPET, mim=MAPET, pim=MAPET, mapet=MAPET)
-# Learned tokenizers: VQ-KD's recipe (BEiT v2's code); its teacher is CLIP's ViT-B/16, here DINO's. The others' are for
-# convolutions, and what is not named below is VQ-KD's: DALL-E's (App. A), VQGAN's (its code: 4.5e-6 an image), PeCo's.
-VQKD = dict(MAPET, features="dino_vitb16", vocab_size=8192, decoder_depth=3, crop=.08, jitter=0., layer_scale=0.,
-            drop_path=0., epochs=100., batch_size=512, lr=2e-4, weight_decay=1e-4, beta2=.99, clip_norm=0.,
-            cosine="warmup")
-PAPERS.update(
+    clustermim=CLUSTERMIM, cae=dict(MAPET, pos="sincos", init="mae"), beit=MAPET, mim=MAPET, pim=MAPET, mapet=MAPET,
     dvae=dict(VQKD, features="pixel", lr=1e-4, min_lr=1.25e-6, beta2=.999),
     vq=dict(VQKD, features="pixel", vocab_size=1024, batch_size=64, lr=64 * 4.5e-6),
     peco=dict(VQKD, batch_size=128, lr=5e-5, beta2=.999), vqkd=VQKD)
@@ -222,8 +221,7 @@ def train(args, ds, targets, state, device):
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
         print0(f"going on from {args.out}/last.pt at step {step}")
-    elif args.objective in ("vq", "peco", "vqkd"):
-        start_codebook(args, model, ds, device)
+    start_codebook(args, model, ds, device, step)
     log = Log(args, model, targets, state, device)
     print0(f"{describe(model, args)}. {steps} steps of {args.batch_size} images ({world} processes x {accumulate} x "
            f"{micro}), lr {args.lr:g}, {'bfloat16' if device.type == 'cuda' else 'float32'} on {device}")
@@ -687,8 +685,10 @@ def make_targets(args, ds, tokenizer, device):
     return Targets(tokens, tokenizer, tokenizer.vocab_size)
 
 
-def start_codebook(args, model, ds, device):
+def start_codebook(args, model, ds, device, step):
     """Hard codes start as K-means of what the new encoder makes of the first batch (VQ-KD's code; 10 iterations)."""
+    if step or args.objective not in ("vq", "peco", "vqkd"):
+        return
     rank, world = rank_and_world()
     share, micro = divide_batch(args, world)
     mine = slice(rank * share, (rank + 1) * share)
@@ -857,6 +857,10 @@ def resolve_args(args, world, device):
         raise ValueError(f"--vocab-size {args.vocab_size}: stored tokens have 16 bits, {kmeans.UNSET} codes at "
                          "most; with --crop nothing is stored")
     divide_batch(args, world)
+    patches = args.batch_size * (args.image_size // args.patch_size) ** 2
+    if learns and args.vocab_size > patches:
+        raise ValueError(f"--vocab-size {args.vocab_size}: codes start at the {patches} patches of the first batch; "
+                         "fewer of them, or a larger --batch-size")
     with torch.device("meta"):                                   # sizes, --cut and --mask-ratio out of range
         return build(args, args.vocab_size or 2).needs
 

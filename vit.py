@@ -408,7 +408,7 @@ def hash_uniform(seeds, count):
 
     An image's numbers depend on its seeds alone: no generator, and the same however a batch is divided.
     """
-    first, second = (seeds.double() * 2 ** 32).long()[..., None]
+    first, second = (seeds * 2 ** 24).long()[..., None]        # torch.rand's own steps
     x = first + torch.arange(count, device=seeds.device)
     for seed in (0, second):
         x = (x ^ seed) & 0xffffffff
@@ -581,14 +581,15 @@ class PatchFeatures(nn.Module):
         if self.name == "clip":
             raise ValueError("--features clip: a perceptual loss takes hog, pixel-norm or a ViT (dino, mae, ours)")
         rows, vit = [], self.encoder
-        if vit is None:
-            rows.append(PATCH_FEATURES[self.name](images, self.patch_size))
-        else:
-            chosen, x = {max(1, vit.depth * i // 12) for i in (3, 6, 9, 11)}, vit.embed(images)
-            for i, block in enumerate(vit.blocks, 1):
-                x = block(x)
-                rows += [x] * (i in chosen)
-        return [F.layer_norm(x, x.shape[-1:]) for x in rows]
+        with torch.autocast("cuda", torch.bfloat16, enabled=images.is_cuda and vit is not None):
+            if vit is None:
+                rows.append(PATCH_FEATURES[self.name](images, self.patch_size))
+            else:
+                chosen, x = {max(1, vit.depth * i // 12) for i in (3, 6, 9, 11)}, vit.embed(images)
+                for i, block in enumerate(vit.blocks, 1):
+                    x = block(x)
+                    rows += [x] * (i in chosen)
+        return [F.layer_norm(x.float(), x.shape[-1:]) for x in rows]
 
 
 # --- files: all or nothing, and one line for what went wrong ----------------------------------------------
