@@ -751,9 +751,9 @@ def main(argv=None):
     add("--seed", type=int, default=0, help="of the random order and of the blocks (default 0)")
     add("--out", default="runs/masks", metavar="FOLDER", help="for the PNGs (default runs/masks)")
     args = parser.parse_args(argv)
-    cut = args.cut
-    if not 1 <= cut <= args.patches:
-        parser.error(f"--cut {cut} is out of range: with --patches {args.patches} it is 1 to {args.patches}")
+    if not 1 <= args.cut <= args.patches:
+        parser.error(f"--cut {args.cut} is out of range: with --patches {args.patches} it is 1 to {args.patches}")
+    cut = 1 + args.patches if args.objective in TOKENIZERS else args.cut
     generator = torch.Generator().manual_seed(args.seed)
     order = random_order(1, args.patches, generator)[0]
     names = [f"x{int(j)}" for j in order]
