@@ -2802,7 +2802,7 @@ def test_recipes_of_learned_tokenizers(folder, capsys):
     with torch.device("meta"):
         assert size("vqkd", V.vit_base) == (8192, 32) and size("peco", V.vit_base) == size("vq", V.vit_base) == (8192, 256)
     for name in TOKENIZERS:
-        train.main(["--data", folder, "--objective", name, "--plan", "--batch-size", "8"])
+        train.main(["--data", folder, "--objective", name, "--plan", "--batch-size", "8", "--vocab-size", "64"])
         assert "GFLOP" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         train.main(["--help"])

@@ -858,7 +858,7 @@ def resolve_args(args, world, device):
                          "most; with --crop nothing is stored")
     divide_batch(args, world)
     patches = args.batch_size * (args.image_size // args.patch_size) ** 2
-    if learns and args.vocab_size > patches:
+    if args.objective in ("vq", "peco", "vqkd") and args.vocab_size > patches:
         raise ValueError(f"--vocab-size {args.vocab_size}: codes start at the {patches} patches of the first batch; "
                          "fewer of them, or a larger --batch-size")
     with torch.device("meta"):                                   # sizes, --cut and --mask-ratio out of range
