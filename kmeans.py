@@ -38,8 +38,8 @@ from einops import rearrange
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from vit import (CLIP, ENCODERS, IMAGENET, PatchFeatures, draw_grid, exit_on_error, gather_patches, normalize,
-                 patchify, read_checkpoint, save, unpatchify, write_atomically)
+from vit import (CLIP, ENCODERS, IMAGENET, PUBLIC, SYMMETRIC, PatchFeatures, download, draw_grid, exit_on_error,
+                 gather_patches, normalize, patchify, read_checkpoint, save, select_vit, unpatchify, write_atomically)
 
 try:
     import triton
@@ -246,13 +246,15 @@ class KMeansTokenizer(nn.Module):
 
     S is image_size; for clip also twice that, which spares it the blur of enlarging (`input_size`: the best).
     It belongs beside a model, never inside: MAE's weight initialisation would wipe it.
+
+    encoder   of a learned tokenizer (dvae, vq, peco, vqkd): the weights of f, see PatchFeatures; f is kept with it
     """
 
-    def __init__(self, features, centroids, metric, patch_size, image_size, mean, std):
+    def __init__(self, features, centroids, metric, patch_size, image_size, mean, std, encoder=None):
         super().__init__()
         self.features, self.metric, self.patch_size, self.image_size = features, metric, patch_size, image_size
         self.mean, self.std = (tuple(float(value) for value in values) for values in (mean, std))
-        self.extract = PatchFeatures(features, patch_size, image_size)
+        self.extract, self.learned = PatchFeatures(features, patch_size, image_size, encoder), encoder is not None
         self.vocab_size, self.n_patches = len(centroids), (image_size // patch_size) ** 2
         self.input_size = image_size * (2 if features == "clip" else 1)
         self.register_buffer("centroids", centroids.detach().float().clone())
@@ -293,7 +295,10 @@ class KMeansTokenizer(nn.Module):
 
     def save(self, path):
         keys = "features", "metric", "patch_size", "image_size", "mean", "std", "vocab_size"
-        save({"centroids": self.centroids.cpu(), **{key: getattr(self, key) for key in keys}}, path)
+        state = {"centroids": self.centroids.cpu(), **{key: getattr(self, key) for key in keys}}
+        if self.learned:
+            state["encoder"] = {key: value.cpu() for key, value in self.extract.state_dict().items()}
+        save(state, path)
 
 
 # ==========================================================================================================
@@ -743,7 +748,8 @@ def available_memory(device):
 
 def blank_tokenizer(ds, features, patch_size, image_size=None, k=1, metric="euclidean"):
     """A tokenizer before its fit: it knows the features of the images of `ds` (`rows`), but no centroids."""
-    mean, std = CLIP if features == "clip" else IMAGENET if features in ENCODERS else (ds.mean, ds.std)
+    known = {"clip": CLIP, "vqkd": SYMMETRIC, **dict.fromkeys(ENCODERS, IMAGENET)}
+    mean, std = known.get(features, (ds.mean, ds.std))
     return KMeansTokenizer(features, torch.zeros(k, 1), metric, patch_size, image_size or ds.image_size, mean, std)
 
 
@@ -782,10 +788,24 @@ def fit_tokenizer(ds, features="pixel", k=64, metric="euclidean", patch_size=16,
     return tokenizer
 
 
+def select_vqkd(state, path):
+    """The arguments of KMeansTokenizer that make BEiT v2's VQ-KD of its official weights: its codes are centroids."""
+    weights = {f"encoder.{key}": value for key, value in select_vit(state, path).items()}
+    weights |= {key.replace("encode_task_layer.", "project."): value for key, value in state.items()
+                if key.startswith("encode_task_layer.")}
+    p, n = weights["encoder.patch_embed.proj.weight"].shape[-1], weights["encoder.pos_embed"].shape[1] - 1
+    codes, (mean, std) = state["quantize.embedding.weight"], SYMMETRIC
+    return dict(features="vqkd", centroids=codes, metric="cosine", patch_size=p, image_size=p * math.isqrt(n),
+                mean=mean, std=std, encoder=weights, vocab_size=len(codes))
+
+
 def load_tokenizer(path):
-    """What `save` wrote; ValueError, one line, for a file that is missing, damaged or something else."""
+    """What `save` wrote, or VQ-KD (a file, or "vqkd": fetched); ValueError, one line, for anything else."""
+    path = download(**PUBLIC[path]) if path == "vqkd" else path
     state = read_checkpoint(path)
     try:
+        if "quantize.embedding.weight" in state.get("model", ()):
+            state = select_vqkd(state["model"], path)
         if state.pop("vocab_size") != len(state["centroids"]):
             raise ValueError("vocab_size is not the number of centroids")
         return KMeansTokenizer(**state)

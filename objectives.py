@@ -8,9 +8,11 @@
     mim, beit    visible patches and mask tokens        the encoder                  tokens
     pim          patches before the target in order z   the encoder's query stream   tokens
     mapet        the same and mask tokens of all others the encoder's query stream   tokens
+    dvae, vq     all patches: what is learned is a      a decoder, from tokens       pixels, MSE
+    peco, vqkd   tokenizer, for the others' tokens      the same                     pixels and features; features
 
-The first three rows are one class, `MaskedAutoencoder`; the last three are another, `MaPeT`: take one of its two
-ideas away and its parents appear:
+The first three rows are one class, `MaskedAutoencoder`, the last four another, `LearnedTokenizer`. MIM, BEiT, PIM and
+MaPeT are a third, `MaPeT`: take one of its two ideas away and its parents appear:
     PIM    max E_x E_z  sum_{i >= c} log p(t_{z_i} | x_{z_<i})                      (MaPeT Eq. 1)
     MaPeT  max E_x E_z  sum_{i >= c} log p(t_{z_i} | x_{z_<i}, m_{z_>=i})           (MaPeT Eq. 2)
     MaPeT - positions of what is not seen yet (m) = PIM;  MaPeT - content of targets that were predicted = MIM
@@ -19,7 +21,7 @@ token + position j: "there is a patch at j", without its content. c counts the c
 of 197 tokens leaves 49 visible patches and 147 targets, 75 %. `beit` and `cae` hide blocks of patches, all others
 random ones: only the order z differs.
 
-Read down to the ruled line. Below it, to be skipped at first: CAE, objectives by name, pictures.
+Read down to the ruled line. Below it, to be skipped at first: CAE, learned tokenizers, objectives by name, pictures.
 
 python objectives.py                             who looks at whom: 6 patches cut at 3, printed and drawn
 python objectives.py mapet --patches 6 --cut 3   one of them; beit and cae print the blocks they hide as well
@@ -37,7 +39,8 @@ from einops import rearrange
 from PIL import Image, ImageDraw
 
 from vit import (MLP, PATCH_FEATURES, Block, LayerScale, drop_path, drop_rates, exit_on_error, gather_patches,
-                 init_weights, patchify, principal_colors, sincos_positions, split_noise, unpatchify, write_atomically)
+                 hash_uniform, init_weights, make_projection, patchify, principal_colors, sincos_positions,
+                 split_noise, to_device, unpatchify, write_atomically)
 
 
 # --- orders and masks -------------------------------------------------------------------------------------
@@ -123,7 +126,7 @@ class Objective(nn.Module):
     logs    names of what forward returns beside the loss
     cut     the cutting point c: c - 1 visible patches, targets = 1 + n - c hidden ones
     smoothing   of the labels, in the cross-entropy; blockwise: hide blocks, not random patches
-    noise_rows  uniform numbers an image that decide stochastic depth
+    noise_rows  how many uniform numbers an image's stochastic depth takes
     """
     needs, logs = "tokens", ("accuracy",)
 
@@ -135,27 +138,18 @@ class Objective(nn.Module):
         self.encoder, self.cut, self.targets = vit, cut, 1 + n - cut
         self.smoothing, self.blockwise, self.noise_rows = smoothing, blockwise, 2 * vit.depth
 
-    def before_step(self):
-        """Called before the optimizer changes the weights."""
-
     def draw_order(self, b, seed=None, device="cpu", rows=slice(None)):
-        """An order z (b, n) of each image's patches, visible ones first; a function of the seed if given.
-
-        rows: only those of a batch of b. Blocks are drawn for 64 images at once, each process's for its own.
-        """
+        """An order z (b, n) of each image's patches, visible ones first, by the seed if given; `rows` of the b only."""
         if not self.blockwise:
             generator = None if seed is None else torch.Generator(device).manual_seed(seed)
             return random_order(b, self.encoder.n_patches, generator, device)[rows]
-        start, stop, _ = rows.indices(b)
+        start, stop, _ = rows.indices(b)                       # blocks are drawn for 64 images at once
         first, orders = start // 64, []
-        for chunk in range(first, -(-stop // 64)):             # on the CPU: they take decisions, which wait for a GPU
+        for chunk in range(first, -(-stop // 64)):             # on the CPU: blocks take decisions
             generator = None if seed is None else torch.Generator().manual_seed(seed + chunk)
             hidden = blockwise_mask(min(64, b - 64 * chunk), self.encoder.grid, self.targets, generator)
             orders.append(hidden.int().argsort(dim=1, stable=True))
-        order = torch.cat(orders)[start - 64 * first:stop - 64 * first]
-        if torch.device(device).type == "cuda":
-            order = order.pin_memory()                         # so that the copy does not wait for the GPU
-        return order.to(device, non_blocking=True)
+        return to_device(torch.cat(orders)[start - 64 * first:stop - 64 * first], device)
 
     def split(self, images, order):
         """An order (None: drawn here) -> visible patches (b, c - 1), hidden ones (b, T), in that order."""
@@ -163,16 +157,19 @@ class Objective(nn.Module):
         return order[:, :self.cut - 1], order[:, self.cut - 1:]
 
     def forward(self, images, tokens=None, order=None, noise=None):
-        """images (b, 3, S, S) normalised, tokens (b, n) or what `needs` says -> loss, dict of 0-d logs.
-
-        order (b, n): visible patches first; None = draw_order. noise: see ViT.encode.
-        """
+        """images (b, 3, S, S) normalised, tokens (b, n) or what `needs` says -> loss, dict of 0-d logs."""
         return self.loss(*self.predict(images, tokens, order, noise))
 
     def loss(self, logits, tokens):
         """Cross-entropy, the mean over targets: logits (b, T, K), tokens (b, T); and the share that is right."""
         loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), label_smoothing=self.smoothing)
         return loss, {"accuracy": (logits.detach().argmax(-1) == tokens).float().mean()}
+
+    def before_step(self):
+        """Before each optimizer step; see CAE."""
+
+    def end_step(self, progress, all_reduce, all_gather):
+        """After each: share of the steps that is done; functions to sum, to collect over processes."""
 
 
 class Decoder(nn.Module):
@@ -186,11 +183,10 @@ class Decoder(nn.Module):
         self.head = nn.Linear(width, values)
 
     def forward(self, x, n_out, noise=None):
-        noise = split_noise(noise, len(self.blocks))
-        for block, draws in zip(self.blocks[:-1], noise):
+        *noise, last = split_noise(noise, len(self.blocks))
+        for block, draws in zip(self.blocks, noise):
             x = block(x, noise=draws)
-        x = self.blocks[-1](x, n_out=n_out, noise=noise[-1])   # asks for the last n_out rows only
-        return self.head(self.norm(x))
+        return self.head(self.norm(self.blocks[-1](x, n_out=n_out, noise=last)))     # asks for these rows only
 
 
 class MaskedAutoencoder(Objective):
@@ -241,7 +237,7 @@ class MaskedAutoencoder(Objective):
         """What every patch should be: (b, n) int64, or (b, n, size) float32. given: tokens or features."""
         if self.target == "tokens":
             return given
-        with torch.autocast(images.device.type, enabled=False):
+        with torch.autocast("cuda", enabled=False):
             if self.target == "features":
                 return F.normalize(given.float(), dim=-1)
             return PATCH_FEATURES[self.target](images.float(), self.encoder.patch_size)
@@ -393,6 +389,163 @@ class CAE(Objective):
         torch._foreach_copy_(list(self.teacher.parameters()), list(self.encoder.parameters()))
 
 
+# --- learned tokenizers -----------------------------------------------------------------------------------
+
+class LearnedTokenizer(Objective):
+    """Encode all patches, replace each by one of K codes, decode: what stands in the middle is a tokenizer.
+
+        z          = project(encoder([cls ; patches + pos]))     (b, n, size)
+        t          = argmin_k ||z - C_k||                        hard: the nearest code
+                     argmax_k (W z + b)_k                        soft: the greatest logit
+        prediction = decoder(V code + pos)                       hard: code = C_t; soft: see below
+        loss       = distance(prediction, target) + what ties codes and z together
+
+    soft        dVAE (DALL-E, arXiv:2102.12092, Sec. 2.1): code = y C, y = softmax((W z + b + Gumbel noise) / tau);
+                tau falls from 1 to 1/16, and beta KL(softmax(W z + b) || uniform) joins the loss, by half a cosine
+                else (VQ-VAE, Eq. 3) straight-through gradients, and beta ||z - sg C_t||^2, the commitment
+    unit        VQ-KD (BEiT v2, arXiv:2208.06366, Sec. 3.1): z and codes have unit length and 32 values; a code moves
+                to the mean direction of its z, 1 % a step; else by gradient, hard ones by that of ||sg z - C_t||^2
+    features    VQ-KD: the target is a teacher's features, 1 - cosine; else the pixels, MSE
+    perceptual  PeCo (arXiv:2111.12710, Sec. 3.2): and a frozen network should see the same in both
+    Ours: a code with less than a tenth of the mean share (over about 20 steps) is dead, and moves to a random z.
+    """
+    logs = "error", "used", "perplexity", "reseeded"
+
+    def __init__(self, vit, vocab_size, values, depth, soft, unit, features, perceptual, beta):
+        super().__init__(vit, vit.n_patches)
+        self.cut, self.targets = 1 + vit.n_patches, 0          # nothing is hidden
+        self.soft, self.unit, self.features, self.perceptual, self.beta = soft, unit, features, perceptual, beta
+        self.needs = "features" if features else "layers" if perceptual else None
+        self.layers = None                                     # function of images, set from outside: PeCo's network
+        self.noise_rows += 2                                   # the seeds of hash_uniform
+        size, K, width = 32 if unit else min(256, vit.width), vocab_size, vit.width
+        self.project = make_projection(width, size)
+        codebook = torch.randn(K, size)
+        self.codebook = nn.Parameter(F.normalize(codebook, dim=-1) if unit else codebook, requires_grad=not unit)
+        self.classify = nn.Linear(size, K) if soft else None
+        self.widen = nn.Linear(size, width)
+        self.register_buffer("pos", sincos_positions(vit.grid, width, prefix=0), persistent=False)
+        values = values if features else 3 * vit.patch_size ** 2
+        self.decoder = Decoder(width, depth, vit.blocks[0].attn.heads, values)
+        for part in [self.project, self.widen, self.decoder] + [self.classify] * soft:
+            part.apply(vit.initialize)
+        self.decoder.head.apply(init_weights)                  # small: it starts at the mean
+        self.register_buffer("share", torch.full((K,), 1 / K))
+        self.register_buffer("progress", torch.zeros(()))      # a tensor: nothing is compiled anew
+        self.register_buffer("state", torch.zeros(3))          # used, perplexity, reseeded, of the step before
+        # Of one step, until it ends: how often each code was chosen, the sum of its z; some z by lot, columns.
+        for name, start in (("counts", torch.zeros(K)), ("sums", torch.zeros(K, size)),
+                            ("lots", torch.full((min(K, 64),), -1.)), ("spare", torch.zeros(size, min(K, 64)))):
+            self.register_buffer(name, start, persistent=False)
+
+    def encode_patches(self, images, noise=None):
+        """z (b, n, size) float32 of all patches; noise as in ViT.encode."""
+        x = self.encoder.encode(self.encoder.embed(images), noise=noise)[:, self.encoder.prefix:]
+        with torch.autocast("cuda", enabled=False):
+            z = self.project(x.float())
+            return F.normalize(z, dim=-1) if self.unit else z
+
+    def score(self, z):
+        """(..., K): the token of z (..., size) is where it is greatest; hard: (||z||^2 - ||z - C_k||^2) / 2."""
+        return self.classify(z) if self.soft else z @ self.codebook.T - self.codebook.square().sum(-1) / 2
+
+    def quantize(self, z, seeds=None):
+        """z (b, n, size) -> code (b, n, size), tokens (b, n), what ties both; seeds (2, b): of Gumbel noise."""
+        tokens = (scores := self.score(z)).argmax(-1)
+        code = F.embedding(tokens, self.codebook)
+        if not self.soft:
+            loss = self.beta * F.mse_loss(z, code.detach())
+            loss = loss if self.unit else loss + F.mse_loss(code, z.detach())
+            return z + (code - z).detach(), tokens, loss       # straight through: the code, with z's gradient
+        ramp = (1 - torch.cos(math.pi * self.progress)) / 2    # 0 to 1
+        if seeds is not None:
+            noise = -(-hash_uniform(seeds, scores[0].numel()).log()).log().view_as(scores)
+            code = ((scores + noise) / (1 - ramp * 15 / 16)).softmax(-1) @ self.codebook
+        log_q = scores.log_softmax(-1)
+        kl = math.log(len(self.codebook)) + (log_q.exp() * log_q).sum(-1).mean()
+        return code, tokens, self.beta * ramp * kl / (3 * self.encoder.patch_size ** 2)     # a value's, as the MSE
+
+    def predict(self, images, given=None, order=None, noise=None):
+        """Prediction (b, n, values), its target, tokens (b, n), the codes' part of the loss."""
+        noise = torch.rand(self.noise_rows, len(images), device=images.device) if noise is None else noise
+        drop, seeds = noise.split([self.noise_rows - 2, 2]) if self.training else (None, None)
+        z = self.encode_patches(images, drop)
+        with torch.autocast("cuda", enabled=False):
+            code, tokens, loss = self.quantize(z, seeds)
+            if self.training:
+                self.count(z.detach(), tokens, seeds)
+        prediction = self.decoder(self.widen(code) + self.pos, code.shape[1]).float()
+        return prediction, given if self.features else patchify(images, self.encoder.patch_size), tokens, loss
+
+    def forward(self, images, tokens=None, order=None, noise=None):
+        prediction, target, _, loss = self.predict(images, tokens, noise=noise)
+        error = F.mse_loss(prediction, target) if not self.features else \
+            1 - F.cosine_similarity(prediction, target.float(), dim=-1).mean()
+        loss = loss + error
+        if self.perceptual and self.layers:
+            seen = self.layers(unpatchify(prediction, self.encoder.patch_size)), self.layers(images)
+            loss = loss + sum(F.mse_loss(*both) for both in zip(*seen))
+        return loss, dict(zip(self.logs, (error.detach(), *self.state.clone())))
+
+    @torch.no_grad()
+    def count(self, z, tokens, seeds):
+        """Note what end_step needs of one micro-batch."""
+        z, tokens, lots = z.flatten(0, 1), tokens.flatten(), hash_uniform(1 - seeds, z.shape[1]).flatten()
+        self.counts.index_add_(0, tokens, torch.ones_like(lots))
+        self.sums.index_add_(0, tokens, z)
+        lots, at = torch.cat([self.lots, lots]).topk(len(self.lots))
+        self.lots.copy_(lots)
+        self.spare.copy_(torch.cat([self.spare, z.T], 1)[:, at])
+
+    @torch.no_grad()
+    def end_step(self, progress, all_reduce, all_gather):
+        """Codes of unit length move, dead ones are re-seeded: the same on every process, however many there are."""
+        all_reduce(self.counts, self.sums)
+        if self.unit:                                          # the direction of the sum is that of the mean
+            moved = F.normalize(.99 * self.codebook + .01 * F.normalize(self.sums, dim=-1), dim=-1)
+            self.codebook.copy_(torch.where(self.counts[:, None] > 0, moved, self.codebook))
+        share = self.counts / self.counts.sum()
+        self.share.lerp_(share, .05)
+        lots, at = all_gather(self.lots).topk(len(self.lots))
+        dead = self.share < .1 / len(share)
+        codes = dead.int().argsort(descending=True, stable=True)[:len(lots)]
+        fresh = dead[codes] & (lots >= 0)                      # no `if`: it would wait for the GPU
+        self.reseed(codes, all_gather(self.spare)[:, at].T, fresh)
+        self.share[codes] = torch.where(fresh, 1 / len(share), self.share[codes])
+        self.state.copy_(torch.stack([(share > 0).sum(), torch.special.entr(share).sum().exp(), fresh.sum()]))
+        for buffer, value in ((self.progress, progress), (self.counts, 0), (self.sums, 0), (self.lots, -1)):
+            buffer.fill_(value)
+
+    def reseed(self, codes, z, fresh):
+        """Codes (m,) move to z (m, size) where fresh (m,). A soft one gets, at z, a logit 0.1 above the greatest."""
+        def put(rows, new):
+            keep = ~fresh.view(-1, *[1] * (rows.ndim - 1))
+            rows[codes] = torch.where(keep, rows[codes], new)
+        if not self.soft:
+            return put(self.codebook, z)
+        w, b, old = self.classify.weight, self.classify.bias, self.score(z).argmax(-1)
+        put(self.codebook, self.codebook[old])
+        put(w, w[old] + z / z.square().sum(-1, keepdim=True))
+        put(b, b[old] - .9)                                    # so it splits off what lies at z and farther out
+
+    @torch.no_grad()
+    def export(self):
+        """(weights of f, centroids, metric), on the CPU: a patch's token is the nearest centroid of f(image).
+
+        Soft, too, in one dimension more: W_k.z + b_k is greatest where ||[z, 0] - [W_k, s_k]|| is least, if
+        s_k^2 = constant - 2 b_k - ||W_k||^2.
+        """
+        f = {key: value.detach().cpu().clone() for key, value in self.state_dict().items()
+             if key.startswith(("encoder.", "project."))}
+        if not self.soft:
+            return f, self.codebook.detach().cpu(), "cosine" if self.unit else "euclidean"
+        w, b = self.classify.weight.cpu().double(), self.classify.bias.cpu().double()
+        square = 2 * b + w.square().sum(-1)
+        f["project.2.weight"] = F.pad(f["project.2.weight"], (0, 0, 0, 1))     # f's last value is 0
+        f["project.2.bias"] = F.pad(f["project.2.bias"], (0, 1))
+        return f, torch.cat([w, (square.max() - square).sqrt()[:, None]], 1).float(), "euclidean"
+
+
 # --- the objectives by name -------------------------------------------------------------------------------
 
 # What separates the objectives: the class, its switches, and the share of patches that is hidden by default.
@@ -406,17 +559,26 @@ OBJECTIVES = {
     "mim": Entry(MaPeT, dict(permute=False, positions=True), 75 / 196),
     "pim": Entry(MaPeT, dict(permute=True, positions=False), .75),
     "mapet": Entry(MaPeT, dict(permute=True, positions=True), .75),
+    # beta of the KL: 1 is the evidence bound for pixels of variance 1/2 (DALL-E: 6.6, with its logit-Laplace);
+    # of the commitment: VQ-VAE's and VQ-KD's.
+    "dvae": Entry(LearnedTokenizer, dict(soft=True, unit=False, features=False, perceptual=False, beta=1.), 0),
+    "vq":   Entry(LearnedTokenizer, dict(soft=False, unit=False, features=False, perceptual=False, beta=.25), 0),
+    "peco": Entry(LearnedTokenizer, dict(soft=False, unit=False, features=False, perceptual=True, beta=.25), 0),
+    "vqkd": Entry(LearnedTokenizer, dict(soft=False, unit=True, features=True, perceptual=False, beta=1.), 0),
 }
 TARGETS = {"mae": ("pixel", "pixel-norm"), "maskfeat": ("hog", "features")}     # the others predict tokens
+TOKENIZERS = [name for name, entry in OBJECTIVES.items() if entry.kind is LearnedTokenizer]      # or learn them
 
 
-def make(name, vit, vocab_size=None, cut=None, mask_ratio=None, target=None, label_smoothing=0., decoder_depth=None):
+def make(name, vit, vocab_size=None, cut=None, mask_ratio=None, target=None, label_smoothing=0., decoder_depth=None,
+         values=None):
     """The objective `name` around `vit`, an nn.Module: forward(images, tokens, order=None) -> loss, logs.
 
     vocab_size       codebook size K; of maskfeat with target="features" the values a patch
     cut, mask_ratio  how much is hidden: the cutting point, class token included, or a share of the patches
     target           mae: "pixel" or "pixel-norm" (each patch standardised); maskfeat: "hog" or "features"
-    decoder_depth    of mae, maskfeat, clustermim (8 blocks); of cae's regressor and decoder (4 each)
+    decoder_depth    of mae, maskfeat, clustermim (8 blocks), tokenizers (3); of cae's regressor and decoder (4 each)
+    values           of vqkd: a patch's, of its teacher
     """
     if name not in OBJECTIVES:
         raise ValueError(f"unknown objective {name!r}: choose from {', '.join(OBJECTIVES)}")
@@ -429,6 +591,10 @@ def make(name, vit, vocab_size=None, cut=None, mask_ratio=None, target=None, lab
         raise ValueError(f"objective {name} needs a vocab_size, of at least 2 tokens, not {vocab_size}")
     if cut is not None and mask_ratio is not None:
         raise ValueError("give a cutting point or a mask ratio, not both: the one follows from the other")
+    if name in TOKENIZERS:
+        if cut or mask_ratio:
+            raise ValueError(f"{name} hides nothing: it has no cutting point and no mask ratio (--cut, --mask-ratio)")
+        return kind(vit, vocab_size, values, decoder_depth or 3, **switches)
     if cut is None:
         mask_ratio = default_ratio if mask_ratio is None else mask_ratio
         if not 0 < mask_ratio <= 1:
@@ -447,11 +613,13 @@ def make(name, vit, vocab_size=None, cut=None, mask_ratio=None, target=None, lab
 def list_stages(name, order, cut):
     """Who looks at whom in each network of an objective, for one order (n,): [(title, mask, rows, keys)].
 
-    Rows and keys are names: cls, x3 = patch 3's content, m3 its mask token (position only), g3 its query.
+    Rows and keys are names: cls, x3 = patch 3's content, m3 its mask token (position only), g3 query, t3 token.
     """
     kind, switches, _ = OBJECTIVES[name]
+    cut = len(order) + 1 if kind is LearnedTokenizer else cut
     x, m, g = ([f"{letter}{int(j)}" for j in order] for letter in "xmg")
-    visible, x, m, g = ["cls"] + x[:cut - 1], x[cut - 1:], m[cut - 1:], g[cut - 1:]
+    visible, tokens = ["cls"] + x[:cut - 1], [f"t{int(j)}" for j in order]
+    x, m, g = x[cut - 1:], m[cut - 1:], g[cut - 1:]
     if switches.get("permute"):
         keys = visible + x + m * switches["positions"]
         return [(name, two_stream_mask(cut, len(m), switches["positions"]), keys + g, keys)]
@@ -460,6 +628,8 @@ def list_stages(name, order, cut):
     elif kind is CAE:                                          # its class token stays in the encoder
         stages = [(f"{name}-encoder", visible, visible), (f"{name}-regressor", m, visible[1:] + m),
                   (f"{name}-decoder", m, m)]
+    elif kind is LearnedTokenizer:
+        stages = [(f"{name}-encoder", visible, visible), (f"{name}-decoder", tokens, tokens)]
     else:
         stages = [(f"{name}-encoder", visible, visible), (f"{name}-decoder", visible + m, visible + m)]
     return [(title, torch.ones(len(rows), len(keys)).bool(), rows, keys) for title, rows, keys in stages]
@@ -483,7 +653,7 @@ def draw_mask(mask, rows, keys, visible, path, cell=26):
             color = orange if key[0] == "m" else blue
             draw.rectangle(at(x, y, x + 1, y + 1), fill=color if mask[y, x] else "white", outline=gray)
     # Where the kind of row changes; the class token counts as visible content.
-    names = {"x": "content, targets", "m": "mask tokens", "g": "query stream"}
+    names = {"x": "content, targets", "m": "mask tokens", "g": "query stream", "t": "tokens"}
     kinds = lambda rows: ["content, visible" if row in visible else names[row[0]] for row in rows]
     edges = lambda kinds: [i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]]
     for x in edges(kinds(keys)):
@@ -513,6 +683,21 @@ def picture_hog(x, p):
 
 
 @torch.no_grad()
+def picture_codes(model, images, x, given, unscale):
+    """Rows for draw_grid, and labels: image, token map (a color a token), target (of features), what is rebuilt."""
+    p, was_training = model.encoder.patch_size, model.training
+    prediction, target, tokens, _ = model.eval().predict(x, given)
+    model.train(was_training)
+    colors = torch.rand(len(model.codebook), 3, generator=torch.Generator().manual_seed(0)).to(images)
+    paint = lambda colors: unpatchify(colors.repeat(1, 1, p * p), p)
+    rows = [images, paint(colors[tokens])]
+    if not model.features:
+        return rows + [unscale(unpatchify(prediction, p)).clamp(0, 1)], ["image", "tokens", "rebuilt"]
+    both = principal_colors(*(F.normalize(part.float(), dim=-1) for part in (target, prediction)))
+    return rows + [paint(part) for part in both], ["image", "tokens", "target", "rebuilt"]
+
+
+@torch.no_grad()
 def picture_predictions(model, images, mean, std, tokens=None, patch_pictures=None, seed=0):
     """Rows of images (b, 3, S, S) in 0..1 for draw_grid, and their labels: image, visible, predicted, target.
 
@@ -521,6 +706,8 @@ def picture_predictions(model, images, mean, std, tokens=None, patch_pictures=No
     """
     p, mean, std = model.encoder.patch_size, images.new_tensor(mean), images.new_tensor(std)
     x = (images - mean[:, None, None]) / std[:, None, None]
+    if isinstance(model, LearnedTokenizer):
+        return picture_codes(model, images, x, tokens, lambda row: row * std[:, None, None] + mean[:, None, None])
     order = model.draw_order(len(images), seed, images.device)
     hidden = order[:, model.cut - 1:]
     given = torch.zeros_like(order) if tokens is None else tokens            # only the target row needs them
@@ -559,14 +746,14 @@ def main(argv=None):
     add("--seed", type=int, default=0, help="of the random order and of the blocks (default 0)")
     add("--out", default="runs/masks", metavar="FOLDER", help="for the PNGs (default runs/masks)")
     args = parser.parse_args(argv)
-    cut = args.cut
-    if not 1 <= cut <= args.patches:
-        parser.error(f"--cut {cut} is out of range: with --patches {args.patches} it is 1 to {args.patches}")
+    if not 1 <= args.cut <= args.patches:
+        parser.error(f"--cut {args.cut} is out of range: with --patches {args.patches} it is 1 to {args.patches}")
+    cut = 1 + args.patches if args.objective in TOKENIZERS else args.cut
     generator = torch.Generator().manual_seed(args.seed)
     order = random_order(1, args.patches, generator)[0]
     names = [f"x{int(j)}" for j in order]
     print(f"order z: {' '.join(names)}; cut {cut}: the class token and the first {cut - 1} are visible, "
-          f"{1 + args.patches - cut} are targets. x content, m mask token (position only), g query")
+          f"{1 + args.patches - cut} are targets. x content, m mask token (position only), g query, t token")
     for name in [args.objective] if args.objective else OBJECTIVES:
         for title, mask, rows, keys in list_stages(name, order, cut):
             path = os.path.join(args.out, f"{title}.png")
@@ -577,6 +764,8 @@ def main(argv=None):
             with exit_on_error("objectives.py"):
                 draw_mask(mask, rows, keys, {"cls", *names[:cut - 1]}, path)
             print(f"drawn in {path}")
+        if name in TOKENIZERS:
+            print(f"{name} hides nothing; switches: {OBJECTIVES[name].switches}")
     if args.objective in ("beit", "cae"):
         count = round(196 * OBJECTIVES[args.objective].mask_ratio)
         print(f"\n{args.objective} hides blocks: {count} of 14 x 14 patches, marked #")

@@ -654,6 +654,68 @@ def test_foreign_and_damaged_tokenizers_are_refused_in_one_line(tmp_path):
             kmeans.load_tokens(str(tmp_path / name))
 
 
+def official_vqkd(width=96, depth=2, heads=3, k=50, grid=3, p=8):
+    """A state dict with the names and shapes of BEiT v2's file: a small encoder, one decoder block, teacher, buffers."""
+    vit = V.ViT(p * grid, p, width, depth, heads, init="mae")
+    nn.init.normal_(vit.norm.weight, 1, .3)
+    state = {}
+    for part in ("encoder", "decoder"):
+        for key, value in vit.state_dict().items():
+            key, value = key.replace("norm.", "fc_norm.") if key.startswith("norm.") else key, torch.randn_like(value) * .2 + value
+            if key.endswith("qkv.bias"):
+                state[f"{part}.{key}".replace("qkv.bias", "q_bias")], _, state[f"{part}.{key}".replace("qkv.bias", "v_bias")] = \
+                    value.chunk(3)
+            else:
+                state[f"{part}.{key}"] = value
+    for key, rows in (("encode_task_layer.0", width), ("encode_task_layer.2", 32), ("decode_task_layer.0", width)):
+        state[f"{key}.weight"], state[f"{key}.bias"] = torch.randn(rows, width) / 9, torch.randn(rows) / 9
+    state["quantize.embedding.weight"] = F.normalize(torch.randn(k, 32), dim=-1)
+    state["quantize.cluster_size"], state["quantize.embedding.initted"] = torch.zeros(k), torch.ones(1)
+    state["teacher_model.visual.proj"], state["scaling_layer.shift"] = torch.zeros(4, 4), torch.zeros(1, 3, 1, 1)
+    return state
+
+
+def test_official_vqkd_weights(tmp_path, monkeypatch):
+    """BEiT v2's names and forward, written out from its state dict; by name, by file; as a tokenizer and as features."""
+    torch.manual_seed(0)
+    state = official_vqkd()
+    torch.save({"model": state, "epoch": 99, "args": argparse.Namespace(lr=1)}, tmp_path / "official.pth")
+    pixels = torch.randint(256, (4, 3, 24, 24), dtype=torch.uint8)
+    get = lambda key: state[f"encoder.{key}"]
+    norm = lambda x, key: F.layer_norm(x, x.shape[-1:], get(f"{key}.weight"), get(f"{key}.bias"), 1e-6)
+    x = pixels / 127.5 - 1                                                # its input: -1 to 1
+    x = F.conv2d(x, get("patch_embed.proj.weight"), get("patch_embed.proj.bias"), stride=8).flatten(2).transpose(1, 2)
+    x = torch.cat([get("cls_token").expand(4, -1, -1), x], 1) + get("pos_embed")
+    for i in range(2):
+        at = f"blocks.{i}."
+        bias = torch.cat([get(at + "attn.q_bias"), torch.zeros(96), get(at + "attn.v_bias")])
+        q, k, v = F.linear(norm(x, at + "norm1"), get(at + "attn.qkv.weight"), bias).view(4, 10, 3, 3, 32).permute(2, 0, 3, 1, 4)
+        y = ((q @ k.transpose(-1, -2) / 32 ** .5).softmax(-1) @ v).transpose(1, 2).reshape(4, 10, 96)
+        x = x + F.linear(y, get(at + "attn.proj.weight"), get(at + "attn.proj.bias"))
+        y = F.gelu(F.linear(norm(x, at + "norm2"), get(at + "mlp.fc1.weight"), get(at + "mlp.fc1.bias")))
+        x = x + F.linear(y, get(at + "mlp.fc2.weight"), get(at + "mlp.fc2.bias"))
+    features = norm(x, "fc_norm")[:, 1:]
+    z = F.linear(features, state["encode_task_layer.0.weight"], state["encode_task_layer.0.bias"]).tanh()
+    z = F.normalize(F.linear(z, state["encode_task_layer.2.weight"], state["encode_task_layer.2.bias"]), dim=-1)
+    wanted = torch.cdist(z, state["quantize.embedding.weight"]).argmin(-1)
+    asked = {}
+    for module in (V, kmeans):
+        monkeypatch.setattr(module, "download", lambda url, **check: asked.update(check, url=url) or str(tmp_path / "official.pth"))
+    for name in ("vqkd", str(tmp_path / "official.pth")):
+        tokenizer = kmeans.load_tokenizer(name)
+        assert torch.equal(tokenizer(pixels), wanted) and len(wanted.unique()) > 5
+        assert (tokenizer.features, tokenizer.vocab_size, tokenizer.image_size, tokenizer.metric) == ("vqkd", 50, 24, "cosine")
+    assert asked["sha256"] == "d5036aa7" and "vqkd_encoder_base_decoder_3x768x12_clip-d5036aa7.pth" in asked["url"]
+    tokenizer.save(tmp_path / "own.pt")
+    assert torch.equal(kmeans.load_tokenizer(str(tmp_path / "own.pt"))(pixels), wanted)
+    plain = kmeans.blank_tokenizer(Toy(), "vqkd", 8, 24)                  # its ViT alone: --features vqkd
+    torch.testing.assert_close(plain.rows(pixels), features, atol=1e-4, rtol=1e-4)
+    del state["quantize.embedding.weight"]
+    torch.save({"model": state}, tmp_path / "official.pth")
+    with pytest.raises(ValueError, match="official.pth: not a tokenizer"):
+        kmeans.load_tokenizer("vqkd")
+
+
 def test_fit_tokenizer_draws_the_same_patches_whatever_the_batch_and_from_all_classes(monkeypatch):
     ds = Toy(30)
     a, b = (kmeans.fit_tokenizer(ds, k=5, patch_size=4, fraction=.25, batch_size=size, seed=3) for size in (4, 30))
@@ -1983,7 +2045,7 @@ def test_masks_printed_and_drawn(tmp_path, capsys):
     (tmp_path / "file").touch()
     refused(objectives.main, ["mapet", "--out", tmp_path / "file"], capsys, tmp_path / "file")
     objectives.main(["--out", str(tmp_path / "all")])
-    stages = {name: ("encoder", "decoder") for name in ("mae", "maskfeat", "clustermim")}
+    stages = {name: ("encoder", "decoder") for name in ("mae", "maskfeat", "clustermim", *objectives.TOKENIZERS)}
     stages["cae"] = ("encoder", "regressor", "decoder")
     drawn = [f"{name}-{stage}.png" for name in stages for stage in stages[name]]
     assert sorted(os.listdir(tmp_path / "all")) == sorted(drawn + ["beit.png", "mim.png", "pim.png", "mapet.png"])
@@ -1991,6 +2053,225 @@ def test_masks_printed_and_drawn(tmp_path, capsys):
     objectives.main(["cae", "--out", str(tmp_path / "cae")])
     blocks = [line.split() for line in capsys.readouterr().out.splitlines()[-14:]]
     assert sum(line.count("#") for line in blocks) == 98 and all(len(line) == 14 for line in blocks)
+    objectives.main(["vqkd", "--out", str(tmp_path / "vqkd")])
+    assert "hides nothing" in (printed := capsys.readouterr().out) and "'unit': True" in printed and " t0 " in printed
+
+
+TOKENIZERS = ["dvae", "vq", "peco", "vqkd"]
+alone = dict(all_reduce=lambda *tensors: None, all_gather=lambda tensor: tensor)         # of one process
+
+
+def tokenizer_example(name, k=7, b=4, seed=0, **over):
+    """A small learned tokenizer with strong weights, images, a teacher's features if it wants them, noise."""
+    torch.manual_seed(seed)
+    vit = V.ViT(**{**TINY, "width": 96, "heads": 3, "init": "mae", **over})
+    model = objectives.make(name, vit, k, values=5, decoder_depth=1)
+    model.layers = V.PatchFeatures("hog", 8, 24).layers if name == "peco" else None
+    if name == "dvae":
+        nn.init.normal_(model.classify.weight, std=.3)
+    return model, torch.randn(b, 3, 24, 24), torch.randn(b, 9, 5) + 1, torch.rand(model.noise_rows, b)
+
+
+def test_uniform_numbers_by_hashing():
+    seeds = torch.rand(2, 300)
+    u = V.hash_uniform(seeds, 400)
+    assert u.shape == (300, 400) and u.dtype == torch.float32 and 0 < u.min() and u.max() < 1
+    assert torch.equal(u[7:9], V.hash_uniform(seeds[:, 7:9], 400))        # an image's own, in any batch
+    counts = torch.histc(u, 20) / 6000
+    assert (counts - 1).abs().max() < .06                                 # flat: 4.5 standard deviations
+    for a, b in ((u[:, 1:], u[:, :-1]), (u[1:], u[:-1])):                 # neighbours have nothing to do with each other
+        assert torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].abs() < .015
+    assert len(u[0].unique()) > 395 and not torch.equal(u[0], V.hash_uniform(seeds.flip(0), 400)[0])
+
+
+@pytest.mark.parametrize("name", ["vq", "vqkd"])
+def test_straight_through_and_commitment_gradients(name):
+    """d/dz = the gradient at the code + beta 2 (z - C_t) / size of z; d/dC_k = sum 2 (C_k - z) / size, over its z; VQ-KD: none."""
+    model, *_ = tokenizer_example(name)
+    z = torch.randn(4, 9, model.codebook.shape[1])
+    z = (F.normalize(z, dim=-1) if model.unit else z).requires_grad_()
+    pull = torch.randn_like(z)                                            # a loss that is linear in the code
+    code, tokens, loss = model.quantize(z)
+    nearest = torch.cdist(z, model.codebook).argmin(-1)
+    assert torch.equal(tokens, nearest)
+    torch.testing.assert_close(code, model.codebook[nearest])
+    ((code * pull).sum() + loss).backward()
+    apart, beta = z.detach() - model.codebook.detach()[nearest], {"vq": .25, "vqkd": 1.}[name]
+    torch.testing.assert_close(z.grad, pull + beta * 2 * apart / z.numel())
+    wanted = torch.zeros_like(model.codebook)
+    for i, j in itertools.product(range(4), range(9)):
+        wanted[nearest[i, j]] -= 2 * apart[i, j] / z.numel()
+    if name == "vqkd":
+        assert model.codebook.grad is None and not model.codebook.requires_grad
+        assert loss.item() == pytest.approx(apart.square().mean().item())
+    else:
+        torch.testing.assert_close(model.codebook.grad, wanted)
+
+
+def test_gumbel_gradients():
+    """y = softmax((s + g) / tau), dL/ds_k = y_k (C_k.p - y.Cp) / tau; KL: q_k (log q_k - sum q log q); annealed by the progress."""
+    model, *_ = tokenizer_example("dvae")
+    z, pull, seeds = torch.randn(4, 9, 96), torch.randn(4, 9, 96), torch.rand(2, 4)
+    noise = -torch.log(-torch.log(V.hash_uniform(seeds, 63))).view(4, 9, 7)
+    for progress, tau, weight in ((0, 1, 0), (.5, 1 - 15 / 32, .5), (1, 1 / 16, 1)):
+        model.zero_grad()
+        model.progress.fill_(progress)
+        scores = model.score(z).detach()
+        y, q = ((scores + noise) / tau).softmax(-1), scores.softmax(-1)
+        code, tokens, loss = model.quantize(z, seeds)
+        assert torch.equal(tokens, scores.argmax(-1))                     # the token is without noise
+        torch.testing.assert_close(code, y @ model.codebook)
+        kl = (q * (q * 7).log()).sum(-1)
+        torch.testing.assert_close(loss, weight * kl.mean() / 192, atol=1e-7, rtol=1e-4)
+        ((code * pull).sum() + loss).backward()
+        worth = (pull @ model.codebook.T).detach()
+        wanted = y * (worth - (y * worth).sum(-1, keepdim=True)) / tau
+        wanted += weight / 192 / 36 * q * (q.log() - (q * q.log()).sum(-1, keepdim=True))
+        torch.testing.assert_close(model.classify.bias.grad, wanted.sum((0, 1)), atol=2e-4, rtol=1e-3)
+        torch.testing.assert_close(model.codebook.grad, torch.einsum("bnk,bnd->kd", y, pull), atol=1e-4, rtol=1e-4)
+    hard = model.eval().quantize(z)[0]
+    assert torch.equal(hard, model.codebook[model.score(z).argmax(-1)])
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_codes_follow_and_are_reseeded_as_in_a_literal_loop(name):
+    """Two steps: the state of the codebook, of one batch, of two micro-batches, of two processes, by plain loops."""
+    model, images, features, noise = tokenizer_example(name, k=7)
+    with torch.no_grad():
+        far = model.classify.bias if name == "dvae" else model.codebook
+        far[[2, 5]] = -100. if name == "dvae" else -F.normalize(model.encode_patches(images).mean((0, 1)), dim=-1) * 9
+        model.codebook[[2, 5]] = F.normalize(model.codebook[[2, 5]], dim=-1) if model.unit else model.codebook[[2, 5]]
+    model.share[[2, 5]] = .1 / 7                                          # at the edge: this step, they die
+    divided, first, second = (copy.deepcopy(model) for _ in range(3))
+    for step in range(2):
+        before = copy.deepcopy(model)
+        with torch.no_grad():
+            z = before.encode_patches(images, noise[:4])
+            tokens = before.score(z).argmax(-1)
+        for m, parts in ((model, [slice(0, 4)]), (divided, [slice(0, 2), slice(2, 4)]), (first, [slice(0, 2)]),
+                         (second, [slice(2, 4)])):
+            for part in parts:
+                m(images[part], features[part], noise=noise[:, part])
+        model.end_step(.3, **alone)
+        divided.end_step(.3, **alone)
+        both = {key: [getattr(m, key).clone() for m in (first, second)] for key in ("counts", "sums", "lots", "spare")}
+
+        def all_reduce(counts, sums):
+            counts.copy_(sum(both["counts"]))
+            sums.copy_(sum(both["sums"]))
+        for m in (first, second):
+            m.end_step(.3, all_reduce, lambda own: torch.cat(both["lots" if own.ndim == 1 else "spare"], -1))
+
+        # --- the literal loop
+        codebook, counts = before.codebook.detach().clone(), torch.zeros(7)
+        for k in range(7):
+            own = [z[i, j] for i, j in itertools.product(range(4), range(9)) if tokens[i, j] == k]
+            counts[k] = len(own)
+            if own and model.unit:
+                mean = sum(own) / len(own)
+                code = .99 * codebook[k] + .01 * mean / mean.norm()
+                codebook[k] = code / code.norm()
+        share = .95 * before.share + .05 * counts / 36
+        lots = V.hash_uniform(1 - noise[-2:], 9)
+        ranking = sorted(itertools.product(range(4), range(9)), key=lambda at: -lots[at])
+        dead = [k for k in range(7) if share[k] < .1 / 7]
+        assert 5 in dead if step == 0 else not dead
+        for k, at in zip(dead, ranking):
+            share[k] = 1 / 7
+            if name == "dvae":
+                old = before.score(z[at]).argmax()
+                logits = model.score(z[at]).detach()
+                assert logits[k] - logits[old] == pytest.approx(.1, abs=1e-3)
+                codebook[k] = before.codebook[old]
+            else:
+                codebook[k] = z[at]
+        used = counts[counts > 0] / 36
+        state = torch.tensor([len(used), math.exp(-(used * used.log()).sum()), len(dead)])
+        for m in (model, divided, first, second):
+            torch.testing.assert_close(m.codebook.detach(), codebook, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(m.share, share)
+            torch.testing.assert_close(m.state, state)
+            assert m.progress == pytest.approx(.3) and not m.counts.any() and (m.lots == -1).all()
+        assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values()))
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_tokens_of_a_learned_tokenizer_are_nearest_centroids(name, tmp_path):
+    """Also the dVAE's argmax over logits, of random weights; through tokenizer.pt, of uint8 and of normalised images."""
+    model, *_ = tokenizer_example(name, k=40)
+    if name == "dvae":
+        nn.init.normal_(model.classify.weight)
+        nn.init.normal_(model.classify.bias, std=3)
+    f, centroids, metric = model.export()
+    mean, std = (.5, .4, .3), (.2, .3, .25)
+    KMeansTokenizer(name, centroids, metric, 8, 24, mean, std, f).save(tmp_path / "tokenizer.pt")
+    torch.load(tmp_path / "tokenizer.pt", weights_only=True)
+    tokenizer = kmeans.load_tokenizer(str(tmp_path / "tokenizer.pt"))
+    pixels = torch.randint(256, (6, 3, 24, 24), dtype=torch.uint8)
+    images = V.normalize(pixels, tokenizer)
+    model.eval()
+    with torch.no_grad():
+        scores = model.score(model.encode_patches(images))
+    tokens = tokenizer(pixels)
+    assert torch.equal(tokens, scores.argmax(-1)) and torch.equal(tokens, tokenizer(images))
+    assert len(tokens.unique()) > 3 and tokenizer.vocab_size == 40 and tokenizer.features == name
+    if name == "dvae":
+        h = tokenizer.extract(images)
+        assert h.shape[-1] == centroids.shape[1] == 97 and not h[..., -1].any()
+        squared = (h[..., None, :].double() - centroids.double()).square().sum(-1)
+        same = squared + 2 * scores                                       # for all k
+        assert (same - same[..., :1]).abs().max() < 1e-3
+    assert not any(p.requires_grad for p in tokenizer.parameters()) and not tokenizer.train().extract.training
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_learned_tokenizers_learn_and_draw(name, tmp_path):
+    """Every weight gets a gradient; 8 images are learned by heart; noise decides all that is random; the picture."""
+    model, images, features, noise = tokenizer_example(name, k=72, b=8)
+    assert model.needs == {"peco": "layers", "vqkd": "features"}.get(name) and model.targets == 0 and model.cut == 10
+    images = F.interpolate(torch.randn(8, 3, 3, 3), 24)                   # a color a patch
+    loss, logs = model(images, features, noise=noise)
+    assert torch.equal(loss, model(images, features, noise=noise)[0]) and set(logs) == set(model.logs)
+    loss.backward()
+    idle = [key for key, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert idle == [key for key in idle if key.endswith("k.bias")]
+    first = logs["error"]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+    for step in range(50):
+        loss, logs = model(images, features)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        model.end_step(step / 50, **alone)
+    assert logs["error"] < .85 * first and 5 < logs["perplexity"] <= logs["used"] + 1e-3
+    rows, labels = objectives.picture_predictions(model, images.sigmoid(), (.5,) * 3, (.2,) * 3, features)
+    assert labels == ["image", "tokens"] + ["target"] * (name == "vqkd") + ["rebuilt"] and model.training
+    assert all(row.shape == images.shape and 0 <= row.min() and row.max() <= 1 for row in rows)
+    V.draw_grid(rows, tmp_path / "p.png", labels)
+
+
+def test_perceptual_distances(tmp_path):
+    """PeCo's: of the blocks 3, 6, 9 and 11 of 12; gradients reach the images, flat ones, too, and no weight of the network."""
+    vit = V.ViT(**{**TINY, "width": 96, "heads": 3, "depth": 12}).eval()
+    torch.save(vit.state_dict(), tmp_path / "encoder.pt")
+    features, images = V.PatchFeatures(str(tmp_path / "encoder.pt"), 8, 24), torch.randn(2, 3, 24, 24, requires_grad=True)
+    x, wanted = vit.embed(images), []
+    for i, block in enumerate(vit.blocks):
+        x = block(x)
+        wanted += [(x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()] * (i in (2, 5, 8, 10))
+    for a, b in zip(features.layers(images), wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    for network in (features, V.PatchFeatures("hog", 8, 24)):
+        for x in (images, torch.zeros(1, 3, 24, 24, requires_grad=True)):
+            rows = network.layers(x)
+            gradient, = torch.autograd.grad(sum((row * torch.randn_like(row)).sum() for row in rows), x)
+            assert gradient.isfinite().all() and (gradient.any() or not x.any())
+    model, images, _, noise = tokenizer_example("peco")
+    with_network, _ = model(images, noise=noise)
+    prediction, _, _, codes = model.predict(images, noise=noise)
+    seen, wanted = (model.layers(x)[0] for x in (V.unpatchify(prediction, 8), images))
+    pixels = F.mse_loss(prediction, V.patchify(images, 8))
+    torch.testing.assert_close(with_network, pixels + codes + (seen - wanted).square().mean())
 
 
 # --- train.py -----------------------------------------------------------------------------------------------------
@@ -2295,7 +2576,7 @@ def test_the_cosine_begins_where_each_paper_has_it():
     assert {name: settings["cosine"] for name, settings in probe.RECIPES.items()} == dict(
         mapet="start", mae="warmup", textures="warmup")
     for name in objectives.OBJECTIVES:
-        published = "warmup" if name in ("mae", "maskfeat", "clustermim") else "start"
+        published = "warmup" if name in ("mae", "maskfeat", "clustermim", *TOKENIZERS) else "start"
         assert train.recipe(name, "/imagenet")["cosine"] == published and train.recipe(name, "textures")["cosine"] == "warmup"
 
 
@@ -2522,6 +2803,28 @@ def test_objectives_compile(name):
                     b += step
 
 
+def test_learned_tokenizers_compile():
+    """Noise by hashing, buffers that count, a network outside of the model: traced once, for every step, the same."""
+    _, images, features, noise = tokenizer_example("peco")
+    model = objectives.LearnedTokenizer(V.ViT(**{**TINY, "depth": 1}), 7, None, 1, soft=True, unit=False, features=False,
+                                        perceptual=True, beta=1.)
+    model.layers, noise = V.PatchFeatures("hog", 8, 24).layers, noise[-model.noise_rows:]
+    traced = copy.deepcopy(model)
+    traced.compile(backend="aot_eager")
+    torch._dynamo.utils.counters.clear()
+    for step in range(2):
+        losses = [m(images, features, noise=noise)[0] for m in (model, traced)]
+        torch.testing.assert_close(*losses)
+        for loss, m in zip(losses, (model, traced)):
+            m.zero_grad()
+            loss.backward()
+            m.end_step(step / 3, **alone)
+        for a, b in zip(model.parameters(), traced.parameters()):
+            torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4)
+        assert all(torch.equal(a, b) for a, b in zip(model.buffers(), traced.buffers()))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
 def test_stop_resume_equals_unbroken(folder, tmp_path):
     """--steps stops early; going on gives the same weights and the same log, bit for bit."""
     whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
@@ -2533,6 +2836,94 @@ def test_stop_resume_equals_unbroken(folder, tmp_path):
     other = str(tmp_path / "other")
     run_small(folder, other, "--no-probe", "--drop-path", .2, "--jitter", .4, "--seed", 1)
     assert not same_encoder(whole, other)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_learned_tokenizers_resume_accumulate_and_share(folder, tmp_path, name):
+    """From pictures to tokenizer.pt; stopped and resumed: the same to the last bit; in micro-batches, on two processes."""
+    how = ["--crop", .3, "--drop-path", .2, "--decoder-depth", 1, "--init", "mae", "--no-probe", "--epochs", 2]
+    features = {"peco": "hog", "vqkd": "hog"}.get(name, "pixel")
+    argv = ["--data", folder, *SMALL_RUN, *how, "--objective", name, "--features", features]
+    if name == "vqkd":                                                    # has all there is: K-means start, sums, features
+        two = script("train.py", *argv, "--out", tmp_path / "two", processes=2)
+    runs = {"whole": [[]], "parts": [["--steps", 4], []], "four": [["--micro-batch", 2]]}
+    for out, calls in runs.items():
+        for more in calls:
+            train.main([str(word) for word in (*argv, "--out", tmp_path / out, *more)])
+    if name == "vqkd":
+        finished(two)
+        runs["two"] = None
+    read = lambda out: [json.loads(line) for line in open(tmp_path / out / "metrics.jsonl")]
+    keys = "loss", "error", "used", "perplexity", "reseeded"
+    for out in list(runs)[1:]:
+        for a, b in zip(read("whole"), read(out), strict=True):
+            for key in keys:
+                assert a[key] == b[key] if out == "parts" else a[key] == pytest.approx(b[key], abs=1e-3), (out, key)
+    assert same_encoder(str(tmp_path / "whole"), str(tmp_path / "parts"))
+    files = ["encoder.pt", "last.pt", "metrics.jsonl", "predictions.png", "tokenizer.pt"]
+    assert sorted(os.listdir(tmp_path / "whole")) == files
+    a, b = (torch.load(tmp_path / out / "tokenizer.pt", weights_only=True) for out in ("whole", "parts"))
+    assert torch.equal(a["centroids"], b["centroids"]) and a["encoder"].keys() == b["encoder"].keys()
+    assert a["features"] == name and a["metric"] == ("cosine" if name == "vqkd" else "euclidean")
+
+
+def test_a_learned_tokenizer_goes_wherever_one_of_kmeans_goes(folder, tmp_path, capsys):
+    out, made = tmp_path / "dvae", lambda name: tmp_path / "dvae" / name
+    base = ["--data", folder, "--device", "cpu"]
+    run = ["--model", "vit_micro", "--image-size", 24, "--patch-size", 8, "--batch-size", 8, "--workers", 0, "--epochs", 1]
+    train.main([str(w) for w in (*base, *run, "--objective", "dvae", "--vocab-size", 6, "--out", out, "--init", "mae",
+                                 "--decoder-depth", 1)])
+    printed = capsys.readouterr().out
+    assert "of 6 codes used" in printed and "TCAS" in printed and "rows image, tokens, rebuilt" in printed
+    assert "dvae" in printed and "random encoder" in printed              # its encoder is probed like any other
+    os.remove(made("encoder.pt"))                                         # tokenizer.pt is all that is needed
+    shutil.copy(made("tokenizer.pt"), tmp_path / "t.pt")
+    kmeans.main(["tokenize", *base, "--tokenizer", str(tmp_path / "t.pt"), "--out", str(tmp_path)])
+    kmeans.main(["show", *base, "--tokenizer", str(tmp_path / "t.pt"), "--out", str(tmp_path), "--images", "20"])
+    tcas.main(["score", *base, "--tokenizer", str(tmp_path / "t.pt")])
+    probed("tokens", tmp_path / "t.pt", "--data", folder, "--out", tmp_path / "probe", "--epochs", 1)
+    tokens, tokenizer = kmeans.load_tokens(str(tmp_path / "tokens.npy")), kmeans.load_tokenizer(str(tmp_path / "t.pt"))
+    ds = train.open_dataset(folder, "train", 24)
+    assert np.array_equal(tokens[:8], tokenizer(torch.stack([ds[i][0] for i in range(8)])).numpy())
+    for crop in (0, .3):
+        train.main([str(w) for w in (*base, *run, "--objective", "mim", "--tokenizer", tmp_path / "t.pt", "--no-probe",
+                                     "--crop", crop, "--out", tmp_path / f"mim{crop}")])
+        assert ("tokens.npy" in os.listdir(tmp_path / f"mim{crop}")) == (not crop)
+    assert np.array_equal(np.load(tmp_path / "mim0" / "tokens.npy"), tokens)
+
+
+def test_recipes_of_learned_tokenizers(folder, capsys):
+    """VQ-KD's is BEiT v2's; of the others what fits a ViT; --help shows where they differ; --plan needs no teacher."""
+    vqkd = train.recipe("vqkd", "/imagenet")
+    assert (vqkd["vocab_size"], vqkd["decoder_depth"], vqkd["epochs"], vqkd["batch_size"]) == (8192, 3, 100, 512)
+    assert (vqkd["lr"], vqkd["min_lr"], vqkd["warmup_epochs"], vqkd["beta2"]) == (2e-4, 1e-5, 10, .99)
+    assert (vqkd["weight_decay"], vqkd["crop"], vqkd["jitter"], vqkd["mask_ratio"]) == (1e-4, .08, 0, 0)
+    assert train.recipe("peco", "/imagenet")["lr"] == 5e-5 and train.recipe("peco", "/imagenet")["batch_size"] == 128
+    assert train.recipe("vq", "/imagenet")["vocab_size"] == 1024 and train.recipe("dvae", "/imagenet")["min_lr"] == 1.25e-6
+    size = lambda name, build: objectives.make(name, build(), 8192, values=512).codebook.shape
+    with torch.device("meta"):
+        assert size("vqkd", V.vit_base) == (8192, 32) and size("peco", V.vit_base) == size("vq", V.vit_base) == (8192, 256)
+    for name in TOKENIZERS:
+        train.main(["--data", folder, "--objective", name, "--plan", "--batch-size", "8", "--vocab-size", "64"])
+        assert "GFLOP" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    assert "vqkd 512" in (printed := re.sub(r"\s+", " ", capsys.readouterr().out)) and "peco 5e-05" in printed
+
+
+def test_bad_input_of_learned_tokenizers_is_one_line(folder, small_run, tmp_path, capsys):
+    base = ["--data", folder, "--out", tmp_path / "out", *SMALL_RUN, "--no-probe"]
+    no = lambda name, argv, *words: refused(train.main, [*base, "--objective", name, *argv], capsys, *words)
+    no("vq", ["--cut", 3], "vq hides nothing", "--cut")
+    no("dvae", ["--mask-ratio", .5], "dvae hides nothing", "--mask-ratio")
+    no("vq", ["--features", "hog"], "--features hog", "vq rebuilds pixels")
+    no("peco", ["--features", "clip", "--patch-size", 8], "clip")
+    no("peco", ["--features", "nonsense"], "nonsense")
+    no("vqkd", ["--vocab-size", 100], "--vocab-size 100", "72 patches")
+    no("vqkd", ["--tokens", "t.npy"], "--tokens", "vqkd")
+    no("dvae", ["--tokenizer", "t.pt"], "--tokenizer", "dvae")
+    no("vq", ["--label-smoothing", .1], "--label-smoothing", "vq")
+    assert not os.path.exists(tmp_path / "out") or not os.listdir(tmp_path / "out")
 
 
 def test_kill_at_any_moment(folder, tmp_path):

@@ -42,8 +42,10 @@ from tqdm import tqdm
 import kmeans
 import objectives
 import tcas
-from kmeans import all_reduce, barrier, catch_signals, derive_seed, make_loader, print0, rank_and_world, setup
-from vit import MODELS, count_flops, exit_on_error, normalize, read_checkpoint, save, write_atomically
+from kmeans import (all_gather, all_reduce, barrier, catch_signals, derive_seed, make_loader, print0, rank_and_world,
+                    setup)
+from vit import (MODELS, count_flops, exit_on_error, normalize, read_checkpoint, save, to_channels,
+                 to_device, write_atomically)
 
 try:
     from torchvision.io import decode_jpeg, read_file
@@ -55,11 +57,10 @@ except ImportError:                         # torchvision 0.29 says that it will
 # MaPeT: Table 7, for ImageNet and every other folder of images; the rows of MaPeT's own tables. Not stated: the
 # digits of the cutting point for ViT-T, S and B (B gets Table 6's best, 70 % hidden, T and S the released code's
 # 75 %), PIM's cutting point (MaPeT's), MIM's hidden share (BEiT's), positions and initialization of its CAE (CAE's code).
-# ClusterMIM: Sec. 4.1, the rows of its tables, ViT-S, B and L alike. Not stated: base learning rate and warm-up
-# (MAE's), and whether its MAE row standardised the pixels (the released code's default: no).
+# ClusterMIM: Sec. 4.1, ViT-S, B and L alike. Not stated: base learning rate and warm-up (MAE's), and whether its
+# MAE row standardised the pixels (the released code's default: no).
 # textures: ours, for two CPU cores; learning rate, cut and K were compared on its third stream.
-SETTINGS = {
-    # flag          MaPeT       ClusterMIM  textures
+SETTINGS = {            # MaPeT, ClusterMIM, textures
     "model":            ("vit_base", "vit_base", "vit_micro", "size of the ViT"),
     "image_size":       (224, 224, 48, "pixels a side"),
     "patch_size":       (16, 16, 8, "pixels a side"),
@@ -90,11 +91,19 @@ SETTINGS = {
     "save_every":       (1000, 1000, 200, "steps between checkpoints"),
 }
 MAPET, CLUSTERMIM, TEXTURES = ({key: row[i] for key, row in SETTINGS.items()} for i in range(3))
+# Learned tokenizers: VQ-KD's recipe (BEiT v2's code); its teacher is CLIP's ViT-B/16, here DINO's. The others' are
+# for convolutions: what is not named is VQ-KD's. DALL-E's is of its App. A, VQGAN's of its code (4.5e-6 an image).
+VQKD = dict(MAPET, features="dino_vitb16", vocab_size=8192, decoder_depth=3, crop=.08, jitter=0., layer_scale=0.,
+            drop_path=0., epochs=100., batch_size=512, lr=2e-4, weight_decay=1e-4, beta2=.99, clip_norm=0.,
+            cosine="warmup")
 # MaskFeat is the row of ClusterMIM's tables; its own paper's recipe is for mask tokens in the encoder (lr 2e-4 *
 # batch / 256, warm-up 30, clip 0.02, crop 0.5, 40 % hidden in blocks).
 PAPERS = dict(
     mae=dict(CLUSTERMIM, vocab_size=None), maskfeat=dict(CLUSTERMIM, vocab_size=None, features="hog"),
-    clustermim=CLUSTERMIM, cae=dict(MAPET, pos="sincos", init="mae"), beit=MAPET, mim=MAPET, pim=MAPET, mapet=MAPET)
+    clustermim=CLUSTERMIM, cae=dict(MAPET, pos="sincos", init="mae"), beit=MAPET, mim=MAPET, pim=MAPET, mapet=MAPET,
+    dvae=dict(VQKD, features="pixel", lr=1e-4, min_lr=1.25e-6, beta2=.999),
+    vq=dict(VQKD, features="pixel", vocab_size=1024, batch_size=64, lr=64 * 4.5e-6),
+    peco=dict(VQKD, batch_size=128, lr=5e-5, beta2=.999), vqkd=VQKD)
 SMALL = {"cifar10": (32, 4), "cifar100": (32, 4), "stl10": (96, 12)}     # ours: pixels a side, of a patch
 
 
@@ -102,16 +111,19 @@ def recipe(objective, data, model=None):
     """The settings of an objective on a data set, as a dict of flags; `model` as given by --model, or None."""
     kind, _, mask_ratio = objectives.OBJECTIVES[objective]
     chosen = dict(PAPERS[objective], mask_ratio=mask_ratio)
-    codebook = dict(features="pixel", vocab_size=64) if chosen["vocab_size"] else {}
+    teacher = "hog" if objective in ("peco", "vqkd") else "pixel"    # on small data sets: ours, needs no download
+    codebook = dict(features=teacher, vocab_size=64) if chosen["vocab_size"] else {}
     if data in SMALL:
         size, p = SMALL[data]
         chosen.update(codebook, model="vit_tiny", batch_size=512, image_size=size, patch_size=p)
     if objective in ("pim", "mapet") and (model or chosen["model"]) == "vit_base":
         chosen["mask_ratio"] = .7                                     # MaPeT Table 6
     if data == "textures":
-        hidden = .75 if kind is objectives.MaskedAutoencoder else .5
+        hidden = mask_ratio and (.75 if kind is objectives.MaskedAutoencoder else .5)
         textures = {key: value for key, value in TEXTURES.items() if value is not None}
         chosen.update(textures, base_lr=None, mask_ratio=hidden, **codebook)
+        if objective in objectives.TOKENIZERS:                     # 3 epochs are enough, and std 0.02 starts slowly
+            chosen.update(epochs=3., init="mae")
     return chosen
 
 
@@ -138,8 +150,7 @@ def schedule(n, batch, seed, start, stop, rows, accumulate):
 def learning_rate(step, steps, warmup, peak, start, end, cosine="warmup"):
     """Linear warm-up from `start` to `peak`, then half a cosine down to `end`, step by step.
 
-    cosine   "warmup": it begins after the warm-up (MAE, ClusterMIM, BEiT); "start": at step 0, so that the rate drops
-             below the peak where the warm-up ends (MaPeT: timm's default)
+    cosine   "warmup": it begins after the warm-up (MAE, ClusterMIM, BEiT); "start": at step 0 (MaPeT: timm's default)
     """
     if step < warmup:
         return start + (peak - start) * step / warmup
@@ -169,8 +180,9 @@ def build(args, size):
     teacher = "hog" if args.features == "hog" else "features"
     target = dict(mae=args.features, maskfeat=teacher).get(args.objective)
     mask_ratio = args.mask_ratio if args.cut is None else None
-    return objectives.make(args.objective, vit, size, args.cut, mask_ratio, target, args.label_smoothing,
-                           args.decoder_depth)
+    vocab_size = args.vocab_size if args.objective in objectives.TOKENIZERS else size
+    return objectives.make(args.objective, vit, vocab_size, args.cut, mask_ratio, target, args.label_smoothing,
+                           args.decoder_depth, values=size)
 
 
 class Targets:
@@ -180,16 +192,16 @@ class Targets:
     stored  tokens (images, n) of the center squares, extracted once (MaPeT); or None
     make    function of uint8 images, as augmented: tokens (b, n), or features (b, n, size); or None
     size    codebook size, or values a patch
+    layers  of images normalised as for the model: what a perceptual loss compares; or None
     """
 
-    def __init__(self, stored=None, make=None, size=None):
-        self.stored, self.make, self.size = stored, make, size
+    def __init__(self, stored=None, make=None, size=None, layers=None):
+        self.stored, self.make, self.size, self.layers = stored, make, size, layers
 
     def of(self, images, indices=None):
         """Of uint8 images (b, 3, S, S), at `indices` of the training set if they are its; None: not known."""
         if self.stored is not None and indices is not None:
-            tokens = torch.from_numpy(self.stored[indices].astype(np.int64))
-            return (tokens.pin_memory() if images.is_cuda else tokens).to(images.device, non_blocking=True)
+            return to_device(torch.from_numpy(self.stored[indices].astype(np.int64)), images.device)
         return self.make(images) if self.make else None
 
 
@@ -209,6 +221,7 @@ def train(args, ds, targets, state, device):
 
     # --- model, optimizer, where we are
     model = build(args, targets.size).to(device)
+    model.layers = targets.layers
     optimizer = make_optimizer(model, args)
     step = saved = state["step"] if state else 0
     if state:
@@ -216,6 +229,7 @@ def train(args, ds, targets, state, device):
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
         print0(f"going on from {args.out}/last.pt at step {step}")
+    start_codebook(args, model, ds, device, step)
     log = Log(args, model, targets, state, device)
     print0(f"{describe(model, args)}. {steps} steps of {args.batch_size} images ({world} processes x {accumulate} x "
            f"{micro}), lr {args.lr:g}, {'bfloat16' if device.type == 'cuda' else 'float32'} on {device}")
@@ -270,6 +284,7 @@ def train(args, ds, targets, state, device):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
+            model.end_step(step / steps, all_reduce, all_gather)
             if log_due:
                 log.write(step, step / per_epoch, lr, steps)
             if save_due:
@@ -677,8 +692,7 @@ class ColorJitter:
         if epoch != self.epoch:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch, 2))
             self.epoch, self.draws = epoch, torch.rand(self.n, 6, generator=generator)
-        draws = self.draws[index]
-        draws = (draws.pin_memory() if images.is_cuda else draws).to(images.device, non_blocking=True)
+        draws = to_device(self.draws[index], images.device)
         low, high = max(0., 1 - self.strength), 1 + self.strength
         return jitter_colors(images, low + (high - low) * draws[:, :3], draws[:, 3:].argsort(1))
 
@@ -784,6 +798,12 @@ def read_inputs(args, ds, needs, device):
     if needs == "features":
         teacher = kmeans.blank_tokenizer(ds, args.features, args.patch_size).to(device)
         return None, Targets(make=teacher.rows, size=teacher.rows(ds[0][0][None].to(device)).shape[-1])
+    if needs == "layers":
+        teacher = kmeans.blank_tokenizer(ds, args.features, args.patch_size).to(device)
+        mean, std, own_mean, own_std = (to_channels(v, device) for v in (ds.mean, ds.std, teacher.mean, teacher.std))
+        layers = lambda images: teacher.extract.layers((images * std + mean - own_mean) / own_std)
+        layers(normalize(ds[0][0][None].to(device), ds))               # can it be had?
+        return None, Targets(layers=layers)
     if args.tokens:
         tokens = kmeans.load_tokens(args.tokens)
         if tokens.shape != (len(ds), n):
@@ -856,6 +876,37 @@ def make_targets(args, ds, tokenizer, device):
     return Targets(tokens, tokenizer, tokenizer.vocab_size)
 
 
+def start_codebook(args, model, ds, device, step):
+    """Hard codes start as K-means of what the new encoder makes of the first batch (VQ-KD's code; 10 iterations)."""
+    if step or args.objective not in ("vq", "peco", "vqkd"):
+        return
+    rank, world = rank_and_world()
+    share, micro = divide_batch(args, world)
+    mine = slice(rank * share, (rank + 1) * share)
+    first = [i for _, i in next(schedule(len(ds), args.batch_size, args.seed, 0, 1, mine, 1))]
+    model.eval()                                               # without stochastic depth
+    with torch.no_grad():
+        z = [model.encode_patches(normalize(images, ds)).flatten(0, 1)
+             for images, _, _ in kmeans.load_batches(ds, first, micro, args.workers, device)]
+    model.train()
+    metric = "cosine" if model.unit else "euclidean"
+    found = kmeans.KMeans(args.vocab_size, metric, max_iter=10, seed=args.seed).fit(torch.cat(z))
+    model.codebook.data.copy_(found.centroids)
+
+
+def save_tokenizer(args, model, ds, device):
+    """OUT/tokenizer.pt of a learned tokenizer, and what its tokens of some images are worth."""
+    encoder, centroids, metric = model.export()
+    tokenizer = kmeans.KMeansTokenizer(args.objective, centroids, metric, args.patch_size, args.image_size,
+                                       ds.mean, ds.std, encoder)
+    tokenizer.save(f"{args.out}/tokenizer.pt")
+    few = range(0, len(ds), math.ceil(len(ds) / 2000))
+    found = [(tokenizer.to(device)(images).cpu(), labels) for images, labels, _ in
+             kmeans.load_batches(ds, few, 64, args.workers, device)]
+    tokens, labels = (torch.cat(parts).numpy() for parts in zip(*found))
+    print0("\n".join(tcas.describe_codebook(tokens, labels, tokenizer.vocab_size, args.seed)))
+
+
 def describe(model, args):
     millions = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     target = "tokens" if model.needs == "tokens" else args.features
@@ -866,7 +917,8 @@ def describe(model, args):
 def print_plan(args, ds):
     """What the run would take; the rate of a GPU is an assumption, and said to be one."""
     with torch.device("meta"):
-        model = build(args, args.vocab_size or 1024)                 # a teacher's features: about that wide
+        size = {"vqkd": 1024, **dict.fromkeys(("dvae", "vq", "peco"))}       # a teacher's features: about 1024 wide
+        model = build(args, size.get(args.objective, args.vocab_size or 1024))
         n, size = model.encoder.n_patches, args.image_size
         order = torch.zeros(1, n, dtype=torch.long)
         given = torch.zeros(1, n, 1024) if model.needs == "features" else order
@@ -914,7 +966,9 @@ def parse(argv):
     for key, (mapet, clustermim, _, text) in SETTINGS.items():
         kind = type(clustermim if mapet is None else mapet)
         kind = dict(choices=choices[key]) if key in choices else dict(type=kind)
-        add(f"--{key.replace('_', '-')}", help=f"{text} (MaPeT {mapet}, ClusterMIM {clustermim})", **kind)
+        others = [f"{name} {PAPERS[name][key]}" for name in objectives.TOKENIZERS if PAPERS[name][key] != mapet]
+        papers = ", ".join([f"MaPeT {mapet}", f"ClusterMIM {clustermim}"] + others)
+        add(f"--{key.replace('_', '-')}", help=f"{text} ({papers})", **kind)
     add = parser.add_argument_group("run").add_argument
     for flag, (kind, text) in FLAGS.items():
         add(f"--{flag}", help=text, **{"choices" if isinstance(kind, list) else "type": kind})
@@ -960,8 +1014,9 @@ def resolve_args(args, world, device):
     Returns what the objective needs: "tokens", "features" or None.
     """
     chosen, kind = recipe(args.objective, args.data, args.model), objectives.OBJECTIVES[args.objective][0]
-    for key in ("tokenizer", "tokens", "vocab_size", "label_smoothing"):
-        if args.objective in objectives.TARGETS and getattr(args, key) is not None:
+    learns = args.objective in objectives.TOKENIZERS
+    for key in ("tokenizer", "tokens", "label_smoothing") + ("vocab_size",) * (not learns):
+        if (learns or args.objective in objectives.TARGETS) and getattr(args, key) is not None:
             flag = key.replace("_", "-")
             raise ValueError(f"--{flag} is for tokens, which {args.objective} does not predict")
     if kind is objectives.MaPeT and args.decoder_depth is not None:
@@ -985,6 +1040,8 @@ def resolve_args(args, world, device):
     if args.objective == "maskfeat" and args.features in ("pixel", "pixel-norm"):
         raise ValueError(f"--features {args.features}: to predict pixels is --objective mae; maskfeat predicts "
                          "hog or the features of an encoder")
+    if args.objective in ("dvae", "vq") and args.features != "pixel":
+        raise ValueError(f"--features {args.features}: {args.objective} rebuilds pixels; peco and vqkd want features")
     if args.tokens and args.crop:
         raise ValueError(f"--tokens {args.tokens}: a crop or a flip (--crop {args.crop:g}) moves the patches away "
                          "from their stored tokens; --crop 0, or --tokenizer for tokens of each crop")
@@ -995,6 +1052,10 @@ def resolve_args(args, world, device):
         raise ValueError(f"--vocab-size {args.vocab_size}: stored tokens have 16 bits, {kmeans.MOST_CODES} codes at "
                          "most; with --crop nothing is stored")
     divide_batch(args, world)
+    patches = args.batch_size * (args.image_size // args.patch_size) ** 2
+    if args.objective in ("vq", "peco", "vqkd") and args.vocab_size > patches:
+        raise ValueError(f"--vocab-size {args.vocab_size}: codes start at the {patches} patches of the first batch; "
+                         "fewer of them, or a larger --batch-size")
     with torch.device("meta"):                                   # sizes, --cut and --mask-ratio out of range
         return build(args, args.vocab_size or 2).needs
 
@@ -1043,6 +1104,8 @@ def run(args):
         return
     model, step, steps = done
     if rank == 0:
+        if args.objective in objectives.TOKENIZERS:
+            save_tokenizer(args, model, ds, device)
         probe.draw_predictions(args, model, ds, test, targets, device)
     if args.probe and test is None:
         print0("no labels, or no test split: no k-NN and no linear probe")

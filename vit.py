@@ -281,6 +281,8 @@ PUBLIC = {
     "deit_small": dict(url=FACEBOOK + "deit/deit_small_patch16_224-cd65a155.pth", sha256="cd65a155"),
     "mae_vitb16": dict(url=FACEBOOK + "mae/pretrain/mae_pretrain_vit_base.pth", md5="8cad7c"),      # CC-BY-NC
     "mae_vitl16": dict(url=FACEBOOK + "mae/pretrain/mae_pretrain_vit_large.pth", md5="b8b06e"),     # CC-BY-NC
+    "vqkd": dict(url="https://github.com/addf400/files/releases/download/BEiT-v2/"          # BEiT v2's tokenizer, MIT
+                     "vqkd_encoder_base_decoder_3x768x12_clip-d5036aa7.pth", sha256="d5036aa7"),
 }
 CLIP_SHA256 = "be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c"
 CLIP_URL = f"https://openaipublic.azureedge.net/clip/models/{CLIP_SHA256}/RN50x64.pt"
@@ -322,7 +324,11 @@ def read_vit_weights(name_or_path):
     if name_or_path in PUBLIC:
         name_or_path = download(**PUBLIC[name_or_path])
     path = os.path.join(name_or_path, "encoder.pt") if os.path.isdir(name_or_path) else name_or_path
-    state = read_checkpoint(path)
+    return select_vit(read_checkpoint(path), path), path
+
+
+def select_vit(state, path):
+    """The ViT's part of what a checkpoint holds, under timm's names."""
     for container in ("model", "state_dict", "teacher", "student"):           # MAE and DeiT, timm, DINO
         if isinstance(state, dict) and isinstance(state.get(container), dict):
             state = state[container]
@@ -332,8 +338,11 @@ def read_vit_weights(name_or_path):
         if any(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): v for key, v in state.items() if key.startswith((prefix, "fc_norm."))}
     state = {re.sub("^fc_norm", "norm", key): v for key, v in state.items()}
+    for key in [key for key in state if key.endswith("attn.q_bias")]:         # BEiT's: keys have no bias
+        q, v = state.pop(key), state.pop(key.replace("q_bias", "v_bias"))
+        state[key.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
     ours = ("cls_token", "pos_embed", "patch_embed", "blocks", "norm")
-    return {key: v for key, v in state.items() if key.split(".")[0] in ours}, path
+    return {key: v for key, v in state.items() if key.split(".")[0] in ours}
 
 
 def resize_positions(pos, grid, prefix=1):
@@ -350,7 +359,11 @@ def load_weights(vit, name_or_path):
 
     ValueError, naming the file and the first keys that differ, if it does not fit; `vit` is then untouched.
     """
-    state, path = read_vit_weights(name_or_path)
+    return fit_weights(vit, *read_vit_weights(name_or_path))
+
+
+def fit_weights(vit, state, path):
+    """`load_weights` of a state dict that came from `path`."""
     own = vit.state_dict()
     if "pos_embed" in state and state["pos_embed"].shape[1] != own["pos_embed"].shape[1]:
         n = state["pos_embed"].shape[1] - vit.prefix
@@ -369,7 +382,11 @@ def load_weights(vit, name_or_path):
 
 def from_weights(name_or_path, image_size=None):
     """The ViT that a file, public name or run folder was made from, with its weights; the shapes tell its sizes."""
-    state, path = read_vit_weights(name_or_path)
+    return rebuild_vit(*read_vit_weights(name_or_path), image_size)
+
+
+def rebuild_vit(state, path, image_size=None):
+    """`from_weights` of a state dict that came from `path`."""
     try:
         width, _, p, _ = state["patch_embed.proj.weight"].shape
         cls_token = "cls_token" in state
@@ -381,13 +398,31 @@ def from_weights(name_or_path, image_size=None):
     heads = {96: 3, 1280: 16}.get(width, max(1, width // 64))             # vit_micro, ViT-H; else 64 wide
     layer_scale = 1. if "blocks.0.ls1.gamma" in state else None
     vit = ViT(image_size or grid * p, p, width, depth, heads, mlp_ratio, layer_scale, cls_token=cls_token)
-    return load_weights(vit, path)
+    return fit_weights(vit, state, path)
+
+
+# --- random numbers of an image ---------------------------------------------------------------------------
+
+def hash_uniform(seeds, count):
+    """(b, count) float32 in (0, 1) from seeds (2, b), uniform in [0, 1): a counter, hashed with both (lowbias32).
+
+    An image's numbers depend on its seeds alone: no generator, and the same however a batch is divided.
+    """
+    first, second = (seeds * 2 ** 24).long()[..., None]        # torch.rand's own steps
+    x = first + torch.arange(count, device=seeds.device)
+    for seed in (0, second):
+        x = (x ^ seed) & 0xffffffff
+        for shift, factor in ((16, 0x7feb352d), (15, 0x846ca68b)):
+            x = ((x ^ (x >> shift)) * factor) & 0xffffffff
+        x = x ^ (x >> 16)
+    return ((x >> 9) + .5) / 2 ** 23                           # 23 bits: exact in float32, never 0 or 1
 
 
 # --- frozen features of patches: what K-means clusters, what MaskFeat predicts ----------------------------
 
 IMAGENET = (.485, .456, .406), (.229, .224, .225)  # mean, std on the scale 0..1: DINO, DeiT and MAE want these
 CLIP = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
+SYMMETRIC = (.5, .5, .5), (.5, .5, .5)             # pixels in -1..1, for VQ-KD
 ENCODERS = {"dino": "dino_vits16", "deit": "deit_small", "mae": "mae_vitb16"}
 
 
@@ -396,6 +431,13 @@ def to_channels(values, device):
     """Three numbers as (3, 1, 1) on the device: copied there once, as a copy makes the CPU wait for a GPU."""
     with torch.inference_mode(False):                                   # wherever the first call comes from
         return torch.tensor(values, device=device).view(3, 1, 1)
+
+
+def to_device(x, device):
+    """x on the device; from the CPU to a GPU through pinned memory, so that the CPU does not wait for the copy."""
+    if torch.device(device).type == "cuda" and not x.is_cuda:
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 def normalize(images, source):
@@ -422,7 +464,7 @@ def hog(images, p):
     images = F.pad(images, (1, 1, 1, 1), mode="reflect")
     gx, gy = (F.conv2d(images, kernel.repeat(3, 1, 1, 1), groups=3) for kernel in (sobel, sobel.T))
     bins = (torch.atan2(gx, gy) / math.pi * 9).floor() % 9              # x first: measured from the y axis
-    magnitude = torch.hypot(gx, gy)
+    magnitude = torch.linalg.vector_norm(torch.stack([gx, gy]), dim=0)  # its gradient at 0 is 0, hypot's is NaN
     add_up = lambda x: reduce(x, "b c (y i) (x j) -> b c y x", "sum", i=cell, j=cell)
     cells = F.normalize(torch.stack([add_up(magnitude * (bins == o)) for o in range(9)], 2), dim=2)
     return rearrange(cells, "b c o (y i) (x j) -> b (y x) (c o i j)", i=p // cell, j=p // cell)
@@ -489,25 +531,38 @@ def load_clip():
     return trunk
 
 
-class PatchFeatures(nn.Module):
-    """Normalised images (b, 3, S, S) -> (b, n, d) float32, a row a patch, by what is never trained.
+def make_projection(width, size):
+    """From a ViT's patch tokens to the codes of a learned tokenizer, the shape of VQ-KD's (BEiT v2's code)."""
+    return nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, size))
 
-    name   pixel, pixel-norm (each patch standardised), hog, clip, dino, deit, mae, or what from_weights takes
+
+class PatchFeatures(nn.Module):
+    """Normalised images (b, 3, S, S) -> (b, n, d) float32, a row a patch, by what is never trained (here).
+
+    name      pixel, pixel-norm (each patch standardised), hog, clip, dino, deit, mae, or what from_weights takes
+    weights   of a learned tokenizer, whose name is then only a name: {encoder.KEY of a ViT, project.KEY}
     """
 
-    def __init__(self, name, patch_size, image_size):
+    def __init__(self, name, patch_size, image_size, weights=None):
         super().__init__()
         self.name, self.patch_size, self.image_size, self.encoder = name, patch_size, image_size, None
+        self.project = nn.Identity()
         if image_size % patch_size:
             raise ValueError(f"image size {image_size} is not a multiple of patch size {patch_size}")
         if name == "clip" and patch_size != 16:
             raise ValueError(f"clip has a feature for every 16 pixels: patch size {patch_size} does not fit")
         if name == "clip":
             self.encoder = load_clip()
+        elif weights is not None:
+            vit, head = ({key.removeprefix(part): value for key, value in weights.items() if key.startswith(part)}
+                         for part in ("encoder.", "project."))
+            self.encoder = rebuild_vit(vit, name, image_size)
+            self.project = make_projection(self.encoder.width, len(head["2.bias"]))
+            self.project.load_state_dict(head)
         elif name not in PATCH_FEATURES:
             self.encoder = from_weights(ENCODERS.get(name, name), image_size)
-            if self.encoder.patch_size != patch_size:
-                raise ValueError(f"{name} has patches of {self.encoder.patch_size} pixels, not {patch_size}")
+        if getattr(self.encoder, "patch_size", patch_size) != patch_size:
+            raise ValueError(f"{name} has patches of {self.encoder.patch_size} pixels, not {patch_size}")
         self.eval().requires_grad_(False)
 
     def train(self, mode=True):
@@ -518,10 +573,30 @@ class PatchFeatures(nn.Module):
             return PATCH_FEATURES[self.name](images, self.patch_size)
         with torch.autocast("cuda", torch.float16, enabled=images.is_cuda):
             if self.name != "clip":
-                return self.encoder(images)[:, self.encoder.prefix:].float()
-            if images.shape[-1] == self.image_size:            # CLIP sees twice the pixels: stride 32, not 16
-                images = F.interpolate(images, scale_factor=2, mode="bicubic")
-            return rearrange(self.encoder(images), "b d y x -> b (y x) d").float()
+                x = self.encoder(images)[:, self.encoder.prefix:]
+            else:
+                if images.shape[-1] == self.image_size:        # CLIP sees twice the pixels: stride 32, not 16
+                    images = F.interpolate(images, scale_factor=2, mode="bicubic")
+                x = rearrange(self.encoder(images), "b d y x -> b (y x) d")
+        return self.project(x.float())
+
+    def layers(self, images):
+        """What a perceptual loss compares: [(b, rows, d)], each row standardised; gradients reach the images.
+
+        Of a ViT, after 3, 6, 9 and 11 of 12 blocks (PeCo), or as many of its own; of all else, its features.
+        """
+        if self.name == "clip":
+            raise ValueError("--features clip: a perceptual loss takes hog, pixel-norm or a ViT (dino, mae, ours)")
+        rows, vit = [], self.encoder
+        with torch.autocast("cuda", torch.bfloat16, enabled=images.is_cuda and vit is not None):
+            if vit is None:
+                rows.append(PATCH_FEATURES[self.name](images, self.patch_size))
+            else:
+                chosen, x = {max(1, vit.depth * i // 12) for i in (3, 6, 9, 11)}, vit.embed(images)
+                for i, block in enumerate(vit.blocks, 1):
+                    x = block(x)
+                    rows += [x] * (i in chosen)
+        return [F.layer_norm(x.float(), x.shape[-1:]) for x in rows]
 
 
 # --- files: all or nothing, and one line for what went wrong ----------------------------------------------
