@@ -35,13 +35,12 @@ from einops import einsum, rearrange, repeat
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
-from tqdm import tqdm
 
 import kmeans
 import objectives
 import train
 from kmeans import (all_reduce, barrier, catch_signals, derive_seed, load_batches, make_loader, print0,
-                    rank_and_world, setup)
+                    rank_and_world, setup, track)
 from vit import (MODELS, ViT, draw_grid, drop_rates, exit_on_error, from_weights, normalize, patchify, principal_colors,
                  read_checkpoint, save)
 
@@ -291,8 +290,8 @@ def extract_layers(vit, ds, device, workers=0, batch_size=256, layers=slice(None
     vit, mine, features = vit.to(device).eval(), torch.arange(rank, len(ds), world), file
     if file is None:
         features = torch.zeros(len(ds), len(vit.blocks[layers]), 1 + vit.prefix, vit.width, device=device)
-    parts = tqdm(mine.split(batch_size), ds.name, leave=False, disable=rank != 0 or None)
-    for rows, (images, _, _) in zip(parts, load_batches(ds, mine, batch_size, workers, device)):
+    batches = load_batches(ds, mine, batch_size, workers, device, "features")
+    for rows, (images, _, _) in zip(mine.split(batch_size), batches):
         features[rows.to(features.device)] = pool_features(vit, normalize(images, ds))[:, layers].to(features)
     if file is None:
         all_reduce(features)
@@ -516,7 +515,7 @@ def fit(model, ds, rows, recipe, args, name, classes=None, **identity):
     model = model.to(device).train()
     groups = layer_groups(model, recipe.weight_decay, recipe.layer_decay)
     lars = recipe.optimizer == "lars"
-    optimizer = LARS(groups) if lars else torch.optim.AdamW(groups, betas=(.9, recipe.beta2))
+    optimizer = LARS(groups) if lars else torch.optim.AdamW(groups, betas=(.9, recipe.beta2), fused=True)
     if os.path.exists(path) and not args.fresh:
         state = train.resume(path, settings)
         model.load_state_dict(state["model"])
@@ -529,10 +528,11 @@ def fit(model, ds, rows, recipe, args, name, classes=None, **identity):
     net = model if world == 1 or frozen else DistributedDataParallel(
         model, device_ids=[device] if device.type == "cuda" else None)
     micro_batches = load_micro_batches(ds, rows, batch, mine, micro, step, stop_at, recipe, args, classes)
-    generator, stopping = torch.Generator(device), False
-    bar = tqdm(total=stop_at, initial=step, leave=False, disable=rank != 0 or None)
-    with catch_signals() as received_anywhere, bar:
-        while step < stop_at and not stopping:
+    if device.type == "cuda" and not frozen:
+        model.compile()                                  # in place, so that parameter names stay
+    generator = torch.Generator(device)
+    with catch_signals() as received_anywhere:
+        for step in track(range(step, stop_at), name, stop_at - step, "steps"):
             lr = train.learning_rate(step, steps, warmup, peak, recipe.warmup_lr, recipe.min_lr, recipe.cosine)
             for group in optimizer.param_groups:
                 group["lr"] = group["scale"] * lr
@@ -546,7 +546,6 @@ def fit(model, ds, rows, recipe, args, name, classes=None, **identity):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
-            bar.update()
             stopping = received_anywhere()
             if stopping or step == stop_at or step % max(200, per_epoch) == 0:
                 if not nn.utils.parameters_to_vector(model.parameters()).isfinite().all():
@@ -554,6 +553,8 @@ def fit(model, ds, rows, recipe, args, name, classes=None, **identity):
                 if rank == 0:
                     save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
                               args=vars(settings)), path)
+            if stopping:
+                break
     barrier()
     if step < steps:
         by_signal = step < stop_at
@@ -568,7 +569,7 @@ def score(model, ds, args, batch_size=256):
     """(heads, 2) top-1 and top-5 accuracy over `ds`; every image counts once."""
     (rank, world), device = rank_and_world(), args.torch_device
     hits = torch.zeros(model.n_heads, 2, device=device, dtype=torch.float64)
-    for x, y, _ in load_batches(ds, range(rank, len(ds), world), batch_size, args.workers):
+    for x, y, _ in load_batches(ds, range(rank, len(ds), world), batch_size, args.workers, what="test"):
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             logits = model(prepare_inputs(x, ds, device))
         right = logits.topk(min(5, logits.shape[-1])).indices == y.to(device)[:, None, None]

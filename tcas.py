@@ -21,7 +21,6 @@ import functools
 import inspect
 import math
 import os
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -31,7 +30,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import repeat
 from torchvision.utils import save_image
-from tqdm import tqdm
 
 EPS = 1e-12                                         # two numbers of the toy model that are closer are equal
 TOKENIZERS = ("mae", "classwise", "crossclass")     # Sec. 2.2: S^MAE, S^class, S^cross
@@ -422,8 +420,7 @@ def encode(tokenizer, ds, args, kmeans, device):
     if ds is None:
         return None
     chosen = np.sort(np.random.default_rng(args.seed).permutation(len(ds))[:args.images])
-    batches = tqdm(kmeans.load_batches(ds, chosen, args.batch_size, args.workers, device), ds.name,
-                   math.ceil(len(chosen) / args.batch_size), disable=not sys.stderr.isatty())
+    batches = kmeans.load_batches(ds, chosen, args.batch_size, args.workers, device, "tokens")
     parts = [(tokenizer(images).to(torch.uint16).cpu().numpy(), labels) for images, labels, _ in batches]
     return tuple(np.concatenate(part) for part in zip(*parts))
 

@@ -24,7 +24,9 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import time
+import timeit
 import zipfile
 import zlib
 
@@ -56,7 +58,7 @@ except ImportError:                         # torchvision 0.29 says that it will
 
 # MaPeT: Table 7, for ImageNet and every other folder of images; the rows of MaPeT's own tables. Not stated: the
 # digits of the cutting point for ViT-T, S and B (B gets Table 6's best, 70 % hidden, T and S the released code's
-# 75 %), PIM's cutting point (MaPeT's), MIM's hidden share (BEiT's), positions and initialization of its CAE (CAE's code).
+# 75 %), PIM's cutting point (MaPeT's), MIM's hidden share (BEiT's), positions and weights of its CAE (CAE's code).
 # ClusterMIM: Sec. 4.1, ViT-S, B and L alike. Not stated: base learning rate and warm-up (MAE's), and whether its
 # MAE row standardised the pixels (the released code's default: no).
 # textures: ours, for two CPU cores; learning rate, cut and K were compared on its third stream.
@@ -74,8 +76,7 @@ SETTINGS = {            # MaPeT, ClusterMIM, textures
     "vocab_size":       (8192, 50, None, "codebook size K"),
     "fraction":         (.05, .05, .05, "of each image's patches, for K-means (ClusterMIM's code takes all)"),
     "label_smoothing":  (0., 0., 0., "of the cross-entropy with tokens"),
-    "crop":             (0., .2, 0., "least area of a random crop, as a share of the picture; half of the crops are "
-                         "mirrored, and tokens are made of each as it comes. 0: the center square"),
+    "crop":             (0., .2, 0., "least area of a random crop, half of them mirrored; 0: the center square"),
     "jitter":           (.4, 0., 0., "color jitter: brightness, contrast, saturation"),
     "epochs":           (300., 200., 6., "passes over the data: the schedule's length"),
     "batch_size":       (2048, 4096, 32, "images a step, over all processes"),
@@ -96,8 +97,7 @@ MAPET, CLUSTERMIM, TEXTURES = ({key: row[i] for key, row in SETTINGS.items()} fo
 VQKD = dict(MAPET, features="dino_vitb16", vocab_size=8192, decoder_depth=3, crop=.08, jitter=0., layer_scale=0.,
             drop_path=0., epochs=100., batch_size=512, lr=2e-4, weight_decay=1e-4, beta2=.99, clip_norm=0.,
             cosine="warmup")
-# MaskFeat is the row of ClusterMIM's tables; its own paper's recipe is for mask tokens in the encoder (lr 2e-4 *
-# batch / 256, warm-up 30, clip 0.02, crop 0.5, 40 % hidden in blocks).
+# MaskFeat is the row of ClusterMIM's tables; its own paper's recipe is for mask tokens in the encoder.
 PAPERS = dict(
     mae=dict(CLUSTERMIM, vocab_size=None), maskfeat=dict(CLUSTERMIM, vocab_size=None, features="hog"),
     clustermim=CLUSTERMIM, cae=dict(MAPET, pos="sincos", init="mae"), beit=MAPET, mim=MAPET, pim=MAPET, mapet=MAPET,
@@ -120,8 +120,7 @@ def recipe(objective, data, model=None):
         chosen["mask_ratio"] = .7                                     # MaPeT Table 6
     if data == "textures":
         hidden = mask_ratio and (.75 if kind is objectives.MaskedAutoencoder else .5)
-        textures = {key: value for key, value in TEXTURES.items() if value is not None}
-        chosen.update(textures, base_lr=None, mask_ratio=hidden, **codebook)
+        chosen.update({**TEXTURES, **codebook, "features": codebook.get("features", chosen["features"])}, mask_ratio=hidden)
         if objective in objectives.TOKENIZERS:                     # 3 epochs are enough, and std 0.02 starts slowly
             chosen.update(epochs=3., init="mae")
     return chosen
@@ -207,10 +206,10 @@ class Targets:
 
 # --- the loop ---------------------------------------------------------------------------------------------
 
-def train(args, ds, targets, state, device):
+def train(args, ds, targets, state, device, lap=lambda phase: None):
     """Pre-train from the checkpoint `state` (or None): (objective, step, steps), or None when a signal came.
 
-    Writes last.pt and metrics.jsonl as it goes, encoder.pt at the end.
+    Writes last.pt and metrics.jsonl as it goes, encoder.pt at the end. lap: told when a phase of a step ends.
     """
     rank, world = rank_and_world()
     per_epoch = len(ds) // args.batch_size
@@ -219,7 +218,7 @@ def train(args, ds, targets, state, device):
     share, micro = divide_batch(args, world)                   # of each global batch: this process's; at once
     accumulate, mine = share // micro, slice(rank * share, (rank + 1) * share)
 
-    # --- model, optimizer, where we are
+    # --- model, optimizer, where we are, images
     model = build(args, targets.size).to(device)
     model.layers = targets.layers
     optimizer = make_optimizer(model, args)
@@ -236,16 +235,13 @@ def train(args, ds, targets, state, device):
     if args.compile:
         model.compile()                                             # in place, so that parameter names stay
     net = model if world == 1 else DistributedDataParallel(
-        model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False,
-        gradient_as_bucket_view=True)
-
-    # --- images
+        model, [device] if device.type == "cuda" else None, broadcast_buffers=False, gradient_as_bucket_view=True)
     images_of = Augmented(ds, random_crop(ds.image_size, args.crop) if args.crop else None, args.seed)
     jitter = ColorJitter(args.jitter, len(ds), args.seed)
     keys = schedule(len(ds), args.batch_size, args.seed, step, stop_at, mine, accumulate)
     loader = iter(make_loader(images_of, keys, args.workers, device))
 
-    generator = torch.Generator(device)
+    generator, saved_at = torch.Generator(device), time.time()
     with catch_signals() as received_anywhere:
         while step < stop_at:
             # --- one step: a function of (seed, step) and the parameters
@@ -254,28 +250,33 @@ def train(args, ds, targets, state, device):
                 group["lr"] = lr
             order = model.draw_order(args.batch_size, derive_seed(args.seed, step), device, mine)
             generator.manual_seed(derive_seed(args.seed, step, 1))
-            size = model.noise_rows, args.batch_size
-            noise = torch.rand(size, device=device, generator=generator)[:, mine]
+            noise = torch.rand(model.noise_rows, args.batch_size, device=device, generator=generator)[:, mine]
             for m in range(accumulate):
+                lap("targets")
                 images, _, wanted, read = next(loader)
+                lap("waiting for data")
                 ds.note_unreadable(wanted, read)
                 images = jitter(images.to(device, non_blocking=True), step // per_epoch, wanted)
                 given, part = targets.of(images, read), slice(m * micro, (m + 1) * micro)
+                lap("targets")
                 last = m == accumulate - 1
                 # All micro-batches make one gradient: the processes exchange it once, with the last.
                 with contextlib.nullcontext() if world == 1 or last else net.no_sync():
                     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                         loss, logs = net(normalize(images, ds), given, order=order[part], noise=noise[:, part])
+                    lap("forward")
                     (loss / accumulate).backward()
+                lap("backward")
                 log.add(loss, logs)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm or math.inf)
 
             # --- is it due to log, to save, to stop?
             stopping = received_anywhere()
             log_due = (step + 1) % args.log_every == 0 or step + 1 in (1, stop_at)
-            save_due = (step + 1) % args.save_every == 0 or step + 1 == stop_at or stopping
-            # The norm is the same on every process, and not finite as soon as any loss anywhere is not. To look at
-            # it makes the CPU wait for the GPU, so there only before it matters: no broken weights are saved.
+            late = rank == 0 and time.time() > saved_at + 60 * args.save_minutes           # rank 0 is the one that saves
+            save_due = (step + 1) % args.save_every == 0 or step + 1 == stop_at or stopping or late
+            # The norm is the same on every process, and not finite if any loss anywhere is not. To look at it makes the
+            # CPU wait for the GPU, so there only before it matters: no broken weights are saved.
             if (device.type == "cpu" or log_due or save_due) and not torch.isfinite(norm + log.sums[0]):
                 kept = f"{args.out}/last.pt keeps step {saved}" if saved else "No checkpoint was written yet"
                 raise ValueError(f"step {step + 1}: the loss or its gradient is not finite. {kept}; "
@@ -285,19 +286,20 @@ def train(args, ds, targets, state, device):
             optimizer.zero_grad(set_to_none=True)
             step += 1
             model.end_step(step / steps, all_reduce, all_gather)
+            lap("optimizer")
             if log_due:
                 log.write(step, step / per_epoch, lr, steps)
             if save_due:
-                saved = step
+                saved, saved_at = step, time.time()
                 if rank == 0:
                     save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), args=vars(args),
                               step=step, epoch=step // per_epoch, sums=log.sums, rng=torch.get_rng_state()),
                          f"{args.out}/last.pt")
+            lap("log, save")
             if stopping:
                 return print0(f"stopped at step {step} by a signal; the same command goes on from there")
     if rank == 0:
-        encoder = {key: value.cpu() for key, value in model.encoder.state_dict().items()}
-        save(encoder, f"{args.out}/encoder.pt")
+        save({key: value.cpu() for key, value in model.encoder.state_dict().items()}, f"{args.out}/encoder.pt")
     barrier()
     return model, step, steps
 
@@ -764,7 +766,7 @@ class Log:
 
 
 # Flags that may change between a run and its continuation, because they do not change what is computed.
-FREE = set("out cache device workers steps fresh compile probe plan save_every log_every micro_batch".split())
+FREE = set("out cache device workers steps fresh compile probe plan benchmark rate save_minutes save_every log_every micro_batch".split())
 
 
 def resume(path, args):
@@ -914,20 +916,115 @@ def describe(model, args):
             f"of {model.encoder.n_patches} patches are hidden; to predict: {target}")
 
 
-def print_plan(args, ds):
-    """What the run would take; the rate of a GPU is an assumption, and said to be one."""
+def count_step(args):
+    """(model on no device, floating-point operations of an image's step, bytes it keeps for the backward pass).
+
+    Half of float32's bytes, as in bfloat16; attention weights are not kept: scaled_dot_product_attention has none.
+    """
     with torch.device("meta"):
         size = {"vqkd": 1024, **dict.fromkeys(("dvae", "vq", "peco"))}       # a teacher's features: about 1024 wide
         model = build(args, size.get(args.objective, args.vocab_size or 1024))
-        n, size = model.encoder.n_patches, args.image_size
+        n, heads, kept = model.encoder.n_patches, model.encoder.blocks[0].attn.heads, {}
         order = torch.zeros(1, n, dtype=torch.long)
         given = torch.zeros(1, n, 1024) if model.needs == "features" else order
-        flops = 3 * count_flops(model, torch.zeros(1, 3, size, size), given, order)  # backward: twice forward
+        inputs = torch.zeros(1, 3, args.image_size, args.image_size), given, order, torch.zeros(model.noise_rows, 1)
+        flops = 3 * count_flops(model, *inputs)                    # backward: twice forward
+
+        def keep(x):
+            weights = x.ndim == 3 and len(x) == heads and min(x.shape[1:]) > model.encoder.width // heads
+            kept[x.untyped_storage()._cdata] = 0 if weights else x.numel() * x.element_size()
+            return x
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            model(*inputs)
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    return model, flops, sum(size for storage, size in kept.items() if storage not in own) // 2
+
+
+def print_plan(args, ds, world):
+    """What the run would take, on 1, 8 and 64 processes; a rate that is assumed is said to be."""
+    model, flops, activations = count_step(args)
     images = max(1, round(args.epochs * (len(ds) // args.batch_size))) * args.batch_size
-    hours = images * flops / (.4 * 989e12) / 3600
-    print0(f"{describe(model, args)}\n{images} images in steps of {args.batch_size}, {flops / 1e9:.3g} GFLOP an image "
-           f"without tokenizer and teacher: {hours:.3g} hours of an H200 at 40 % (assumed) of 989 bfloat16 TFLOP/s, "
-           f"{hours / 8:.3g} of eight")
+    rate, why = args.rate, "as given"
+    if not rate:
+        rate, why = .4 * 989e12 / flops, "assumed: 40 % of an H200's 989 bfloat16 TFLOP/s"
+    print0(f"{describe(model, args)}\n{images} images in steps of {args.batch_size}; {flops / 1e9:.3g} GFLOP an image, "
+           f"forward and backward, without tokenizer and teacher\n"
+           f"{rate:.4g} images/s a process ({why}): " +
+           ", ".join(f"{images / rate / n / 3600:.3g} hours on {n}" for n in (1, 8, 64)))
+    parameters = sum(p.numel() for p in model.parameters())
+    micro = divide_batch(args, world)[1]
+    print0(f"memory of a process: {16 * parameters / 1e9:.3g} GB of weights, gradients and AdamW, and about "
+           f"{micro * activations / 1e9:.3g} GB of activations of {micro} images at once (--micro-batch)")
+    files = isinstance(ds, Pictures)
+    stored = "none: tokens are made of each crop" if args.crop else (
+        f"{2 * len(ds) * model.encoder.n_patches / 1e9:.3g} GB of tokens" * (model.needs == "tokens") +
+        f", {3 * len(ds) * args.image_size ** 2 / 1e9:.3g} GB of center squares (--cache)" * files)
+    print0(f"disk: {stored.lstrip(', ') or 'nothing to speak of'}")
+    if files:
+        ds = Augmented(ds, random_crop(ds.image_size, args.crop) if args.crop else None, args.seed)
+        few = range(0, len(ds.ds), max(1, len(ds.ds) // 64))
+        torch.set_num_threads(1)                                   # as in a loading process
+        seconds = min(timeit.repeat(lambda: [ds[0, i] for i in few], number=1, repeat=2)) / len(few)
+        until = "" if args.crop else "; where squares are kept, for the first epoch only"
+        print0(f"input: {1e3 * seconds:.2g} ms an image on a core of this machine: {rate * seconds:.2g} cores a process{until}")
+
+
+class Laps:
+    """Seconds of every phase of a step, work of the device included, without the first steps, which warm up."""
+
+    def __init__(self, device, skip):
+        self.device, self.skip, self.seconds, self.steps, self.last = device, skip, {}, 0, time.perf_counter()
+
+    def __call__(self, phase):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0) + now - self.last
+        self.last = now
+        if phase == "log, save":
+            self.steps += 1
+            if self.steps == self.skip:
+                self.seconds = {}
+
+
+def benchmark(args, ds, tokenizer, targets, device):
+    """Time of a step, by phases, memory, and the share of the rate of a matrix product; nothing is kept.
+
+    Tokens are all 0 if there are none: what they say makes no step faster. Phases are waited for: a run, in which the
+    CPU goes ahead of the GPU, is a little faster.
+    """
+    (rank, world), args = rank_and_world(), copy.copy(args)
+    args.steps, args.fresh = 5 + (args.steps or 30), True
+    _, flops, _ = count_step(args)
+    if targets is None and args.crop:
+        if tokenizer is None:
+            tokenizer = kmeans.blank_tokenizer(ds, args.features, args.patch_size, k=args.vocab_size).to(device)
+            tokenizer.centroids = torch.randn(args.vocab_size, tokenizer.rows(ds[0][0][None].to(device)).shape[-1])
+        targets = Targets(make=tokenizer.to(device), size=tokenizer.vocab_size)
+    elif targets is None:
+        shape = len(ds), (args.image_size // args.patch_size) ** 2
+        targets = Targets(np.broadcast_to(np.uint16(0), shape), size=tokenizer.vocab_size if tokenizer else args.vocab_size)
+    laps = Laps(device, skip=5)
+    with tempfile.TemporaryDirectory() as args.out:
+        if train(args, ds, targets, None, device, laps) is None:
+            return
+    steps, seconds = laps.steps - laps.skip, sum(laps.seconds.values())
+    kind = torch.bfloat16 if device.type == "cuda" else torch.float32
+    side = 8192 if device.type == "cuda" else 2048
+    x = torch.randn(side, side, device=device, dtype=kind)
+    product = 2 * len(x) ** 3 / kmeans.measure_seconds(lambda: x @ x)[0]
+    rate = args.batch_size * steps / seconds
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else read_peak_memory()
+    print0(f"\n{rate:.4g} images/s of {world} processes, {1e3 * seconds / steps:.4g} ms a step of {args.batch_size}: " +
+           ", ".join(f"{phase} {value / seconds:.1%}" for phase, value in laps.seconds.items()))
+    print0(f"peak memory of a process {peak / 1e9:.3g} GB; {rate * flops / 1e12:.3g} TFLOP/s, "
+           f"{rate * flops / world / product:.1%} a process of a {kind} product's {product / 1e12:.3g}")
+
+
+def read_peak_memory():
+    """Of this process, in bytes."""
+    import resource                                             # not on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 << 10 if sys.platform == "linux" else 1)
 
 
 # --- command line -----------------------------------------------------------------------------------------
@@ -951,6 +1048,8 @@ FLAGS = {
     "seed": (int, "of weights, order of images, augmentation, masks (default 0)"),
     "device": (str, "cuda, cpu (default: cuda if there is one)"),
     "workers": (int, "loading processes of each process (default: its share of the cores; 0 for textures)"),
+    "rate": (float, "of --plan: images/s of one process, as --benchmark measured"),
+    "save-minutes": (float, "minutes between checkpoints at most (default 30)"),
     "log-every": (int, "steps between lines of metrics.jsonl (default 50)"),
 }
 MAY_BE_ZERO = set("seed workers jitter crop cut mask_ratio label_smoothing drop_path layer_scale min_lr warmup_lr "
@@ -975,9 +1074,10 @@ def parse(argv):
     add("--resume", dest="fresh", action="store_false", help="go on from OUT/last.pt (the default)")
     add("--fresh", action="store_true", help="start over: removes what an earlier run left in --out")
     add("--plan", action="store_true", help="print what the run would take, and stop")
+    add("--benchmark", action="store_true", help="time some steps (30, --steps) by their phases, and stop")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     add("--probe", action=argparse.BooleanOptionalAction, help="k-NN and linear probe at the end (default)")
-    parser.set_defaults(data="textures", objective="mapet", seed=0, cache="cache", log_every=50, fresh=False, probe=True)
+    parser.set_defaults(data="textures", objective="mapet", seed=0, cache="cache", save_minutes=30., log_every=50, fresh=False, probe=True)
     args = parser.parse_args(argv)
     check_numbers(parser, args, MAY_BE_ZERO)
     for a, b in (("cut", "mask_ratio"), ("lr", "base_lr"), ("tokens", "tokenizer")):
@@ -1078,8 +1178,11 @@ def run(args):
     if args.batch_size > len(ds):
         raise ValueError(f"--batch-size {args.batch_size} is more than the {len(ds)} images of {ds.name}")
     if args.plan:
-        return print_plan(args, ds)
+        return print_plan(args, ds, world)
     tokenizer, targets = read_inputs(args, ds, needs, device)
+    if args.benchmark:
+        keep_squares(args, ds)
+        return benchmark(args, ds, tokenizer, targets, device)
     last = f"{args.out}/last.pt"
     state = resume(last, args) if os.path.exists(last) and not args.fresh else None
 
@@ -1088,7 +1191,11 @@ def run(args):
     if args.fresh and rank == 0:
         start_over(args)
     barrier()
-    os.makedirs(args.out, exist_ok=True)
+    if rank == 0:
+        os.makedirs(args.out, exist_ok=True)
+    barrier()
+    if not os.path.isdir(args.out):
+        raise OSError(f"--out {args.out}: not seen by rank {rank}; machines must share this folder (not --cache)")
     classes = f"{len(ds.classes)} classes" if ds.classes else "no labels"
     print0(f"{ds.name}: {len(ds)} images, {classes}; run in {args.out}")
     keep_squares(args, ds)

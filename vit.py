@@ -459,10 +459,10 @@ def hog(images, p):
     p below it); the 9 bins of each cell and channel have unit length. Order: channel, bin, cell row and column.
     """
     cell = next(side for side in range(8, 0, -1) if p % side == 0)
-    step = torch.arange(1., -2., -1., device=images.device)
-    sobel = (2 - step.abs())[:, None] * step                            # [1 2 1] down, [1 0 -1] across
     images = F.pad(images, (1, 1, 1, 1), mode="reflect")
-    gx, gy = (F.conv2d(images, kernel.repeat(3, 1, 1, 1), groups=3) for kernel in (sobel, sobel.T))
+    smooth = lambda x, dim: sum(part * w for part, w in zip(x.unfold(dim, 3, 1).unbind(-1), (1, 2, 1)))
+    change = lambda x, dim: x.unfold(dim, 3, 1)[..., 0] - x.unfold(dim, 3, 1)[..., 2]
+    gx, gy = change(smooth(images, 2), 3), change(smooth(images, 3), 2)   # Sobel; a convolution could be TF32's
     bins = (torch.atan2(gx, gy) / math.pi * 9).floor() % 9              # x first: measured from the y axis
     magnitude = torch.linalg.vector_norm(torch.stack([gx, gy]), dim=0)  # its gradient at 0 is 0, hypot's is NaN
     add_up = lambda x: reduce(x, "b c (y i) (x j) -> b c y x", "sum", i=cell, j=cell)
@@ -528,7 +528,7 @@ def load_clip():
     trunk = CLIPTrunk()
     trunk.load_state_dict({key: v.float() for key, v in archive.visual.state_dict().items()
                            if not key.startswith("attnpool")})
-    return trunk
+    return trunk.to(memory_format=torch.channels_last)
 
 
 def make_projection(width, size):
