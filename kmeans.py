@@ -84,22 +84,12 @@ def score_weights(c, origin, scale, shift):
     return (c * scale).float(), bias.float()
 
 
-def add_rows(sums, counts, labels, x, sign=1):
-    """Add rows x (m, d), sign -1: take them away, to float64 sums (k, d) and counts (k,), by labels (m,) int64.
-
-    float32 adds 65536 uint8 values exactly (below 2^24), others well enough; from there on float64 does.
-    """
-    for some, where in zip(x.split(1 << 16), labels.split(1 << 16)):
-        sums += sign * sum_rows(some, where, len(sums))
-        counts += sign * torch.bincount(where, minlength=len(sums))
-
-
 class Clusters:
     """Which of k clusters each row is in, from pass to pass, and their float64 sums and counts; of r codebooks at once.
 
     Only rows that change their cluster change a sum. Once few do, the CPU looks only at rows that can: `own` is at least
     a row's distance to its centroid, `others` at most that to any other, and both move with the centroids (Hamerly
-    2010). Where they come nearer to each other than rounding the row is looked at: nothing is approximate.
+    2010); where they nearly meet, the row is looked at, too: nothing is approximate. Of little use they are left for a while.
     """
 
     def __init__(self, data, r, k, n, origin):
@@ -107,16 +97,18 @@ class Clusters:
         self.labels = torch.full((r, n), k, device=data.device)         # k: of none yet
         self.sums = torch.zeros(r, k + 1, data.d, dtype=torch.float64, device=data.device)
         self.counts = torch.zeros(r, k + 1, dtype=torch.float64, device=data.device)
-        self.bounds, self.few_change = None, False
+        self.bounds, self.few_change, self.wait, self.pause = None, False, 0, 2
 
     def run_pass(self, c):
         """All rows to the nearest of the centroids c (r, k, d): sums (r, k, d), counts (r, k) of all processes."""
         w, bias = score_weights(c, self.origin, self.data.scale, self.data.shift)
-        if self.bounds:
+        moving, self.wait = self.bounds is not None, self.wait - 1
+        if moving:
             self.bounds.move(c, self.labels)
-        elif self.few_change and not self.data.device.type == "cuda":
+        elif self.few_change and self.wait < 0 and self.data.device.type == "cpu":
             self.bounds = Bounds(self.data, c, self.n, self.origin)
-        changed, start = 0, 0
+        part, added = torch.zeros_like(self.sums, dtype=torch.float32), 0
+        changed, looked_at, start, first = 0, 0, 0, not self.counts.any()
         for block in self.data:
             here = slice(start, start + len(block))
             start = here.stop
@@ -127,13 +119,21 @@ class Clusters:
                     at, x, new = torch.arange(len(block)), block, find_nearest(block, w[r:r + 1], bias[r:r + 1])[0][0]
                 old = labels[at]
                 moved = (new != old).nonzero()[:, 0]
-                changed += len(moved)
-                if len(moved):
-                    x, new, old = x[moved], new[moved], old[moved]
-                    labels[at[moved]] = new
-                    add_rows(self.sums[r], self.counts[r], new, x)
-                    add_rows(self.sums[r], self.counts[r], old, x, sign=-1)
+                labels[at[moved]] = new[moved]
+                changed, looked_at = changed + len(moved), looked_at + len(at)
+                for rows in moved.split(1 << 16):
+                    if added + len(rows) > 1 << 16:            # float32 adds 65536 uint8 values exactly (below 2^24)
+                        self.sums += part
+                        part.zero_()
+                        added = 0
+                    added += len(rows)
+                    for where, sign in ((new, 1), (old, -1))[:1 if first else 2]:
+                        add_rows(part[r], where[rows], x if len(rows) == len(x) else x[rows], sign)
+                        self.counts[r] += sign * torch.bincount(where[rows], minlength=part.shape[1])
+        self.sums += part
         self.few_change = changed < .05 * self.labels.numel()
+        if moving and looked_at > .7 * self.labels.numel():
+            self.bounds, self.wait, self.pause = None, self.pause, 2 * self.pause
         sums, counts = self.sums[:, :-1].clone(), self.counts[:, :-1].clone()
         all_reduce(sums, counts)
         return sums, counts
@@ -401,12 +401,14 @@ class Bounds:
         """Of the rows `here`, a block, those that can have changed: where (m,), rows (m, d), labels (m,) int64."""
         own, others, norms = self.own[r, here], self.others[r, here], self.norms[here]
         at = (own >= others).nonzero()[:, 0]
-        x = block.index_select(0, at)
         if len(at) == 0:
-            return at, x, at
+            return at, block[:0], at
+        x = block
+        if len(at) < len(block):                               # few shapes: oneDNN compiles a product for each
+            x = block.index_select(0, F.pad(at, (0, -len(at) % 512)))
         if len(at) == len(own) and own.isinf().all():          # the first time
-            norms.copy_((self.data.standardize(x) - self.origin).square().sum(-1))
-        scores = multiply(x, w[None], bias[None])
+            norms.copy_((self.data.standardize(block) - self.origin).square().sum(-1))
+        scores, x = multiply(x, w[None], bias[None])[:len(at)], x[:len(at)]
         best, labels = scores.max(-1)
         second = scores.scatter_(1, labels[:, None], -math.inf).amax(-1)
         # ||x - c||^2 = ||x - origin||^2 - 2 score. 1e-4 is far above the rounding of the scores.
@@ -590,7 +592,7 @@ def multiply(x, w, bias):
     x, w, bias = x.float(), w.flatten(0, 1), bias.flatten()
     if x.is_cuda or not torch.backends.mkldnn.is_available():
         return F.linear(x, w, bias)
-    image = x.T[None, :, :, None]                                   # (1, d, m, 1): channels last, as the rows lie
+    image = x[None, :, None].permute(0, 3, 1, 2)                    # (1, d, m, 1): channels last, as the rows lie
     return F.conv2d(image, w[:, :, None, None], bias)[0, :, :, 0].T
 
 
@@ -665,16 +667,18 @@ def find_nearest_fused(x, w, bias):
     return labels.long(), scores
 
 
-def sum_rows(x, labels, k):
-    """Sums (k, d) float32 of rows x (m, d) by labels (m,); on CUDA without atomics, so that two runs agree."""
+def add_rows(sums, labels, x, sign):
+    """Add sign times rows x (m, d) to sums (k, d) float32, by labels (m,); on CUDA without atomics: two runs agree."""
+    k = len(sums)
     if not x.is_cuda:
-        return torch.zeros(k, x.shape[1]).index_add_(0, labels, x.float())
-    if k <= 257 and x.dtype != torch.float32:                      # one-hot(labels)^T x
+        sums.index_add_(0, labels, x.float(), alpha=sign)
+    elif k <= 257 and x.dtype != torch.float32:                    # one-hot(labels)^T x
         kind = torch.float16 if x.dtype == torch.uint8 else x.dtype
         hot = labels == torch.arange(k, device=x.device)[:, None]
-        return torch.mm(hot.to(kind), x.to(kind), out_dtype=torch.float32)
-    ordered, lengths = x[labels.argsort(stable=True)].float(), torch.bincount(labels, minlength=k)
-    return torch.segment_reduce(ordered, "sum", lengths=lengths, axis=0, initial=0)
+        sums += sign * torch.mm(hot.to(kind), x.to(kind), out_dtype=torch.float32)
+    else:
+        ordered, lengths = x[labels.argsort(stable=True)].float(), torch.bincount(labels, minlength=k)
+        sums += sign * torch.segment_reduce(ordered, "sum", lengths=lengths, axis=0, initial=0)
 
 
 # --- from a data set to tokenizer.pt and tokens.npy -------------------------------------------------------

@@ -696,7 +696,9 @@ class ColorJitter:
             self.epoch, self.draws = epoch, torch.rand(self.n, 6, generator=generator)
         draws = to_device(self.draws[index], images.device)
         low, high = max(0., 1 - self.strength), 1 + self.strength
-        return jitter_colors(images, low + (high - low) * draws[:, :3], draws[:, 3:].argsort(1))
+        given = images, low + (high - low) * draws[:, :3], draws[:, 3:].argsort(1)
+        most = len(images) if images.is_cuda else 4                 # what fits a CPU's cache
+        return torch.cat([jitter_colors(*part) for part in zip(*(x.split(most) for x in given))])
 
 
 def jitter_colors(images, factors, order):
