@@ -2451,6 +2451,34 @@ def test_center_squares_are_decoded_once(tmp_path, monkeypatch, capsys):
     assert "no room" in capsys.readouterr().out and not any((tmp_path / "none").iterdir())
 
 
+def test_plan_and_benchmark(tmp_path, monkeypatch, capsys):
+    """Numbers that follow from each other; nothing is written, but squares where --cache says so."""
+    monkeypatch.chdir(tmp_path)
+    root = jpeg_folder(tmp_path / "d")
+    argv = [str(a) for a in ("--data", root, *SMALL_RUN, "--batch-size", 4, "--objective", "mapet")]
+    train.main([*argv, "--plan", "--rate", "10"])
+    plan = capsys.readouterr().out
+    assert "32 images in steps of 4;" in plan and "10 images/s a process (as given)" in plan     # 8 images, 4 epochs
+    hours = [float(word) for word in re.findall(r"([\d.e-]+) hours on", plan)]
+    assert hours == pytest.approx([32 / 10 / 3600, 32 / 80 / 3600, 32 / 640 / 3600], rel=.01)
+    assert "1.44e-07 GB of tokens, 1.38e-05 GB of center squares" in plan                # 8 x 9 x 2, 8 x 3 x 24 x 24 bytes
+    assert re.search(r"input: [\d.]+ ms an image", plan)
+    gigaflop = float(re.search(r"([\d.]+) GFLOP an image", plan)[1])
+    with torch.device("meta"):
+        vit = V.vit_micro(image_size=24)
+        whole = 3e-9 * V.count_flops(vit, torch.zeros(1, 3, 24, 24))
+    assert whole < gigaflop < 4 * whole                                    # two streams: up to three times the rows
+    for name in ("mapet", "clustermim", "mae"):
+        crop = ["--crop", ".3"] * (name == "clustermim")
+        more = [a for a in argv if a not in ("--features", "pixel", "--vocab-size", "6")] if name == "mae" else argv
+        train.main([*more, "--objective", name, *crop, "--benchmark", "--steps", "3", "--epochs", "9"])
+        out = capsys.readouterr().out
+        shares = [float(share) for share in re.findall(r"(?:data|targets|forward|backward|optimizer|save) ([\d.]+)%", out)]
+        assert len(shares) == 6 and sum(shares) == pytest.approx(100, abs=.5)
+        assert re.search(r"peak memory of a process [\d.]+ GB; [\d.e-]+ TFLOP/s, [\d.]+% a process", out)
+    assert sorted(os.listdir(tmp_path)) == ["d"]
+
+
 def test_batched_jitter_is_that_of_torchvision():
     """Brightness, contrast, saturation, with the same factors in the same order; of (seed, epoch, image) alone."""
     functional = torchvision.transforms.v2.functional
@@ -2782,15 +2810,16 @@ def test_cae_and_crops_resume_accumulate_and_share(folder, tmp_path):
 
 @pytest.mark.parametrize("name", ["maskfeat", "cae", "mapet"])
 def test_objectives_compile(name):
-    """One of each class: torch.compile's tracing gives the same loss and gradients (its code generator takes minutes)."""
+    """One of each class: torch.compile's tracing, in one graph, gives the same (its code generator takes minutes)."""
     model, images, given, order = example(name, dict(FORMS[::-1])[name], cut=4)
     traced = copy.deepcopy(model)
-    traced.compile(backend="aot_eager")
+    traced.compile(backend="aot_eager", fullgraph=True)
     for _ in range(3):                                                    # CAE's teacher lags one of these steps behind
         losses = [m(images, given, order)[0] for m in (model, traced)]
         for loss, m in zip(losses, (model, traced)):
             m.zero_grad()
             loss.backward()
+            m.before_step()
         torch.testing.assert_close(*losses)
         for a, b in zip(model.parameters(), traced.parameters()):
             assert (a.grad is None) == (b.grad is None)
