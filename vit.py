@@ -637,19 +637,19 @@ def exit_on_error(script):
     again = "the same command goes on from what was saved"
     try:
         yield
-    except (KeyboardInterrupt, ValueError, OSError, RuntimeError) as error:
+    except (KeyboardInterrupt, ValueError, OSError, RuntimeError, EOFError) as error:
         first, *others = str(error).strip().splitlines() or [type(error).__name__]
         code = 1
         if isinstance(error, KeyboardInterrupt):                    # before the first step; see catch_signals
             code, line = 130, f"interrupted; {again}"
+        elif isinstance(error, (ConnectionError, EOFError)) or first.startswith("DataLoader worker"):
+            line = f"a loading process was lost ({first}); short of memory, of /dev/shm? Fewer --workers; {again}"
         elif isinstance(error, (ValueError, OSError)):
             code, line = 2, first
             if "worker process" in first:                           # a loader's whole traceback: its last line
                 line = re.sub(r"^\w+: ", "", others[-1])
         elif isinstance(error, torch.OutOfMemoryError):
             line = f"the device is out of memory; --micro-batch: fewer images at once, the same result; {again}"
-        elif first.startswith("DataLoader worker"):
-            line = f"a loading process was lost ({first}); short of memory, of /dev/shm? Fewer --workers; {again}"
         elif "WORLD_SIZE" in os.environ and re.search("gloo|nccl|connection|peer", str(error), re.I):
             line = f"another process of this run was lost; {again}"
         else:
