@@ -908,7 +908,10 @@ def save_tokenizer(args, model, ds, device):
     found = [(tokenizer.to(device)(images).cpu(), labels) for images, labels, _ in
              kmeans.load_batches(ds, few, 64, args.workers, device)]
     tokens, labels = (torch.cat(parts).numpy() for parts in zip(*found))
-    print0("\n".join(tcas.describe_codebook(tokens, labels, tokenizer.vocab_size, args.seed)))
+    if tokens.size < 20 * tokenizer.vocab_size * len(ds.classes or [0]):        # TCAS of few patches a cell is too low
+        print0(f"TCAS: python tcas.py score --tokenizer {args.out}/tokenizer.pt")
+        labels = None
+    print0("\n".join(tcas.describe_codebook(tokens, labels if ds.classes else None, tokenizer.vocab_size, args.seed)))
 
 
 def describe(model, args):
