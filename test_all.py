@@ -2141,7 +2141,7 @@ def test_codes_follow_and_are_reseeded_as_in_a_literal_loop(name):
     model, images, features, noise = tokenizer_example(name, k=7)
     with torch.no_grad():
         far = model.classify.bias if name == "dvae" else model.codebook
-        far[[2, 5]] = -100. if name == "dvae" else -F.normalize(model.encode_patches(images).mean((0, 1)), dim=-1) * 9
+        far[[2, 5]] = -100. if name == "dvae" else -F.normalize(model.encode_patches(images).mean((0, 1)), dim=-1) * 99
         model.codebook[[2, 5]] = F.normalize(model.codebook[[2, 5]], dim=-1) if model.unit else model.codebook[[2, 5]]
     model.share[[2, 5]] = .1 / 7                                          # at the edge: this step, they die
     divided, first, second = (copy.deepcopy(model) for _ in range(3))
@@ -2177,7 +2177,7 @@ def test_codes_follow_and_are_reseeded_as_in_a_literal_loop(name):
         lots = V.hash_uniform(1 - noise[-2:], 9)
         ranking = sorted(itertools.product(range(4), range(9)), key=lambda at: -lots[at])
         dead = [k for k in range(7) if share[k] < .1 / 7]
-        assert 5 in dead if step == 0 else not dead
+        assert dead == [k for k in (2, 5) if counts[k] == 0 and step == 0] and (dead or step or model.unit)
         for k, at in zip(dead, ranking):
             share[k] = 1 / 7
             if name == "dvae":
@@ -2843,7 +2843,8 @@ def test_learned_tokenizers_compile():
     traced = copy.deepcopy(model)
     traced.compile(backend="aot_eager")
     torch._dynamo.utils.counters.clear()
-    for step in range(2):
+    graphs = []
+    for step in range(3):
         losses = [m(images, features, noise=noise)[0] for m in (model, traced)]
         torch.testing.assert_close(*losses)
         for loss, m in zip(losses, (model, traced)):
@@ -2853,7 +2854,8 @@ def test_learned_tokenizers_compile():
         for a, b in zip(model.parameters(), traced.parameters()):
             torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4)
         assert all(torch.equal(a, b) for a, b in zip(model.buffers(), traced.buffers()))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[1] == graphs[2]                                         # nothing is compiled anew
 
 
 def test_stop_resume_equals_unbroken(folder, tmp_path):
