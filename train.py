@@ -831,7 +831,7 @@ def read_inputs(args, ds, needs, device):
 
 def keep_squares(args, ds):
     """Let the center squares of pictures be decoded once, if the disk has room; the first process of a machine asks."""
-    if args.crop or not args.cache or not isinstance(ds, Pictures):
+    if args.crop or not args.cache or not isinstance(ds, Pictures) or not hasattr(os, "preadv"):      # Windows
         return
     what = (ds.names.tobytes() if ds.source is None else b"") + f"{os.path.abspath(ds.root)} {len(ds)}".encode()
     name = re.sub(r"[^\w.-]+", "_", f"{ds.name.strip('/')}-{ds.image_size}-{zlib.crc32(what):08x}.squares")
