@@ -39,7 +39,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vit import (CLIP, ENCODERS, IMAGENET, PUBLIC, SYMMETRIC, PatchFeatures, download, draw_grid, exit_on_error,
-                 gather_patches, normalize, patchify, read_checkpoint, save, select_vit, unpatchify, write_atomically)
+                 gather_patches, normalize, patchify, read_checkpoint, save, select_vit, to_device, unpatchify,
+                 write_atomically)
 
 try:
     import triton
@@ -116,7 +117,8 @@ class Clusters:
                 if self.bounds:
                     at, x, new = self.bounds.find_nearest(r, here, block, w[r], bias[r])
                 else:
-                    at, x, new = torch.arange(len(block)), block, find_nearest(block, w[r:r + 1], bias[r:r + 1])[0][0]
+                    new = find_nearest(block, w[r:r + 1], bias[r:r + 1])[0][0]
+                    at, x = torch.arange(len(block), device=new.device), block
                 old = labels[at]
                 moved = (new != old).nonzero()[:, 0]
                 labels[at[moved]] = new[moved]
@@ -124,8 +126,7 @@ class Clusters:
                 for rows in moved.split(1 << 16):
                     if added + len(rows) > 1 << 16:            # float32 adds 65536 uint8 values exactly (below 2^24)
                         self.sums += part
-                        part.zero_()
-                        added = 0
+                        part, added = torch.zeros_like(part), 0
                     added += len(rows)
                     for where, sign in ((new, 1), (old, -1))[:1 if first else 2]:
                         add_rows(part[r], where[rows], x if len(rows) == len(x) else x[rows], sign)
@@ -449,6 +450,19 @@ def track(items, what, total, unit, size=lambda item: 1):
     bar.close()
 
 
+@contextlib.contextmanager
+def first_on_machine():
+    """The first process of a machine goes through the block before the others, which then find what it left."""
+    follows = int(os.environ.get("LOCAL_RANK", 0)) > 0
+    if follows:
+        barrier()
+    try:
+        yield
+    finally:
+        if not follows:
+            barrier()
+
+
 def barrier():
     if rank_and_world()[1] > 1:
         dist.barrier()
@@ -551,8 +565,7 @@ class Rows:
                 block = part[start:start + self.rows]
                 if not torch.is_tensor(block):
                     block = torch.from_numpy(np.array(block))   # a copy: memory maps may be read-only
-                if block.device != self.device:                 # pinned: the CPU goes on while it is copied
-                    block = block.pin_memory().to(self.device, non_blocking=True)
+                block = to_device(block, self.device)
                 if self.before_unit:
                     scale, shift = self.before_unit
                     block = F.normalize(block.float() * scale + shift, dim=-1)
@@ -927,15 +940,18 @@ def measure_seconds(*calls):
     return np.min(rounds, 0)                            # the first round, which compiles, is never the least
 
 
-def bench_cpu(n, d, ks):
+def read_peak_memory():
+    """Of this process, in bytes: Linux counts in kB, macOS in bytes."""
     import resource                                             # not on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 << 10 if sys.platform == "linux" else 1)
+
+
+def bench_cpu(n, d, ks):
     x = torch.randn(n, d, generator=torch.Generator().manual_seed(0))
-    unit = 1 << 10 if sys.platform == "linux" else 1 << 20      # Linux counts in kB, macOS in bytes
-    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    before = peak()
+    before = read_peak_memory()
     KMeans(max(ks), max_iter=2).fit(x)
     print0("CUDA: not run (no GPU, or --device cpu)")
-    print0(f"peak memory of a fit beyond the data, n = {n}, d = {d}, K = {max(ks)}: {peak() - before:.0f} MB")
+    print0(f"peak memory of a fit beyond the data, n = {n}, d = {d}, K = {max(ks)}: {(read_peak_memory() - before) / 2 ** 20:.0f} MB")
     print0(f"{'K':>6} {'product ms':>10} {'iteration ms':>12} {'ratio':>6}")
     for k in ks:
         c, data, origin = x[:k].clone(), Rows(x, k), x.mean(0).double()

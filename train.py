@@ -44,8 +44,8 @@ from tqdm import tqdm
 import kmeans
 import objectives
 import tcas
-from kmeans import (all_gather, all_reduce, barrier, catch_signals, derive_seed, make_loader, print0, rank_and_world,
-                    setup)
+from kmeans import (all_gather, all_reduce, barrier, catch_signals, derive_seed, first_on_machine, make_loader, print0,
+                    rank_and_world, setup)
 from vit import (MODELS, count_flops, exit_on_error, normalize, read_checkpoint, save, to_channels,
                  to_device, write_atomically)
 
@@ -557,14 +557,12 @@ def open_splits(spec, image_size=None, classes=None):
 def open_named(name, split, image_size):
     kind, for_training, for_test = NAMED[name]
     options = for_training if split == "train" else for_test
-    follows = int(os.environ.get("LOCAL_RANK", 0)) > 0         # one process of a machine fetches, others wait
     try:
-        if follows:
-            barrier()
-        try:
-            pictures = kind("data", **options)
-        except RuntimeError:                                     # not there, or not whole
-            pictures = kind("data", download=True, **options)
+        with first_on_machine():
+            try:
+                pictures = kind("data", **options)
+            except RuntimeError:                                 # not there, or not whole
+                pictures = kind("data", download=True, **options)
     except ImportError as error:
         raise ValueError(f"--data {name}: torchvision needs {error.name} for it: pip install it") from None
     except (OSError, RuntimeError, ValueError) as error:         # no network, a dead address
@@ -572,9 +570,6 @@ def open_named(name, split, image_size):
                 "data/stanford_cars/, and pip install scipy") * (name == "stanford_cars")
         why = str(error).splitlines()[0]
         raise ValueError(f"--data {name}: not in data/ and cannot be fetched ({why}){cars}") from None
-    finally:
-        if not follows:
-            barrier()
     keys = [key for key in ("targets", "labels", "_labels") if hasattr(pictures, key)]
     labels = getattr(pictures, keys[0]) if keys else [label for _, label in pictures._samples]
     classes = getattr(pictures, "classes", None)
@@ -604,10 +599,7 @@ def list_pictures(root, classes):
     """
     where = zlib.crc32("\n".join([os.path.abspath(root), *(classes or [])]).encode())
     kept = os.path.join(torch.hub.get_dir(), "listings", f"{where:08x}.npz")
-    follows = int(os.environ.get("LOCAL_RANK", 0)) > 0
-    try:
-        if follows:
-            barrier()
+    with first_on_machine():
         with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):     # none yet, or damaged
             with np.load(kept) as listing:
                 if [os.stat(folder).st_mtime_ns for folder in listing["folders"].tolist()] == listing["times"].tolist():
@@ -631,9 +623,6 @@ def list_pictures(root, classes):
             with write_atomically(kept) as temporary, open(temporary, "wb") as file:
                 np.savez(file, names=names, labels=labels, folders=folders, times=times)
         return names, labels if classes else None
-    finally:
-        if not follows:
-            barrier()
 
 
 def with_transform(ds, transform, **changes):
@@ -799,11 +788,11 @@ def read_inputs(args, ds, needs, device):
     n, path = (args.image_size // args.patch_size) ** 2, args.tokenizer or f"{args.out}/tokenizer.pt"
     if needs is None:
         return None, Targets()
-    if needs == "features":
+    if needs in ("features", "layers"):
         teacher = kmeans.blank_tokenizer(ds, args.features, args.patch_size).to(device)
+    if needs == "features":
         return None, Targets(make=teacher.rows, size=teacher.rows(ds[0][0][None].to(device)).shape[-1])
     if needs == "layers":
-        teacher = kmeans.blank_tokenizer(ds, args.features, args.patch_size).to(device)
         mean, std, own_mean, own_std = (to_channels(v, device) for v in (ds.mean, ds.std, teacher.mean, teacher.std))
         layers = lambda images: teacher.extract.layers((images * std + mean - own_mean) / own_std)
         layers(normalize(ds[0][0][None].to(device), ds))               # can it be had?
@@ -999,7 +988,7 @@ def benchmark(args, ds, tokenizer, targets, device):
     CPU goes ahead of the GPU, is a little faster.
     """
     (rank, world), args = rank_and_world(), copy.copy(args)
-    args.steps, args.fresh = 5 + (args.steps or 30), True
+    args.steps = 5 + (args.steps or 30)
     _, flops, _ = count_step(args)
     if targets is None and args.crop:
         if tokenizer is None:
@@ -1019,17 +1008,11 @@ def benchmark(args, ds, tokenizer, targets, device):
     x = torch.randn(side, side, device=device, dtype=kind)
     product = 2 * len(x) ** 3 / kmeans.measure_seconds(lambda: x @ x)[0]
     rate = args.batch_size * steps / seconds
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else read_peak_memory()
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else kmeans.read_peak_memory()
     print0(f"\n{rate:.4g} images/s of {world} processes, {1e3 * seconds / steps:.4g} ms a step of {args.batch_size}: " +
            ", ".join(f"{phase} {value / seconds:.1%}" for phase, value in laps.seconds.items()))
     print0(f"peak memory of a process {peak / 1e9:.3g} GB; {rate * flops / 1e12:.3g} TFLOP/s, "
            f"{rate * flops / world / product:.1%} a process of a {kind} product's {product / 1e12:.3g}")
-
-
-def read_peak_memory():
-    """Of this process, in bytes."""
-    import resource                                             # not on Windows
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 << 10 if sys.platform == "linux" else 1)
 
 
 # --- command line -----------------------------------------------------------------------------------------
