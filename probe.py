@@ -9,6 +9,7 @@ python probe.py knn runs/mapet-textures         or finetune, or show: where [CLS
 python probe.py linear runs/mapet-textures      the best of a grid of heads on stored features: seconds
 python probe.py linear RUN --protocol mae       or beit: the papers' probes, the encoder runs in every epoch
 python probe.py tokens RUN --head mlp           or TOKENS.npy --test-tokens FILE
+python probe.py compare runs/mim-* runs/pim-*   several runs: curves, mean and deviation over seeds, differences
 
 RUN is a run's folder, an encoder.pt, a timm/DINO/DeiT/MAE file or a public name; --data another data set (MaPeT
 Table 5). Beside each result is the floor, the same network untrained; probe.jsonl in the run's folder has them
@@ -23,6 +24,7 @@ import itertools
 import json
 import math
 import os
+import re
 import time
 import zlib
 
@@ -42,7 +44,7 @@ import train
 from kmeans import (all_reduce, barrier, catch_signals, derive_seed, load_batches, make_loader, print0,
                     rank_and_world, setup, track)
 from vit import (MODELS, ViT, draw_grid, drop_rates, exit_on_error, from_weights, normalize, patchify, principal_colors,
-                 read_checkpoint, save)
+                 read_checkpoint, save, save_plots)
 
 
 # --- k-NN -------------------------------------------------------------------------------------------------
@@ -645,11 +647,67 @@ def print_table(args, vit, step, ds, test, device, started):
         trained, random = (evaluate(net, ds, test, device, args.workers, args.seed) for net in (vit, floor))
         done = [dict(summary=True, step=step, linear=trained["linear"], linear_random=random["linear"],
                      knn=trained["knn"], knn_random=random["knn"], seconds=round(time.time() - started, 1),
-                     objective=args.objective)]
+                     objective=args.objective, seed=args.seed, tokens=args.tokens)]
         train.append_metrics(path, **done[-1])
     print0(f"\n{'':<18}{'k-NN':>8}{'linear probe':>15}   top-1 % on {test.name}, {len(test)} images")
     for name, suffix in (("random encoder", "_random"), ("trained encoder", "")):
         print0(f"{name:<18}{100 * done[-1]['knn' + suffix]:>8.1f}{100 * done[-1]['linear' + suffix]:>15.1f}")
+
+
+# --- runs side by side -------------------------------------------------------------------------------------
+
+def paired_test(a, b):
+    """Student's t-test for pairs (two seeds or more): how likely a mean difference so large is by chance alone."""
+    d = np.subtract(a, b)
+    if not d.any():
+        return 1.
+    with np.errstate(divide="ignore"):
+        t = abs(d.mean()) / (d.std(ddof=1) / math.sqrt(len(d)))
+    # Student's density with len(d) - 1 degrees of freedom, by the angle: t = tan(angle) sqrt(len(d) - 1).
+    angle = np.linspace(0, math.pi / 2, 100_001)
+    density = np.cos(angle) ** (len(d) - 2)
+    return density[angle >= math.atan(t / math.sqrt(len(d) - 1))].sum() / density.sum()
+
+
+def compare(args):
+    """compare.png: the curves of runs. Printed: accuracies, mean and deviation over seeds, and differences.
+
+    Runs whose folders differ only in a number at the end (runs/mim-0, runs/mim-1; runs/mim-textures and
+    runs/mim-textures-seed1) are one group: seeds of one another.
+    """
+    groups, results = {}, {}
+    for folder in args.encoder:
+        lines = train.read_metrics(os.path.join(folder, "metrics.jsonl"))
+        if not lines:
+            raise ValueError(f"{folder}: no metrics.jsonl of train.py in it")
+        name = re.sub(r"-(seed)?\d+$", "", os.path.basename(os.path.normpath(folder)))
+        groups.setdefault(name, []).append(lines)
+        for line in [line for line in lines if line.get("summary")][-1:]:
+            if line["seed"] in results.setdefault(name, {}):
+                raise ValueError(f"{folder}: another run of {name} has seed {line['seed']}, too; give them other names")
+            results[name][line["seed"]] = [100 * line["knn"], 100 * line["linear"]]
+    path = os.path.join(args.out or "runs", "compare.png")
+    save_plots(train.plot_metrics(groups), path)
+    columns = max(map(len, groups)) + 2
+    print(f"{'':{columns}}{'seeds':>6}{'k-NN':>14}{'linear probe':>15}   top-1 %, mean and standard deviation")
+    for name in groups:
+        values = np.array(list(results.get(name, {}).values()))
+        words = [f"{mean:.1f}" + (f" ± {deviation:.1f}" if len(values) > 1 else "") for mean, deviation in
+                 zip(values.mean(0), values.std(0, ddof=min(1, len(values) - 1)))] if len(values) else ["-", "-"]
+        print(f"{name:{columns}}{len(values):>6}{words[0]:>14}{words[1]:>15}")
+    first, *others = results or [None]
+    if others:
+        print(f"minus {first}, seed by seed; p of a paired t-test: below 0.05, chance alone is an unlikely reason")
+    for name in others:
+        seeds = sorted(results[first].keys() & results[name].keys())
+        if len(seeds) < 2:
+            print(f"{name:{columns}}{len(seeds):>6}   too few seeds that both have")
+            continue
+        a, b = (np.array([results[group][seed] for seed in seeds]).T for group in (name, first))
+        words = [f"{x.mean() - y.mean():+.1f} (p {paired_test(x, y):.3f})" for x, y in zip(a, b)]
+        print(f"{name:{columns}}{len(seeds):>6}{words[0]:>18}{words[1]:>18}")
+    print(f"drawn in {path}")
+    return results
 
 
 # --- commands: what the arguments name, one function for each, the command line ----------------------------
@@ -809,6 +867,8 @@ COMMANDS = dict(knn=run_knn, fast=run_fast, mae=run_protocol, beit=run_protocol,
 
 def measure(args):
     """The result of one command as a dict, printed and appended to probe.jsonl; None if it was stopped."""
+    if args.what == "compare":
+        return compare(args)
     (rank, _, args.torch_device), started = setup(args.device), time.time()
     source, floor = args.encoder, None
     if args.what == "tokens":
@@ -850,8 +910,9 @@ def report(args, line):
 
 HELP = {"knn": "weighted k-nearest neighbours on frozen features", "linear": "a linear layer on frozen features",
         "finetune": "train the whole network on labels", "tokens": "classify from the tokens alone",
-        "show": "draw the attention of the class token, and the features"}
-ALL, TRAINING = tuple(HELP), ("linear", "finetune", "tokens")
+        "show": "draw the attention of the class token, and the features",
+        "compare": "curves of several runs in one picture; their accuracies, mean and deviation over seeds"}
+ALL, TRAINING = ("knn", "linear", "finetune", "tokens", "show"), ("linear", "finetune", "tokens")
 # Flag: the commands that have it, type or choices (None: a switch), default, help. A flag beats the recipe.
 FLAGS = {
     "random-init": (("knn", "linear", "finetune", "show"), None, False, "untrained weights: the floor alone"),
@@ -867,7 +928,7 @@ FLAGS = {
     "data": (ALL, str, None, "as in train.py (default: what the run was trained on, else textures)"),
     "classes": (ALL, str, None, "file with the class folders to keep, one a line"),
     "image-size": (ALL, int, None, "pixels a side (default: the encoder's)"),
-    "out": (ALL, str, None, "folder of what is written (default: the run's)"),
+    "out": ((*ALL, "compare"), str, None, "folder of what is written (default: the run's; of compare: runs)"),
     "seed": (ALL, int, 0, "of weights, order and transforms"),
     "workers": (ALL, int, 0, "loading processes per GPU"),
     "device": (ALL, str, None, "cuda, cpu (default: cuda if there is one)"),
@@ -896,8 +957,8 @@ def parse(argv):
     commands = parser.add_subparsers(dest="what", required=True)
     for what, text in HELP.items():
         add = commands.add_parser(what, help=text, description=text).add_argument
-        add("encoder", metavar="RUN", help="a run's folder, " + (
-            "a tokenizer.pt or a tokens.npy" if what == "tokens" else
+        add("encoder", metavar="RUN", nargs="+" if what == "compare" else None, help="a run's folder, " + (
+            "a tokenizer.pt or a tokens.npy" if what == "tokens" else "or several" if what == "compare" else
             "an encoder.pt, a timm/DINO/DeiT/MAE file or a public name"))
         for flag, (where, kind, default, text) in FLAGS.items():
             options = {"choices" if isinstance(kind, list) else "type": kind, "default": default}

@@ -283,7 +283,8 @@ def theorem1(mask, z):
 # ==========================================================================================================
 
 def describe_codebook(tokens, labels, k, seed=0):
-    """Lines on what a codebook is worth before any training: used codes, TCAS beside that of shuffled labels.
+    """(lines on what a codebook is worth before any training: used codes, TCAS beside that of shuffled labels;
+    entropy of its codes, which is the loss of a guess by code frequency).
 
     tokens (m, n) in 0..k-1; labels (m,), or None or -1: none, then as with one class there is no TCAS.
     """
@@ -299,13 +300,13 @@ def describe_codebook(tokens, labels, k, seed=0):
         random = cooccurrence(tokens, shuffled, *counts.shape)
         lines.append(f"TCAS {tcas(counts):.3f}, of random tokens {tcas(random):.3f} "
                      "(0: no two tokens share a class)")
-    return lines
+    return lines, entropy
 
 
 def fit_line(x, y):
     """Least squares y = intercept + slope x -> Pearson r, slope, intercept. App. E's "r-value" is r^2."""
     if len(x) < 3 or np.std(x) < EPS or np.std(y) < EPS:
-        raise ValueError(f"no line through {len(x)} runs: it takes at least 3, of unequal TCAS and accuracy")
+        raise ValueError(f"no line through {len(x)} tokenizers: it takes at least 3, of unequal TCAS and accuracy")
     slope, intercept = np.polyfit(x, y, 1)
     return float(np.corrcoef(x, y)[0, 1]), float(slope), float(intercept)
 
@@ -399,20 +400,26 @@ def toy(args, vit):
     print(f"\n{args.out}: the graphs, panels from left to right: {', '.join(toys)}")
 
 
-def read_runs(folders, train):
-    """[(folder, its tokenizer.pt, linear-probe accuracy 0..1, objective)] of train.py's finished runs."""
-    runs = []
+def read_runs(folders, train, kmeans):
+    """[(folder, its tokens, linear-probe accuracy 0..1, objective)] of train.py's finished runs.
+
+    Its tokens are a tokenizer.pt, or the token file it was given. Runs on the same tokenizer are one: their mean.
+    """
+    runs = {}
     for folder in map(Path, folders):
         tokenizer, lines = folder / "tokenizer.pt", train.read_metrics(folder / "metrics.jsonl")
         found = [line for line in lines if line.get("summary") and line.get("linear") is not None]
-        if found and tokenizer.is_file():
-            objective = found[-1].get("objective", "unknown")
-            runs.append((str(folder), str(tokenizer), found[-1]["linear"], objective))
+        tokens = str(tokenizer) if tokenizer.is_file() else found and found[-1]["tokens"]
+        if found and tokens:
+            key = tokens if tokens.endswith(".npy") else kmeans.load_tokenizer(tokens).centroids.numpy().tobytes()
+            run = runs.setdefault((found[-1]["objective"], key), (str(folder), tokens, []))
+            run[2].append(found[-1]["linear"])
         elif folder.is_dir():
-            print(f"{folder}: left out, no {'tokenizer.pt' if found else 'linear accuracy in metrics.jsonl'}")
-    if folders and max(Counter(run[3] for run in runs).values(), default=0) < 3:
-        raise ValueError("--probes: needs 3 runs or more of one objective, with tokenizer.pt, linear accuracy")
-    return runs
+            print(f"{folder}: left out, no {'tokens' if found else 'linear accuracy in metrics.jsonl'}")
+    if folders and max(Counter(objective for objective, _ in runs).values(), default=0) < 3:
+        raise ValueError("--probes: needs 3 tokenizers or more with runs of one objective and linear accuracy")
+    return [(folder, tokens, float(np.mean(linear)), objective)
+            for (objective, _), (folder, tokens, linear) in runs.items()]
 
 
 def encode(tokenizer, ds, args, kmeans, device):
@@ -438,35 +445,42 @@ def print_row(name, k, fit, held, args, device):
     return l2["tcas"]
 
 
-def print_lines(points):
-    """The line through the runs of each objective; points: [(objective, TCAS, accuracy 0..1)]."""
+def print_lines(points, path, vit):
+    """The line through the runs of each objective; points: [(objective, TCAS, accuracy 0..1)]. Drawn to path, too."""
+    dots, lines = {}, {}
     for name in sorted({objective for objective, _, _ in points}):
         x, y = zip(*[(score, 100 * linear) for objective, score, linear in points if objective == name])
         try:
             r, slope, intercept = fit_line(x, y)
+            label, ends = f"{name}, r = {r:.2f}", (min(x), max(x))
+            dots[label], lines[label] = [(x, y)], [(ends, [intercept + slope * end for end in ends])]
             print(f"{name}: linear probe = {intercept:.1f} {slope:+.1f} TCAS l2 (%), Pearson r = {r:.3f}, "
-                  f"r^2 = {r * r:.3f}, {len(x)} runs")
+                  f"r^2 = {r * r:.3f}, {len(x)} tokenizers")
         except ValueError as error:
             print(f"{name}: left out, {error}")
     print("the paper's Table 7: 62.9 -24.0 TCAS, r = -0.920, r^2 = 0.846, 16 tokenizers")
+    if dots:
+        vit.save_plots([vit.draw_plot("TCAS", "linear probe, %", lines, dots)], path)
+        print(f"drawn in {path}")
 
 
-def score(args, kmeans, train):
+def score(args, kmeans, train, vit):
     """Prints a row per tokenizer, token file and run, the reference rows, the lines through the runs."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("score is one process: torchrun kmeans.py tokenize, then score --tokens")
     sources = [(path, path, None, None) for path in args.tokenizer + args.tokens]
-    sources += read_runs(args.probes, train)
+    sources += read_runs(args.probes, train, kmeans)
+    token_files = args.tokens + [path for _, path, linear, _ in sources if linear is not None and path.endswith(".npy")]
     if not sources:
         raise ValueError("nothing to score: give --tokenizer (of kmeans.py fit), --tokens or --probes")
-    loaded = {path: kmeans.load_tokens(path) if path in args.tokens else kmeans.load_tokenizer(path)
+    loaded = {path: kmeans.load_tokens(path) if path in token_files else kmeans.load_tokenizer(path)
               for _, path, _, _ in sources}                        # all of them first: fail early
     device = train.setup(args.device)[2]
     opened = functools.cache(lambda split, size: train.open_dataset(args.data, split, size, args.classes))
     print(f"{'tokens':40}{'K':>7}{'used':>7}{'perplexity':>12}{'TCAS l2':>9}{'TCAS l1':>9}{'bag':>8}")
     codebooks, points = set(), []
     for name, path, linear, objective in sources:
-        if path in args.tokens:
+        if path in token_files:
             tokens, held = loaded[path], None
             k, fit = args.vocab_size or int(tokens.max()) + 1, (tokens, opened("train", None).labels)
         else:
@@ -486,7 +500,7 @@ def score(args, kmeans, train):
     print("bag: accuracy of a linear softmax head on the histogram of an image's tokens, on the test split\n"
           "(token files, or no test split: on a random fifth of the images, which the fit leaves out)")
     if args.probes:
-        print_lines([point for point in points if point[2] is not None])
+        print_lines([point for point in points if point[2] is not None], args.out, vit)
 
 
 def main(argv=None):
@@ -506,6 +520,7 @@ def main(argv=None):
     add("--workers", type=int, default=0, help="processes that read images (%(default)s)")
     add("--seed", type=int, default=0, help="of the images, the random tokens and the bag (%(default)s)")
     add("--device", help="cuda or cpu (default: cuda where there is one)")
+    add("--out", default="runs/tcas.png", help="picture of --probes: TCAS and linear probe (%(default)s)")
     add = commands.add_parser("toy", help="the theory of Sec. 2.2, point by point").add_argument
     add("--n", type=int, default=10, help="points per class (%(default)s)")
     add("--overlap", type=int, help="points that any two classes share (default 2; 0 for --graph ring)")
@@ -522,7 +537,7 @@ def main(argv=None):
     import vit
     train.check_numbers(parser, args, {"seed", "workers", "overlap", "assign"})
     with vit.exit_on_error("tcas.py"):
-        toy(args, vit) if args.command == "toy" else score(args, kmeans, train)
+        toy(args, vit) if args.command == "toy" else score(args, kmeans, train, vit)
 
 
 if __name__ == "__main__":

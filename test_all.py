@@ -326,6 +326,32 @@ def test_vit_table(capsys):
     refused(V.main, ["--image-size", 50], capsys, "50", "multiple")
 
 
+def test_ticks_are_round():
+    assert V.choose_ticks(-.2, 6.2) == [0, 1, 2, 3, 4, 5, 6]
+    assert V.choose_ticks(1.6, 4.3) == pytest.approx([2, 2.5, 3, 3.5, 4])
+    assert V.choose_ticks(.0121, .0133) == pytest.approx([.0122, .0124, .0126, .0128, .013, .0132])
+    assert V.choose_ticks(-3e4, 2e4) == [-3e4, -2e4, -1e4, 0, 1e4, 2e4]
+
+
+def test_plot_shows_what_it_is_given(tmp_path):
+    """A falling curve from corner to corner, dots above and below it, a level across: each in its color, in place."""
+    fall, dots = ([0, 1, 2, 3], [4, 3, math.nan, 1]), ([0, 3], [1, 4])
+    one = V.draw_plot("epoch", "loss", {"mapet": [fall]}, {"runs": [dots]}, {"ln K": 2})
+    two = V.draw_plot("epoch", "loss", {f"a long name of some run, number {i}": [fall, fall] for i in range(9)})
+    assert two.height > one.height                                          # rows of the legend
+    picture = torch.from_numpy(np.array(one))[120:960].long()               # below the legend, above the numbers
+    colors = [torch.tensor([int(c[i:i + 2], 16) for i in (1, 3, 5)]) for c in V.COLORS[:3]]
+    curve, dot, level = [(picture == color).all(-1).nonzero().float() for color in colors]
+    assert (torch.corrcoef(curve.T)[0, 1] > .99) and len(curve) > 5000      # (y, x): both grow, as y points down
+    assert len(dot) > 500 and torch.corrcoef(dot.T)[0, 1] < -.99
+    assert level[:, 0].max() - level[:, 0].min() < 10 and level[:, 1].max() - level[:, 1].min() > 1400
+    share = 1 - level[:, 0].mean() / 840                                    # of the height: 2 between 1 and 4
+    assert abs(share - (2 - 1 + .12) / 3.24) < .01
+    V.save_plots([one, two], str(tmp_path / "new" / "p.png"))
+    assert Image.open(tmp_path / "new" / "p.png").size == (900, (one.height + two.height) // 2)
+    V.draw_plot("epoch", "loss", {"nothing yet": [([0], [math.nan])]}, levels={"flat": 0})
+
+
 # --- kmeans.py ----------------------------------------------------------------------------------------------------
 
 def rows_of(n, d, seed=0, kind=torch.float32):
@@ -1031,17 +1057,17 @@ def test_codebook_in_words():
     """Random tokens of K = 50, 10 classes: TCAS near 1 - 1/K; none without labels of two classes."""
     rng = np.random.default_rng(0)
     tokens, labels = rng.integers(50, size=(2000, 100)), np.arange(2000) % 10              # 400 patches a cell
-    codebook, score = tcas.describe_codebook(tokens, labels, 50)
+    (codebook, score), entropy = tcas.describe_codebook(tokens, labels, 50)
     assert codebook.startswith("codebook: 50 of 50 codes used, perplexity 5") and "ln 50 = 3.912" in codebook
     own, shuffled = map(float, re.findall(r"(?:TCAS|tokens) (\d\.\d+)", score))
     assert abs(own - .98) < .03 and abs(shuffled - .98) < .03
     aligned = labels[:, None].repeat(100, 1)
-    assert tcas.describe_codebook(aligned, labels, 50)[1].startswith("TCAS 0.000, of random tokens 0.8")
+    assert tcas.describe_codebook(aligned, labels, 50)[0][1].startswith("TCAS 0.000, of random tokens 0.8")
     for unknown in (None, np.full(2000, -1), np.zeros(2000, int)):                         # none, none, one class
-        assert tcas.describe_codebook(tokens, unknown, 50) == [codebook]
+        assert tcas.describe_codebook(tokens, unknown, 50) == ([codebook], entropy)
     skewed = np.array([[0, 0, 0, 1]])                                                      # entropy of (3/4, 1/4)
-    assert "2 of 8 codes used, perplexity 1.8; " in tcas.describe_codebook(skewed, None, 8)[0]
-    assert "ln 8 = 2.079, one by code frequency 0.562" in tcas.describe_codebook(skewed, None, 8)[0]
+    assert "2 of 8 codes used, perplexity 1.8; " in tcas.describe_codebook(skewed, None, 8)[0][0]
+    assert "ln 8 = 2.079, one by code frequency 0.562" in tcas.describe_codebook(skewed, None, 8)[0][0]
 
 
 def score_imagenet_sized():
@@ -1341,28 +1367,37 @@ def test_score_command(dots, tmp_path):
     assert random[1][1] == 8 and random[1][2] > 7                   # all K codes, evenly
 
 
-def write_run(folder, tokenizer, linear, **summary):
-    """A folder as train.py leaves it: tokenizer.pt and metrics.jsonl."""
+def write_run(folder, tokenizer, linear, objective="mapet", **summary):
+    """A folder as train.py leaves it: tokenizer.pt (unless it was given tokens) and metrics.jsonl."""
     folder.mkdir()
-    (folder / "tokenizer.pt").write_bytes(tokenizer.read_bytes())
-    lines = [{"step": 1, "loss": 2.}, {"summary": True, "linear": linear, "knn": .3, **summary}]
+    if tokenizer:
+        (folder / "tokenizer.pt").write_bytes(tokenizer.read_bytes())
+    given = dict(summary=True, linear=linear, knn=.3, objective=objective, seed=0, tokens=None)
+    lines = [{"step": 1, "loss": 2.}, {**given, **summary}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def test_probes(dots, tmp_path):
-    for i, (k, linear) in enumerate(((2, .5), (4, .7), (8, .8))):
+    """A point is a tokenizer: the mean of its runs (here two of k8.pt), or a token file that a run was given."""
+    np.save(tmp_path / "given.npy", np.arange(640, dtype=np.uint16).reshape(40, 16) % 3)
+    for i, (k, linear) in enumerate(((2, .5), (4, .7), (8, .9), (8, .7))):
         write_run(tmp_path / f"run{i}", dots / f"k{k}.pt", linear)
-    (tmp_path / "unfinished").mkdir()
-    code, out, err = command("score", "--data", dots, "--probes", *sorted(tmp_path.iterdir()))
+    write_run(tmp_path / "run4", None, .6, tokens=str(tmp_path / "given.npy"))
+    (tmp_path / "run5").mkdir()
+    runs, picture = [tmp_path / f"run{i}" for i in range(6)], tmp_path / "pictures" / "tcas.png"
+    code, out, err = command("score", "--data", dots, "--probes", *runs[:4], runs[5], "--out", picture)
     assert code == 0, err
-    assert "unfinished: left out" in out and "\nunknown: linear probe = " in out
+    assert "run5: left out" in out and "\nmapet: linear probe = " in out and f"drawn in {picture}" in out
+    assert Image.open(picture).size[0] == 900
     x = [row[3] for name, row in table(out) if "run" in name]
     r = np.corrcoef(x, [50, 70, 80])[0, 1]
     printed = float(out.split("Pearson r = ")[1].split(",")[0])
     intercept = float(out.split("linear probe = ")[1].split()[0])   # in %; x is printed with three digits
     assert len(x) == 3 and abs(printed - r) < .02 and abs(intercept - np.polyfit(x, [50, 70, 80], 1)[1]) < 1, (out, r)
-    code, _, err = command("score", "--data", dots, "--probes", tmp_path / "run0", tmp_path / "unfinished")
-    assert code == 2 and "3 runs" in err and err.count("\n") == 1
+    code, out, err = command("score", "--data", dots, "--probes", *runs, "--out", picture)
+    assert code == 0 and "4 tokenizers" in out, err
+    code, _, err = command("score", "--data", dots, "--probes", runs[0], runs[2], runs[3], runs[5])
+    assert code == 2 and "3 tokenizers" in err and err.count("\n") == 1
 
 
 def test_probes_of_different_objectives_have_their_own_lines(dots, tmp_path):
@@ -1374,17 +1409,19 @@ def test_probes_of_different_objectives_have_their_own_lines(dots, tmp_path):
     for i in range(2):
         write_run(tmp_path / f"cae{i}", dots / f"k{4 * i + 4}.pt", .2, objective="cae")
     (tmp_path / "mae0" / "metrics.jsonl").open("a").write('{"step": 7, "lo')              # killed while it wrote
-    code, out, err = command("score", "--data", dots, "--images", 20, "--probes", *sorted(tmp_path.iterdir()))
+    picture = tmp_path.parent / "lines.png"
+    code, out, err = command("score", "--data", dots, "--images", 20, "--probes", *sorted(tmp_path.iterdir()),
+                             "--out", picture)
     assert code == 0, err
     said = {line.split(":")[0]: line for line in out.splitlines() if re.match("(mapet|mae|cae|mim): ", line)}
-    assert "left out" in said["cae"] and "2 runs" in said["cae"] and "left out" in said["mim"]
+    assert "left out" in said["cae"] and "2 tokenizers" in said["cae"] and "left out" in said["mim"]
     score = np.array([row[3] for name, row in table(out) if "mapet" in name])             # as printed, three digits
     for name, linear in (("mapet", [30, 40, 50]), ("mae", [90, 80, 70])):
         r = float(said[name].split("Pearson r = ")[1].split(",")[0])
-        assert abs(r - np.corrcoef(score, linear)[0, 1]) < .02 and "3 runs" in said[name]
+        assert abs(r - np.corrcoef(score, linear)[0, 1]) < .02 and "3 tokenizers" in said[name]
     code, _, err = command("score", "--data", dots, "--probes", *[tmp_path / f"{name}{i}" for name in ("mapet", "mae")
                                                                   for i in range(2)])
-    assert code == 2 and "3 runs or more of one objective" in err and err.count("\n") == 1
+    assert code == 2 and "3 tokenizers or more with runs of one objective" in err and err.count("\n") == 1
 
 
 def test_score_of_some_classes(dots, tmp_path):
@@ -2705,8 +2742,8 @@ def test_a_run_from_pictures_to_table(folder, tmp_path, capsys):
     summary = lines[-1]
     assert summary["summary"] and {"linear", "linear_random", "knn", "knn_random", "seconds"} <= summary.keys()
     assert summary["linear"] > .9                                          # dark and light: easy
-    assert sorted(os.listdir(out)) == ["encoder.pt", "last.pt", "metrics.jsonl", "predictions.png", "tokenizer.pt",
-                                       "tokens.npy"]
+    assert sorted(os.listdir(out)) == ["curves.png", "encoder.pt", "last.pt", "metrics.jsonl", "predictions.png",
+                                       "tokenizer.pt", "tokens.npy"]
     state = torch.load(os.path.join(out, "encoder.pt"), weights_only=True)
     assert list(state) == list(V.vit_micro(image_size=24, layer_scale=.1).state_dict())
     last = torch.load(os.path.join(out, "last.pt"), weights_only=True)
@@ -2715,6 +2752,20 @@ def test_a_run_from_pictures_to_table(folder, tmp_path, capsys):
     tokenizer, ds = kmeans.load_tokenizer(os.path.join(out, "tokenizer.pt")), train.open_dataset(folder, "train", 24)
     assert tokens.dtype == np.uint16 and tokens.shape == (40, 9)
     assert np.array_equal(tokens[:8], tokenizer(torch.stack([ds[i][0] for i in range(8)])).numpy())
+    # The curves: of the loss, with what two guesses would get, and of the accuracy.
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "draw_plot", lambda *given, **more: drawn.append((*given, more)))
+        patch.setattr(train, "save_plots", lambda plots, path: drawn.append(path))
+        share = np.bincount(tokens.ravel(), minlength=6) / tokens.size
+        train.draw_curves(argparse.Namespace(out=out, objective="mapet"), 6, -(share * np.log(share)).sum())
+    (x, y, curves, levels), (_, name, accuracy, none), path = drawn
+    assert (x, y, name, path) == ("epoch", "loss on tokens", "accuracy", f"{out}/curves.png") and not none["levels"]
+    assert curves == {"mapet": [([line["epoch"] for line in lines[:-1]], [line["loss"] for line in lines[:-1]])]}
+    assert accuracy["mapet"][0][1][-1] == lines[-2]["accuracy"]
+    (uniform, ln_k), (frequent, entropy) = levels["levels"].items()
+    assert uniform == "ln 6 = 1.792, a uniform guess" and ln_k == math.log(6) > entropy > 0
+    assert f"one by code frequency {entropy:.3f}" in printed and frequent.startswith(f"{entropy:.3f}")
     # Once more: it is complete, so nothing is trained and the same table is printed.
     again = run_small(folder, out)
     assert again == lines
@@ -2894,7 +2945,7 @@ def test_learned_tokenizers_resume_accumulate_and_share(folder, tmp_path, name):
                 near = dict(abs=1e-3) if a["step"] < 3 else dict(rel=.1, abs=1)      # rounding may flip a token
                 assert a[key] == b[key] if out == "parts" else a[key] == pytest.approx(b[key], **near), (out, key)
     assert same_encoder(str(tmp_path / "whole"), str(tmp_path / "parts"))
-    files = ["encoder.pt", "last.pt", "metrics.jsonl", "predictions.png", "tokenizer.pt"]
+    files = ["curves.png", "encoder.pt", "last.pt", "metrics.jsonl", "predictions.png", "tokenizer.pt"]
     assert sorted(os.listdir(tmp_path / "whole")) == files
     a, b = (torch.load(tmp_path / out / "tokenizer.pt", weights_only=True) for out in ("whole", "parts"))
     assert torch.equal(a["centroids"], b["centroids"]) and a["encoder"].keys() == b["encoder"].keys()
@@ -3667,6 +3718,43 @@ def test_show(folder, small_run, tmp_path):
     for part in (slice(0, 16), slice(16, 32)):
         heads.append((q[:, 0, None, part] * k[..., part]).sum(-1).div(4).softmax(-1))
     torch.testing.assert_close(probe.cls_attention(vit, images), torch.stack(heads).mean(0)[:, 1:])
+
+
+def test_paired_test_is_students():
+    """Two-sided 5 % points of Student's t, from a table: 12.706, 4.303, 2.776, 2.262 at 1, 2, 4, 9 degrees of freedom."""
+    for n, critical in ((2, 12.706), (3, 4.303), (5, 2.776), (10, 2.262)):
+        d = torch.randn(n, generator=torch.Generator().manual_seed(n)).double().numpy()
+        d = (d - d.mean()) / d.std(ddof=1) + critical / n ** .5                     # its t is the critical value
+        assert probe.paired_test(50 + d, np.full(n, 50)) == pytest.approx(.05, abs=1e-4)
+        assert probe.paired_test(np.zeros(n), d) == pytest.approx(.05, abs=1e-4)    # of either sign
+    assert probe.paired_test([1, 2], [1, 2]) == 1 and probe.paired_test([2, 3, 4], [1, 2, 3]) < .001
+
+
+def test_compare(tmp_path, capsys):
+    """Runs that differ in a number at the end are seeds; differences are paired by seed, not by place."""
+    for name, seed, linear in (("mim-0", 0, .5), ("mim-1", 1, .7), ("pim-cut11-seed1", 1, .8), ("pim-cut11", 0, .58),
+                               ("mae-2", 2, .4), ("new-7", None, None)):
+        (tmp_path / name).mkdir()
+        log = "explained" if name == "mae-2" else "accuracy"
+        lines = [{"step": i, "epoch": i / 2, "lr": 1., "loss": 3. - i, log: .1 * i, "images_per_second": 9.} for i in (1, 2)]
+        lines += [dict(summary=True, seed=seed, linear=linear, knn=.25)] * (seed is not None)
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    names = ["mim-0", "mim-1", "pim-cut11-seed1", "pim-cut11", "mae-2", "new-7"]
+    probe.main(["compare", *[str(tmp_path / name) for name in names], "--out", str(tmp_path)])
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:] if line[:3] != "min"}
+    assert rows["mim"] == "2 25.0 ± 0.0 60.0 ± 14.1".split() and rows["new"] == ["0", "-", "-"]
+    assert rows["pim-cut11"] == "2 +0.0 (p 1.000) +9.0 (p 0.070)".split()           # 8 and 10: t = 9
+    assert rows["mae"][:3] == ["0", "too", "few"]
+    assert Image.open(tmp_path / "compare.png").size[0] == 900
+    plots = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "draw_plot", lambda x, y, curves, **more: plots.append((y, {a: len(b) for a, b in curves.items()})))
+        metrics = lambda *names: [train.read_metrics(tmp_path / name / "metrics.jsonl") for name in names]
+        train.plot_metrics({"mim": metrics(*names[:2]), "mae": metrics("mae-2")})
+    assert plots == [("loss", {"mae": 1}), ("loss on tokens", {"mim": 2}), ("accuracy", {"mim": 2}), ("explained", {"mae": 1})]
+    shutil.copytree(tmp_path / "mim-0", tmp_path / "mim-2")
+    refused(probe.main, ["compare", tmp_path / "mim-0", tmp_path / "mim-2"], capsys, "mim-2", "seed 0")
+    refused(probe.main, ["compare", tmp_path / "mim-0", tmp_path / "gone"], capsys, "gone", "metrics.jsonl")
 
 
 def test_principal_colors_of_an_untrained_encoder_and_of_nothing():

@@ -46,8 +46,8 @@ import objectives
 import tcas
 from kmeans import (all_gather, all_reduce, barrier, catch_signals, derive_seed, first_on_machine, make_loader, print0,
                     rank_and_world, setup)
-from vit import (MODELS, count_flops, exit_on_error, normalize, read_checkpoint, save, to_channels,
-                 to_device, write_atomically)
+from vit import (MODELS, count_flops, draw_plot, exit_on_error, normalize, read_checkpoint, save, save_plots,
+                 to_channels, to_device, write_atomically)
 
 try:
     from torchvision.io import decode_jpeg, read_file
@@ -724,6 +724,31 @@ def append_metrics(path, **line):
             raise OSError(f"{path} cannot be written ({error.strerror}); last.pt is kept") from None
 
 
+def plot_metrics(runs, levels={}):
+    """A plot for each quantity that runs logged, {label: [lines of a run's metrics.jsonl, ...]}; levels: of the loss."""
+    runs = {label: [[line for line in lines if "loss" in line] for lines in several] for label, several in runs.items()}
+    plots = {}
+    for label, lines in ((label, lines) for label, several in runs.items() for lines in several if lines):
+        for name in lines[0].keys() - {"step", "epoch", "lr", "images_per_second"}:
+            kind = "loss on tokens" if name == "loss" and "accuracy" in lines[0] else name      # not one scale
+            curve = [line["epoch"] for line in lines], [line[name] for line in lines]
+            plots.setdefault(kind, {}).setdefault(label, []).append(curve)
+    first = lambda kind: (not kind.startswith("loss"), kind)
+    return [draw_plot("epoch", kind, plots[kind], levels=levels if "loss" in kind else {})
+            for kind in sorted(plots, key=first)]
+
+
+def draw_curves(args, codes, entropy):
+    """OUT/curves.png: what metrics.jsonl has, by epochs; beside the loss on tokens, that of two guesses, if known."""
+    levels, path = {}, f"{args.out}/curves.png"
+    if codes:
+        levels[f"ln {codes} = {math.log(codes):.3f}, a uniform guess"] = math.log(codes)
+    if entropy:
+        levels[f"{entropy:.3f}, a guess by code frequency"] = entropy
+    save_plots(plot_metrics({args.objective: [read_metrics(f"{args.out}/metrics.jsonl")]}, levels), path)
+    print0(f"drawn in {path}: the loss, and what was logged with it")
+
+
 class Log:
     """Mean losses since the last line, over all processes, to metrics.jsonl and to the screen.
 
@@ -777,7 +802,7 @@ def resume(path, args):
 def start_over(args):
     """Remove what an earlier run left in --out, but not a file that the command line names."""
     named = [os.path.abspath(path) for path in (args.tokenizer, args.tokens) if path]
-    for name in ("last.pt", "encoder.pt", "metrics.jsonl", "predictions.png", "tokens.npy", "tokenizer.pt"):
+    for name in ("last.pt", "encoder.pt", "metrics.jsonl", "curves.png", "predictions.png", "tokens.npy", "tokenizer.pt"):
         path = os.path.abspath(f"{args.out}/{name}")
         if os.path.exists(path) and path not in named:
             os.remove(path)
@@ -900,7 +925,8 @@ def save_tokenizer(args, model, ds, device):
     if tokens.size < 20 * tokenizer.vocab_size * len(ds.classes or [0]):        # TCAS of few patches a cell is too low
         print0(f"TCAS: python tcas.py score --tokenizer {args.out}/tokenizer.pt")
         labels = None
-    print0("\n".join(tcas.describe_codebook(tokens, labels if ds.classes else None, tokenizer.vocab_size, args.seed)))
+    lines, _ = tcas.describe_codebook(tokens, labels if ds.classes else None, tokenizer.vocab_size, args.seed)
+    print0("\n".join(lines))
 
 
 def describe(model, args):
@@ -1188,8 +1214,10 @@ def run(args):
     print0(f"{ds.name}: {len(ds)} images, {classes}; run in {args.out}")
     keep_squares(args, ds)
     targets = targets or make_targets(args, ds, tokenizer, device)
+    entropy = None
     if rank == 0 and targets.stored is not None:
-        print0("\n".join(tcas.describe_codebook(targets.stored, ds.labels, targets.size, args.seed)))
+        lines, entropy = tcas.describe_codebook(targets.stored, ds.labels, targets.size, args.seed)
+        print0("\n".join(lines))
     elif needs == "tokens":
         print0("tokens are made of each crop as it comes; what they are worth: "
                f"python tcas.py score --tokenizer {args.out}/tokenizer.pt")
@@ -1201,6 +1229,7 @@ def run(args):
     if rank == 0:
         if args.objective in objectives.TOKENIZERS:
             save_tokenizer(args, model, ds, device)
+        draw_curves(args, targets.size if needs == "tokens" else None, entropy)
         probe.draw_predictions(args, model, ds, test, targets, device)
     if args.probe and test is None:
         print0("no labels, or no test split: no k-NN and no linear probe")

@@ -33,7 +33,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
-from PIL import ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
@@ -697,6 +697,101 @@ def draw_grid(rows, path, labels=(), times=None):
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with write_atomically(path) as temporary:
         picture.save(temporary, format="png")
+
+
+COLORS = ("#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #000000 #999999 "       # Okabe and Ito: for all eyes
+          "#7b3f00 #6a3d9a #8fbc5a #b00000").split()
+
+
+def find_range(values):
+    """(low, high) of an axis: the range of the values, and a little more."""
+    values = [value for value in values if math.isfinite(value)] or [0]
+    low, high = min(values), max(values)
+    margin = .04 * (high - low) or .5 * abs(high) or 1
+    return low - margin, high + margin
+
+
+def choose_ticks(low, high, count=5):
+    """About `count` round numbers from low to high: multiples of 1, 2 or 5 times a power of ten."""
+    rough = (high - low) / count
+    power = 10 ** math.floor(math.log10(rough))
+    step = min((times * power for times in (1, 2, 5, 10)), key=lambda step: abs(step - rough))
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def draw_dashes(draw, start, end, y, color):
+    for x in range(round(start), round(end), 40):
+        draw.line([(x, y), (min(x + 24, end), y)], color, 6)
+
+
+def draw_plot(x, y, curves={}, dots={}, levels={}):
+    """A plot as a picture, 1800 pixels wide: `save_plots` halves it, which makes its lines smooth.
+
+    x, y          what the axes show
+    curves, dots  {label: [(xs, ys), ...]}: a color for each label; several of one label (seeds) are thin
+    levels        {label: y}: dashed lines across
+    """
+    pairs = [pair for several in [*curves.values(), *dots.values()] for pair in several]
+    x0, x1 = find_range(value for xs, _ in pairs for value in xs)
+    y0, y1 = find_range([value for _, ys in pairs for value in ys] + [*levels.values()])
+    labels = [*dict.fromkeys([*curves, *dots]), *levels]
+    color = {label: COLORS[i % len(COLORS)] for i, label in enumerate(labels)}
+    font = ImageFont.load_default(52)                          # 26 pixels in the end: legible on a phone
+
+    # The legend, above: behind the name of the y axis, in as many rows as it takes.
+    entries, start, row = [], 60 + font.getlength(y), 0
+    for label in labels:
+        length = 140 + font.getlength(label)
+        if start + length > 1800 and start > 20:
+            start, row = 20, row + 1
+        entries.append((label, start, 50 + 80 * row))
+        start += length
+    left, right, top = 220, 1760, 120 + 80 * row
+    bottom = top + 840
+    place = lambda a, b: (left + (a - x0) / (x1 - x0) * (right - left), top + (y1 - b) / (y1 - y0) * (bottom - top))
+    picture = Image.new("RGB", (1800, bottom + 180), "white")
+    draw = ImageDraw.Draw(picture)
+    write = lambda a, b, text, anchor: draw.text((a, b), text, "black", font, anchor)
+
+    write(20, 50, y, "lm")
+    write((left + right) / 2, bottom + 150, x, "mb")
+    for tick in choose_ticks(x0, x1):
+        write(place(tick, y0)[0], bottom + 16, f"{tick:.6g}", "mt")
+    for tick in choose_ticks(y0, y1):
+        draw.line([place(x0, tick), place(x1, tick)], "lightgray", 2)
+        write(left - 20, place(x0, tick)[1], f"{tick:.6g}", "rm")
+    draw.rectangle([left, top, right, bottom], outline="gray", width=2)
+
+    for label, level in levels.items():
+        draw_dashes(draw, left, right, place(x0, level)[1], color[label])
+    for label, several in curves.items():
+        for pair in several:
+            points = [place(a, b) for a, b in zip(*pair) if math.isfinite(b)]
+            if points:
+                draw.line(points, color[label], 8 if len(several) == 1 else 4, joint="curve")
+    for label, several in dots.items():
+        for a, b in [point for pair in several for point in zip(*pair)]:
+            draw.circle(place(a, b), 14, color[label])
+    for label, a, b in entries:
+        write(a + 100, b, label, "lm")
+        if label in curves:
+            draw.line([(a, b), (a + 80, b)], color[label], 8)
+        if label in dots:
+            draw.circle((a + 40, b), 14, color[label])
+        if label in levels:
+            draw_dashes(draw, a, a + 80, b, color[label])
+    return picture
+
+
+def save_plots(plots, path):
+    """PNG of plots, one below the other, 900 pixels wide."""
+    tops = [sum(plot.height for plot in plots[:i]) for i in range(len(plots) + 1)]
+    joined = Image.new("RGB", (1800, tops[-1]))
+    for plot, top in zip(plots, tops):
+        joined.paste(plot, (0, top))
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with write_atomically(path) as temporary:
+        joined.reduce(2).quantize(64).save(temporary, format="png")
 
 
 def count_flops(function, *inputs):
