@@ -9,11 +9,13 @@ import argparse
 import contextlib
 import copy
 import functools
+import glob
 import hashlib
 import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import re
@@ -24,6 +26,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -71,13 +74,82 @@ def refused(main, argv, capsys, *words):
     assert len([part for part in error.splitlines() if "error:" in part]) == 1, error
 
 
-def script(*argv, processes=0, env=None, **how):
-    """Start one of the scripts in the background: under python, or under torchrun with `processes`."""
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0",
-              "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"] if processes else []
-    argv = [sys.executable, *launch, os.path.join(HERE, argv[0]), *map(str, argv[1:])]
-    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, **how)
+# Scripts in the background are forks of a server process, which imports torch once for all of them.
+SERVER = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
+SERVER.set_forkserver_preload(["torch", "torchvision", "einops", "tqdm", "torch.distributed", "torch.utils.flop_counter"])
+START = """
+import multiprocessing, os, runpy, sys, torch
+multiprocessing.set_start_method(None, force=True)              # loading processes start as they do elsewhere
+os.environ.update(environment)
+torch.set_num_threads(1)
+sys.argv, sys.path = argv, [here, *sys.path]
+for number, path in (1, out), (2, err):
+    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+if session:
+    os.setsid()
+if room:
+    import resource
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+code = 0
+try:
+    runpy.run_path(argv[0], run_name="__main__")
+except SystemExit as stop:                                      # whose frames keep the loading processes
+    code = stop.code
+sys.exit(code)
+"""
+
+
+class Background:
+    """One of the scripts, or as many processes of it as torchrun would start; to be used like subprocess.Popen."""
+
+    def __init__(self, *argv, processes=1, session=False, room=None, **environment):
+        self.folder, self.parts = tempfile.TemporaryDirectory(), []
+        argv = [os.path.join(HERE, argv[0]), *map(str, argv[1:])]
+        for rank in range(processes):
+            if processes > 1:
+                self.port = self.port if rank else find_port()
+                environment.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
+                                   LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="localhost", MASTER_PORT=self.port)
+            given = dict(argv=argv, here=HERE, environment=environment, session=session, room=room,
+                         out=f"{self.folder.name}/out{rank}", err=f"{self.folder.name}/err{rank}")
+            self.parts.append(SERVER.Process(target=exec, args=(START, given)))
+            self.parts[-1].start()
+        self.pid, self.kill = self.parts[0].pid, self.parts[0].kill
+
+    def poll(self):
+        return self.parts[0].exitcode
+
+    def wait(self, timeout=240):
+        until = time.time() + timeout
+        for part in self.parts:
+            part.join(until - time.time())
+            assert part.exitcode is not None, "still running"
+        return next((part.exitcode for part in self.parts if part.exitcode), 0)
+
+    def communicate(self, timeout=240):
+        """(what all of them wrote to stdout, to stderr)."""
+        self.returncode = self.wait(timeout)
+        read = lambda name: "".join(open(path).read() for path in sorted(glob.glob(f"{self.folder.name}/{name}*")))
+        return read("out"), read("err")
+
+
+def find_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return str(s.getsockname()[1])
+
+
+def script(*argv, processes=1, **how):
+    """Start one of the scripts in the background."""
+    return Background(*argv, processes=processes, **how)
+
+
+def torchrun(*argv, processes=2):
+    """The same by torchrun itself, with new processes of Python."""
+    argv = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes, "--master_port", 0,
+            "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", os.path.join(HERE, argv[0]), *argv[1:]]
+    return subprocess.Popen([str(word) for word in argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def finished(process, code=0):
@@ -779,28 +851,22 @@ def test_tokenize_writes_the_tokens_and_refuses_those_of_others(tmp_path):
         kmeans.tokenize(other, ds, path)
 
 
-def run(script, *words, **environment):
-    path = os.pathsep.join([HERE, os.path.dirname(os.path.abspath(__file__))])
-    return subprocess.Popen([sys.executable, "-c", script, *map(str, words)], text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment})
-
-
 THIS = os.path.splitext(os.path.basename(__file__))[0]
 
 
 def test_a_killed_tokenize_goes_on_and_writes_the_same_file(tmp_path, monkeypatch):
     path, whole = str(tmp_path / "tokens.npy"), str(tmp_path / "whole.npy")
     monkeypatch.setattr(kmeans, "SHARD", 8)
-    script = f"from {THIS} import *; kmeans.SHARD = 8; kmeans.tokenize(toy_tokenizer(), Toy(60, delay=.05), sys.argv[1], 3)"
-    process = run(script, path)
+    text = f"from {THIS} import *; kmeans.SHARD = 8; kmeans.tokenize(toy_tokenizer(), Toy(60, delay=.05), sys.argv[1], 3)"
+    (tmp_path / "slow.py").write_text(text)
+    process = script(tmp_path / "slow.py", path)
     deadline, shards = time.time() + 60, []
     while time.time() < deadline and process.poll() is None and len(shards) < 2:
         shards = [name for name in map(str, tmp_path.glob("tokens.npy.*/*.npy"))]
         time.sleep(.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert shards and not os.path.exists(path), process.stderr.read()
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and shards and not os.path.exists(path), process.communicate()
+    os.remove(tmp_path / "slow.py")
     ds = Toy(60)
     kmeans.tokenize(toy_tokenizer(), ds, path)
     assert 0 < ds.reads < 60                                            # what the first run did was not done again
@@ -830,13 +896,8 @@ dist.destroy_process_group()
 
 
 def test_two_processes_are_one(tmp_path):
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = str(s.getsockname()[1])
-    where = dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port)
-    processes = [run(DISTRIBUTED, tmp_path, RANK=str(r), **where) for r in (0, 1)]
-    errors = [p.communicate(timeout=90)[1] for p in processes]
-    assert [p.returncode for p in processes] == [0, 0], errors
+    (tmp_path / "distributed.py").write_text(DISTRIBUTED)
+    finished(script(tmp_path / "distributed.py", tmp_path, processes=2))
     first, second = (torch.load(tmp_path / f"{r}.pt") for r in (0, 1))
     x = rows_of(3001, 6)
     alone = [KMeans(9, metric=m, init=i, restarts=2, max_iter=9).fit(x) for m, i in
@@ -901,8 +962,9 @@ assert random.fit(x).inertia <= 1.2 * KMeans(3).fit(x).inertia
 
 def test_the_triton_kernels_in_the_interpreter():
     pytest.importorskip("triton")
-    process = run(TRITON, TRITON_INTERPRET="1")
-    errors = process.communicate(timeout=120)[1]
+    process = subprocess.run([sys.executable, "-c", TRITON], capture_output=True, text=True, timeout=240, cwd=HERE,
+                             env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"})
+    errors = process.stderr
     if "interpreter.py" in errors and "only 0-dimensional arrays can be converted" in errors:
         pytest.skip("this Triton's interpreter (3.6) does not work with numpy 2.4 and newer")
     assert process.returncode == 0, errors
@@ -3038,7 +3100,7 @@ def test_kill_at_any_moment(folder, tmp_path):
 def test_signal_saves_and_exits_0(folder, tmp_path, number):
     out = str(tmp_path / "run")
     process = script("train.py", "--data", folder, "--out", out, *SMALL_RUN, "--no-probe", "--epochs", 2000, "--workers", 1,
-                     start_new_session=True)
+                     session=True)
     wait_for_lines(process, out)
     os.killpg(process.pid, number)                                         # Ctrl-C and SLURM reach the loaders, too
     assert "the same command goes on" in finished(process)
@@ -3049,7 +3111,7 @@ def test_signal_saves_and_exits_0(folder, tmp_path, number):
 
 def test_two_processes_equal_one(folder, tmp_path):
     argv = ["train.py", "--data", folder, *SMALL_RUN, "--drop-path", .2, "--jitter", .4]
-    two = script(*argv, "--out", tmp_path / "two", processes=2)
+    two = torchrun(*argv, "--out", tmp_path / "two")
     one = run_small(folder, str(tmp_path / "one"), "--drop-path", .2, "--jitter", .4)
     printed = finished(two)
     assert printed.count("going on") == 0 and printed.count("TCAS") == 1   # only rank 0 prints
@@ -3138,9 +3200,9 @@ def test_what_is_lost_on_the_way_ends_in_one_line(tmp_path, fault):
 @pytest.mark.parametrize("room", [3_000, 60_000, 800_000])
 def test_a_full_disk_ends_in_one_line(folder, tmp_path, room):
     """No file may grow beyond `room` bytes: too little for tokens.npy, for the picture of a run, for last.pt."""
-    out, limit = str(tmp_path / "run"), lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+    out = str(tmp_path / "run")
     argv = ["train.py", "--data", folder, "--out", out, *SMALL_RUN, "--no-probe", "--epochs", 1]
-    in_one_line(script(*argv, preexec_fn=limit), 2, "train.py: error:", out, "cannot be written")
+    in_one_line(script(*argv, room=room), 2, "train.py: error:", out, "cannot be written")
     assert not [name for name in os.listdir(out) if name.endswith(".tmp")]
     finished(script(*argv))
     assert torch.load(os.path.join(out, "last.pt"), weights_only=True)["step"] == 5
