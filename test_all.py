@@ -16,6 +16,7 @@ import json
 import math
 import os
 import pickle
+import random
 import re
 import resource
 import shlex
@@ -137,6 +138,14 @@ def test_patchify():
     assert torch.equal(V.unpatchify(V.patchify(square, 2), 2), square)
 
 
+def test_unpatchify():
+    patches = torch.randn(2, 9, 12)
+    images = V.unpatchify(patches, 2)
+    assert images.shape == (2, 3, 6, 6)
+    for y, x, c in itertools.product(range(6), range(6), range(3)):
+        assert torch.equal(images[:, c, y, x], patches[:, y // 2 * 3 + x // 2, (y % 2 * 2 + x % 2) * 3 + c])
+
+
 def test_hog_is_the_slow_loop():
     images, p = torch.randn(2, 3, 16, 32, generator=torch.Generator().manual_seed(0)), 16
     padded = F.pad(images, (1, 1, 1, 1), mode="reflect").double()
@@ -183,9 +192,18 @@ def test_sincos_positions():
     patch = pos[1:]
     assert torch.equal(patch[0, :32], patch[14, :32]) and not torch.equal(patch[0, 32:], patch[14, 32:])   # same column
     assert torch.equal(patch[0, 32:], patch[1, 32:]) and not torch.equal(patch[0, :32], patch[1, :32])     # same row
-    column, k = 5, 3                                                      # sin and cos of column * 10000^(-k / (d / 4))
-    assert patch[2 * 14 + column, k].item() == pytest.approx(math.sin(column * 10000 ** (-k / 16)), abs=1e-6)
-    assert patch[2 * 14 + column, 16 + k].item() == pytest.approx(math.cos(column * 10000 ** (-k / 16)), abs=1e-6)
+    with pytest.raises(ValueError):
+        V.sincos_positions(3, 30)
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 2])
+def test_sincos_positions_value_by_value(prefix):
+    pos = V.sincos_positions(5, 16, prefix)
+    assert pos.shape == (1, prefix + 25, 16) and pos.dtype == torch.float32 and not pos[0, :prefix].any()
+    for y, x, j in itertools.product(range(5), range(5), range(4)):
+        w = 10000 ** (-j / 4)
+        wanted = torch.tensor([math.sin(x * w), math.cos(x * w), math.sin(y * w), math.cos(y * w)])
+        torch.testing.assert_close(pos[0, prefix + 5 * y + x, j::4], wanted, atol=1e-5, rtol=0)
 
 
 def slow_attention(attention, x, mask):
@@ -212,6 +230,9 @@ def test_attention_mask_and_query_only_rows():
     torch.testing.assert_close(attention(x, mask, n_keys=5), wanted)
     torch.testing.assert_close(attention(x, mask, n_keys=5, n_out=3), wanted[:, -3:])
     torch.testing.assert_close(attention(x), slow_attention(attention, x, torch.ones(2, 7, 7).bool()))
+    wanted = slow_attention(attention, x, (torch.arange(7) < 5).expand(2, 7, 7))       # no mask: all see the first 5
+    torch.testing.assert_close(attention(x, n_keys=5), wanted)
+    torch.testing.assert_close(attention(x, n_keys=5, n_out=2), wanted[:, -2:])
 
 
 def test_encode_of_the_last_rows_only():
@@ -413,6 +434,20 @@ def test_eight_lines_are_kmeans(n, d, k):
     assert torch.equal(kmeans.lloyd(x, apart, 2)[1][-1], apart[-1])
 
 
+def test_lloyd_by_hand():
+    x, start = torch.tensor([[0.], [2.], [5.], [9.], [10.]]), torch.tensor([[0.], [4.], [99.]])
+    steps = [([0, 0, 1, 1, 1], [0, 4, 99]),                               # 2 is as near to 0 as to 4: the first of the two
+             ([0, 0, 1, 1, 1], [1, 8, 99]),
+             ([0, 0, 1, 1, 1], [1, 8, 99])]
+    for n_iter, (labels, centroids) in enumerate(steps):
+        found = kmeans.lloyd(x, start, n_iter)
+        assert found[0].tolist() == labels and found[0].dtype == torch.int64 and found[1].flatten().tolist() == centroids
+    assert start.flatten().tolist() == [0, 4, 99]                         # what it was given stays
+    x, start = torch.tensor([[0.], [4.], [5.], [6.], [20.]]), torch.tensor([[0.], [5.]])
+    labels, centroids = kmeans.lloyd(x, start, 1)                         # means of {0} and {4, 5, 6, 20}: 0 and 8.75
+    assert centroids.flatten().tolist() == [0, 8.75] and labels.tolist() == [0, 0, 1, 1, 1]
+
+
 @pytest.mark.parametrize("n,d,k", [(60, 2, 3), (500, 8, 7), (1500, 30, 20)])
 def test_fit_is_the_slow_lloyd(n, d, k):
     x = rows_of(n, d)
@@ -530,20 +565,28 @@ def test_kmeans_plusplus_is_the_slow_loop():
         left = [torch.minimum(closest, (x - x[j]).square().sum(1)).sum() for j in trials]
         chosen.append(trials[int(torch.stack(left).argmin())])
     assert seeds == chosen
+    rows = torch.tensor([[0.], [0.], [1.], [0.], [3.]])                   # u = 0: the first row that is not at a seed
+    assert kmeans.kmeans_plusplus(rows, torch.tensor([[0.], [0.], [0.]])).tolist() == [0, 2, 4]
+    assert kmeans.kmeans_plusplus(rows, torch.tensor([[.99, 0.], [0., .2]])).tolist() == [4, 0]       # of 0 and 1: 0
+    near = torch.cat([torch.zeros(9, 1), torch.tensor([[1.], [10.]])])    # squares: 1 of 101, not 1 of 11
+    assert kmeans.kmeans_plusplus(near, torch.tensor([[0.], [.05]])).tolist() == [0, 10]
+    assert kmeans.kmeans_plusplus(torch.full((5, 2), 7.), torch.rand(3, 2)).max() < 5             # all alike: any
     apart = torch.arange(6.).repeat_interleave(20)[:, None] * 100 + torch.randn(120, 1)
     assert sorted((KMeans(6, seed=9).fit(apart).centroids[:, 0] / 100).round().tolist()) == [0, 1, 2, 3, 4, 5]
 
 
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that is made meanwhile."""
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            self.size = max(self.size, t.untyped_storage().nbytes() if torch.is_tensor(t) else 0)
+        return out
+
+
 def test_no_matrix_of_all_scores_is_ever_made():
-    class Largest(TorchDispatchMode):
-        size = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **kwargs or {})
-            for t in out if isinstance(out, (tuple, list)) else [out]:
-                self.size = max(self.size, t.untyped_storage().nbytes() if torch.is_tensor(t) else 0)
-            return out
-
     x, k = torch.randn(40000, 2), 50
     with Largest() as largest:
         km = KMeans(k, max_iter=2).fit(x)
@@ -983,6 +1026,13 @@ def test_tcas_is_eq_8(norm, weighted):
         assert abs(got["impurity"] - first) < 1e-12 and abs(got["confusion"] - second) < 1e-12
         assert abs(tcas.tcas(counts, norm, weighted) - first - second) < 1e-12
         assert got["used"] == k - 1 and got["dead"] == 1
+
+
+def test_tcas_never_builds_the_matrix_c():
+    counts = random_counts(3000, 4)
+    with Largest() as largest:
+        tcas.tcas(counts)
+    assert largest.size < 3000 * 3000                                            # bytes: not even one an entry
 
 
 def test_tcas_by_hand():
@@ -1585,6 +1635,7 @@ def test_two_stream_mask_is_eq_3(n, cut, positions):
     order = [0] + [1 + j for j in z]                                      # our rows, by raster token
     slots = [1 + n + targets.index(j) for j in order[cut:]] if positions else []
     ours = objectives.two_stream_mask(cut, T, positions)
+    assert ours.dtype == torch.bool
     index = torch.tensor(order + slots)
     assert torch.equal(ours[:-T], content[index][:, index])
     assert torch.equal(ours[-T:], query[[targets.index(j) for j in order[cut:]]][:, index])
@@ -1922,6 +1973,27 @@ def test_first_query_equals_its_mask_token_in_every_layer():
     for x in rows:                                                        # [cls, visible, targets, mask tokens, queries]
         torch.testing.assert_close(x[:, -T], x[:, -2 * T])
         assert ((x[:, 1 - T:] - x[:, 1 - 2 * T:-T]).abs().amax(-1) > 1e-6).all()       # and no later one does
+
+
+def drops_paths(name):
+    """Do the draws of `noise` reach the encoder? 0 drops the branches of its last block, 1 keeps them; None keeps all."""
+    model = objectives.make(name, tiny(drop_path=.5), 11, cut=4)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=.2)
+    given = torch.randn(2, 3, 24, 24), torch.randint(11, (2, 9)), objectives.random_order(2, 9)
+    draws = [None if draw is None else torch.full((model.noise_rows, 2), draw) for draw in (None, 1., 0.)]
+    plain, kept, dropped = (model.predict(*given, noise=draw)[0] for draw in draws)
+    return not torch.allclose(kept, dropped) and not torch.allclose(plain, kept)         # what is kept is scaled up
+
+
+@pytest.mark.parametrize("name", ["mapet", "pim", "mim"])
+def test_stochastic_depth_reaches_mapet(name):
+    assert drops_paths(name)
+
+
+@pytest.mark.parametrize("name", ["mae", "clustermim"])
+def test_stochastic_depth_reaches_masked_autoencoders(name):
+    assert drops_paths(name)
 
 
 def test_mapet_contains_mim():
@@ -2590,6 +2662,57 @@ def test_schedule_is_a_function_of_the_step():
     parts = [list(train.schedule(21, 8, 3, 0, 6, slice(4 * r, 4 * r + 4), 2)) for r in range(2)]
     for step in range(6):                                                  # 2 processes x 2 micro-batches
         assert sum((parts[r][2 * step + m] for r in range(2) for m in range(2)), []) == everything[step]
+
+
+def test_schedule_depends_on_its_arguments_only():
+    """Not on random numbers drawn elsewhere, on other schedules or on where it starts; and it changes none of them."""
+    draw = lambda seed, start, stop: list(train.schedule(21, 8, seed, start, stop, slice(0, 8), 1))
+    states = lambda: (torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate())
+    before, wanted = states(), draw(3, 0, 6)
+    assert states() == before
+    torch.manual_seed(99), np.random.seed(99), random.seed(99)
+    assert all(draw(3, start, 6) == wanted[start:] for start in range(6, -1, -1))
+    at_once = list(zip(*[train.schedule(21, 8, seed, 0, 6, slice(0, 8), 1) for seed in (3, 4, 3)], strict=True))
+    assert [step[0] for step in at_once] == [step[2] for step in at_once] == wanted != [step[1] for step in at_once]
+    images = lambda steps: [i for step in steps for _, i in step]
+    epochs = {(seed, epoch): tuple(images(draw(seed, 2 * epoch, 2 * epoch + 2))) for seed in range(4) for epoch in range(4)}
+    assert len(set(epochs.values())) == 16                                 # (3, 1) is not (4, 0), nor (1, 3)
+
+
+def test_schedule_shuffles_once_an_epoch():
+    steps, seconds = train.schedule(2_000_000, 4, 0, 10, 10 ** 9, slice(0, 4), 1), []
+    for count in (1, 100):
+        start = time.process_time()
+        seen = [next(steps) for _ in range(count)]
+        seconds.append(time.process_time() - start)
+    assert len(seen) == 100 and seconds[1] < 10 * seconds[0], seconds
+
+
+def test_state_of_a_run_is_all_that_its_steps_depend_on(tmp_path):
+    def start(seed):
+        torch.manual_seed(seed)
+        model = objectives.make("mapet", V.ViT(**TINY, drop_path=.2), 6, cut=4)
+        return model, train.make_optimizer(model, args)
+
+    def run(model, optimizer, steps):
+        for _ in range(steps):                                             # images, orders, noise: torch's random numbers
+            noise = torch.rand(model.noise_rows, 8)
+            loss, _ = model(torch.randn(8, 3, 24, 24), torch.randint(6, (8, 9)), noise=noise)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return state_of(model)
+
+    args = train.parse(["--lr", "0.01", "--weight-decay", "0.05", "--beta2", "0.9"])
+    unbroken = run(*start(0), 5)
+    broken = start(0)
+    run(*broken, 3)
+    torch.save(train.collect_state(*broken, args, 3, epoch=1), tmp_path / "last.pt")
+    run(*broken, 1)                                                        # is lost: it was not saved
+    state, again = torch.load(tmp_path / "last.pt", weights_only=True), start(1)
+    assert state["step"] == 3 and state["epoch"] == 1 and state["args"]["lr"] == .01
+    train.restore_state(state, *again)
+    assert run(*again, 2) == unbroken
 
 
 def test_learning_rate():
