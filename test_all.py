@@ -447,7 +447,7 @@ def test_lloyd_by_hand():
         found = kmeans.lloyd(x, start, n_iter)
         assert found[0].tolist() == labels and found[0].dtype == torch.int64 and found[1].flatten().tolist() == centroids
     assert start.flatten().tolist() == [0, 4, 99]                         # what it was given stays
-    x, start = torch.tensor([[0.], [4.], [5.], [6.], [20.]]), torch.tensor([[0.], [5.]])
+    x, start = torch.tensor([[0.], [4.], [5.], [6.], [20.]]), torch.tensor([[1.], [5.]])
     labels, centroids = kmeans.lloyd(x, start, 1)                         # means of {0} and {4, 5, 6, 20}: 0 and 8.75
     assert centroids.flatten().tolist() == [0, 8.75] and labels.tolist() == [0, 0, 1, 1, 1]
 
@@ -1168,6 +1168,8 @@ def test_mask_graph_is_the_drawing_of_app_b():
             a[x, y] += mask[x, inside].sum() * mask[y, inside].sum() / d
     toy = tcas.toy_model(n, overlap, "classwise", classes)
     assert np.allclose(tcas.mask_graph(z), mask, atol=1e-15) and np.allclose(toy["graph"], a, atol=1e-15)
+    to_token = np.stack([mask[:, tokens.numpy() == s].sum(1) for s in range(classes)], 1)
+    assert np.allclose(toy["mask"], to_token, atol=1e-15)
     d = mask.sum(1)
     eigenvalues = np.linalg.eigvalsh(a / np.sqrt(np.outer(d, d)))
     assert np.allclose(toy["spectrum"], eigenvalues[::-1], atol=1e-12)
@@ -2696,6 +2698,7 @@ def test_state_of_a_run_is_all_that_its_steps_depend_on(tmp_path):
     def start(seed):
         torch.manual_seed(seed)
         model = objectives.make("mapet", V.ViT(**TINY, drop_path=.2), 6, cut=4)
+        model.register_buffer("steps", torch.zeros(()))
         return model, train.make_optimizer(model, args)
 
     def run(model, optimizer, steps):
@@ -2705,6 +2708,7 @@ def test_state_of_a_run_is_all_that_its_steps_depend_on(tmp_path):
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+            model.steps += 1
         return state_of(model)
 
     args = train.parse(["--lr", "0.01", "--weight-decay", "0.05", "--beta2", "0.9"])
@@ -3957,10 +3961,11 @@ whole = pytest.mark.skipif("not WRONG", reason="a hand-out: README.md is its she
 
 @whole
 def test_readme_commands_parse(capsys):
-    """Every command in the README is one of ours and names flags that exist."""
-    text = open(os.path.join(HERE, "README.md")).read().replace("\\\n", " ")
-    commands = re.findall(r"^(?:.*&& )?(?:python|torchrun .*?) (\w+)\.py([^&#\n]*)", text, re.M)
-    scripts = dict(vit=V, kmeans=kmeans, tcas=tcas, objectives=objectives, train=train, probe=probe)
+    """Every command in the README and in the sheets of the exercises is one of ours and names flags that exist."""
+    text = open(os.path.join(HERE, "README.md")).read().replace("\\\n", " ") + "".join(map(write_sheet, EXERCISES))
+    commands = re.findall(r"^(?:.*(?:&& |; do ))?(?:python|torchrun .*?) (\w+)\.py([^&#;\n]*)", text, re.M)
+    scripts = dict(vit=V, kmeans=kmeans, tcas=tcas, objectives=objectives, train=train, probe=probe,
+                   test_all=sys.modules[__name__])
     assert {name for name, _ in commands} >= {"train", "probe", "kmeans", "tcas"}
     for name, flags in commands:
         words = shlex.split(flags)
@@ -4213,6 +4218,7 @@ for cut in 2 19 34; do python train.py --objective mapet --cut $cut --steps 400 
                 ["objectives.MaskedAutoencoder.predict", "objectives.Objective.loss"],
                 ["test_masked_autoencoders_equal_raster_order", "test_encoder_runs_on_visible_patches_only",
                  "test_no_hidden_pixel_reaches_encoder_or_gradient", "test_label_smoothing",
+                 "test_every_target_counts_once_and_untrained_loss_is_ln_k",
                  "test_stochastic_depth_reaches_masked_autoencoders"], """
 ClusterMIM Sec. 3.2: MAE, but what is predicted at a hidden patch is its token t(x), and not its pixels:
 
@@ -4546,15 +4552,15 @@ def grade(folder, numbers):
     for name in FILES:
         if not os.path.isfile(os.path.join(folder, f"{name}.py")):
             raise ValueError(f"{folder} has no {name}.py: grade takes a folder that `handout` wrote")
-    print(f"{'exercise':44}{'points':>8}{'tests':>10}")
+    print(f"{'exercise':48}{'points':>8}{'tests':>10}")
     reached = 0
     for number, result in zip(numbers, run_tests([(folder, [n], []) for n in numbers])):
         exercise, passed, total = EXERCISES[number], list(result["tests"].values()).count(""), len(result["tests"])
         points = 0 if result["error"] else exercise.points * passed / total
         reached += points
-        print(f"{number:2} {exercise.title:41}{points:4.3g} of{exercise.points:2}{passed:6} of{total:3}   {why_not_all(result)}".rstrip())
+        print(f"{number:2} {exercise.title:45}{points:4.3g} of{exercise.points:2}{passed:6} of{total:3}   {why_not_all(result)}".rstrip())
     most = sum(EXERCISES[n].points for n in numbers)
-    print(f"{'all':44}{reached:4.3g} of {most}")
+    print(f"{'all':48}{reached:4.3g} of {most}")
     return reached == most
 
 
@@ -4597,6 +4603,9 @@ def judged(tmp_path_factory):
             os.mkdir(folder := root / f"{number}-{i}")                     # the other modules come from here
             write_text(folder, f"{module}.py", source.replace(right, right.replace(old, new)))
             jobs[number, new] = folder, [number], ["-x"]
+    shutil.copytree(root / "1", root / "broken")
+    write_text(root / "broken", "tcas.py", "\n\ndef tcas(counts:\n")
+    jobs["broken"] = root / "broken", [1], []
     return dict(zip(jobs, run_tests(jobs.values())))
 
 
@@ -4620,7 +4629,80 @@ def test_wrong_answers_are_caught(number, judged):
     for _, _, new in WRONG[number]:
         result = judged[number, new]
         assert result["error"] is None and why_not_all(result), new
-        assert "NotImplemented" not in why_not_all(result)
+        assert "not done" not in why_not_all(result), new
+
+
+@whole
+@on_forks
+def test_what_does_not_import_is_said(judged):
+    assert judged["broken"]["error"].startswith("does not import: SyntaxError in tcas.py line 3")
+
+
+@whole
+def test_exercises_name_what_exists():
+    """Functions, tests, `-k` of the sheets, the README's table; and each block of Python in a sheet is Python."""
+    readme = open(os.path.join(HERE, "README.md")).read()
+    tests = [name for name in globals() if name.startswith("test_")]
+    for number, exercise in EXERCISES.items():
+        functions = ", ".join(f"`{name}`" for name in exercise.functions)
+        assert f"| {number} | {exercise.title} | {functions} | {exercise.minutes} | {exercise.points} |" in readme
+        for name in exercise.functions:
+            module, _, function = name.partition(".")
+            assert ast.get_docstring(find_function(open(os.path.join(HERE, f"{module}.py")).read(), function)), name
+        assert set(exercise.tests) <= set(tests)
+        sheet = write_sheet(number)
+        assert "Predict first" in sheet and "Steps" in sheet and "Two questions" in sheet
+        for block in re.findall(r"^```\n(import .*?)^```", sheet, re.M | re.S):
+            compile(block, "sheet", "exec")
+    for words in re.findall(r"-k (\w+|\"[^\"]+\")", readme + "".join(map(write_sheet, EXERCISES))):
+        for word in words.strip('"').split(" or "):
+            assert any(word in name for name in tests) or int(word.removeprefix("exercise_")) in EXERCISES, word
+    assert set(WRONG) == set(EXERCISES)
+
+
+@whole
+def test_a_handout_has_no_answer_and_all_else(tmp_path):
+    main(["handout", "all", "--out", str(tmp_path / "all")])
+    read = lambda folder, name: open(os.path.join(folder, f"{name}.py")).read()
+    for number, exercise in EXERCISES.items():
+        for name in exercise.functions:
+            module, _, function = name.partition(".")
+            ours, theirs = (find_function(read(folder, module), function) for folder in (HERE, tmp_path / "all"))
+            assert [type(line) for line in theirs.body] == [ast.Expr, ast.Raise] and ast.dump(ours.args) == ast.dump(theirs.args)
+            assert ast.get_docstring(theirs) == (ast.get_docstring(ours) if name not in HIDDEN else inspect.cleandoc(HIDDEN[name]))
+        assert f"# Exercise {number}: {exercise.title}" in open(tmp_path / "all" / "README.md").read()
+    for module in FILES:                                                  # lines are only taken away, but for what is raised
+        left = iter(read(HERE, module).splitlines())
+        shown = [line for text in HIDDEN.values() for line in text.splitlines()]
+        assert all(line in left for line in read(tmp_path / "all", module).splitlines()
+                   if "NotImplementedError(\"exercise" not in line and line.strip('" ') not in map(str.strip, shown))
+    tests = read(tmp_path / "all", "test_all")
+    assert "\nWRONG = {}\n" in tests and WRONG[1][0][2] not in tests
+
+
+def test_course_refuses_in_one_line(tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.py").write_text("")
+    refused(main, ["handout", 1, "--out", tmp_path / "full"], capsys, "full", "not an empty folder")
+    refused(main, ["handout", 11, "--out", tmp_path / "new"], capsys, "11")
+    refused(main, ["grade", tmp_path / "full"], capsys, "has no vit.py")
+    refused(main, ["grade", tmp_path / "nowhere"], capsys, "nowhere")
+    refused(main, ["grade", HERE, "--exercise", 0], capsys, "0")
+    assert os.listdir(tmp_path) == ["full"]
+
+
+def test_points(monkeypatch, capsys):
+    """Each exercise: its points, times the share of its tests that pass; 0 if nothing ran."""
+    results = {1: {"error": None, "tests": {"test_a": "", "test_b": ""}},
+               2: {"error": None, "tests": {"test_a": "", "test_b[3]": "assert 1 == 2"}},
+               3: {"error": None, "tests": {"test_a": "NotImplementedError: exercise 3: patchify"}},
+               4: {"error": "does not import: SyntaxError in vit.py line 3: invalid syntax", "tests": {}}}
+    monkeypatch.setitem(globals(), "run_tests", lambda jobs: [results[numbers[0]] for _, numbers, _ in jobs])
+    assert not grade(HERE, [1, 2, 3, 4]) and grade(HERE, [1])
+    lines = [re.sub(" +", " ", line) for line in capsys.readouterr().out.splitlines()]
+    assert lines[1].endswith("1 of 1 2 of 2") and lines[2].endswith("1 of 2 1 of 2 test_b[3]: assert 1 == 2")
+    assert lines[3].endswith("0 of 2 0 of 1 not done: exercise 3") and lines[4].endswith("SyntaxError in vit.py line 3: invalid syntax")
+    assert lines[5] == "all 2 of 8"
 
 
 if __name__ == "__main__":
