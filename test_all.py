@@ -3,6 +3,11 @@
 pytest test_all.py                      everything, on the CPU
 pytest test_all.py -k two_stream_mask   one idea; every function that a student may be asked to write has its own tests
 
+For a course, at the end: ten exercises.
+python test_all.py handout 3 --out FOLDER      a copy of the repository in which exercise 3 is to be done
+python test_all.py grade FOLDER                points of such a copy, by the tests of this file
+pytest test_all.py -k exercise_03              the tests of exercise 3
+
 References are written out slowly and literally here, so that they can be compared with the paper line by line.
 """
 import argparse
@@ -4018,10 +4023,6 @@ def test_only_the_allowed_packages_are_imported():
 
 
 # --- the course: hand-outs and grading ----------------------------------------------------------------------------
-#
-# python test_all.py handout 3 --out FOLDER      a copy of the repository in which exercise 3 is to be done
-# python test_all.py grade FOLDER                points of such a copy, by the tests of this file
-# pytest test_all.py -k exercise_03              the tests of exercise 3
 
 FILES = "vit", "kmeans", "tcas", "objectives", "train", "probe"
 Exercise = collections.namedtuple("Exercise", "title minutes points functions tests sheet")
@@ -4346,7 +4347,8 @@ diff <(cut -d, -f1-3 runs/whole/metrics.jsonl) <(cut -d, -f1-3 runs/parts/metric
 }
 
 # The docstrings that would give the answer away, as a hand-out has them.
-HIDDEN = {"objectives.two_stream_mask": '''Who may look at whom in PIM and MaPeT: (rows, keys) bool, True = may attend (MaPeT Eq. 3 and Fig. 2).
+HIDDEN = {"objectives.two_stream_mask":
+'''Who may look at whom in PIM and MaPeT: (rows, keys) bool, True = may attend (MaPeT Eq. 3 and Fig. 2).
 
     visible    V, rows that every row may see: the class token and the visible patches, the cutting point c
     targets    T, how many patches are predicted, in the order z
@@ -4385,6 +4387,7 @@ for number, exercise in EXERCISES.items():                                # so t
         setattr(globals()[name], f"exercise_{number:02}", True)
 
 
+@functools.lru_cache
 def find_function(source, name):
     """The syntax tree of `name` in the text of a module: a function, or the method of a class, as "MaPeT.predict"."""
     node = ast.parse(source)
@@ -4405,11 +4408,11 @@ def remove_bodies(source, module, number):
         file, _, function = name.partition(".")
         if file == module:
             node = find_function(source, function)
-            docstring, indent = node.body[0], " " * node.body[0].col_offset
-            source = replace_lines(source, docstring.end_lineno + 1, node.end_lineno,
+            text, indent = node.body[0], " " * node.body[0].col_offset     # of the docstring
+            source = replace_lines(source, text.end_lineno + 1, node.end_lineno,
                                    [f'{indent}raise NotImplementedError("exercise {number}: {function}")'])
             if name in HIDDEN:
-                source = replace_lines(source, docstring.lineno, docstring.end_lineno, [f'{indent}"""{HIDDEN[name]}"""'])
+                source = replace_lines(source, text.lineno, text.end_lineno, [f'{indent}"""{HIDDEN[name]}"""'])
     return source
 
 
@@ -4417,14 +4420,14 @@ def write_sheet(number):
     exercise = EXERCISES[number]
     functions = ", ".join(f"`{name}`" for name in exercise.functions)
     return (f"# Exercise {number}: {exercise.title}\n\n"
-            f"To write: {functions}. About {exercise.minutes} minutes, {exercise.points} points. All else is there.\n\n"
+            f"To write: {functions}. About {exercise.minutes} minutes. Points: {exercise.points}. All else is there.\n\n"
             f"{exercise.sheet.strip()}\n\n"
-            f"Done when `pytest test_all.py -k exercise_{number:02}` is green. `python test_all.py grade . --exercise {number}` "
-            "counts the points.\n")
+            f"Done when `pytest test_all.py -k exercise_{number:02}` is green;\n"
+            f"`python test_all.py grade . --exercise {number}` counts the points.\n")
 
 
 def hand_out(numbers, out):
-    """Write the repository into the folder `out`, without what the exercises `numbers` ask for; README.md is their sheets."""
+    """Write a copy of the repository into the folder `out`, less what is to be done; README.md: the sheets."""
     if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
         raise ValueError(f"{out} is there, and not an empty folder: --out names a new one")
     os.makedirs(out, exist_ok=True)
@@ -4434,7 +4437,8 @@ def hand_out(numbers, out):
             source = remove_bodies(source, module, number)
         write_text(out, f"{module}.py", source)
     source = open(__file__).read()
-    table = next(node for node in ast.parse(source).body if isinstance(node, ast.Assign) and node.targets[0].id == "WRONG")
+    table = next(node for node in ast.parse(source).body
+                 if isinstance(node, ast.Assign) and node.targets[0].id == "WRONG")
     write_text(out, "test_all.py", replace_lines(source, table.lineno, table.end_lineno, ["WRONG = {}"]))
     for name in ("requirements.txt", "LICENSE", ".gitignore"):
         shutil.copy(os.path.join(HERE, name), out)
@@ -4448,11 +4452,11 @@ def write_text(folder, name, text):
 
 
 def serve():
-    """Its text runs in a process of its own: pytest in forks of it, which need not import torch or compile what is here.
+    """Runs, as text, in a process of its own: pytest in forks of it, which need not import torch once more.
 
-    stdin: JSON [here, files, out, seconds, at_once, jobs], a job = [folder, arguments of pytest]. A file that the folder
-    lacks is that of here; test_all.py always. Writes out/0.json for the first job: {"error": why nothing ran, "tests":
-    {name: why it failed}}.
+    stdin: JSON [here, files, out, seconds, at_once, jobs], a job = [folder, arguments of pytest]. test_all.py is
+    that of here, and so is a file that the folder lacks. Writes out/0.json for the first job, and so on:
+    {"error": why nothing ran, or None; "tests": {name: why it failed, or ""}}.
     """
     import json, os, signal, sys, traceback, types
     import einops, pytest, torchvision, torch.distributed, torch.utils.flop_counter, tqdm          # slow: once for all
@@ -4490,14 +4494,15 @@ def serve():
         try:
             for name in files:
                 load(folder, name)
+            load(here, "test_all")
         except BaseException as error:
             lines = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)
                      if frame.filename.startswith(folder)]
             file, line = (error.filename, error.lineno) if isinstance(error, SyntaxError) else [(name, "?"), *lines][-1]
             notes.error = f"does not import: {type(error).__name__} in {os.path.basename(file)} line {line}: {error}"
         else:
-            load(here, "test_all")
-            pytest.main([*"-p no:cacheprovider -p no:unraisableexception --noconftest --tb=no".split(), *argv], plugins=[notes])
+            options = "-p no:cacheprovider -p no:unraisableexception --noconftest --tb=no".split()
+            pytest.main([*options, *argv], plugins=[notes])
         return {"error": notes.error, "tests": notes.tests}
 
     running = 0
@@ -4520,9 +4525,9 @@ def serve():
 
 
 def run_tests(jobs, seconds=60):
-    """jobs [(folder, exercise numbers, options of pytest)] -> of each {"error": None or a line, "tests": {name: reason}}.
+    """jobs [(folder, exercise numbers, options of pytest)] -> for each {"error": None or a line, "tests": {name: why}}.
 
-    reason: the first line of what is wrong, "" if the test passed. The tests are of this file, whatever the folder has.
+    why: the first line of what is wrong, "" if the test passed. The tests are those of this file.
     """
     test = os.path.join(HERE, "test_all.py")
     jobs = [(os.path.abspath(folder), [f"{test}::{name}" for n in numbers for name in EXERCISES[n].tests] + options)
@@ -4530,8 +4535,9 @@ def run_tests(jobs, seconds=60):
     results, cores = [], len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     for batch in [jobs] if hasattr(os, "fork") else [[job] for job in jobs]:
         with tempfile.TemporaryDirectory() as out:
-            subprocess.run([sys.executable, "-c", inspect.getsource(serve) + "\nserve()"], text=True, cwd=out,
-                           input=json.dumps([HERE, FILES, out, seconds, cores, batch]), env={**os.environ, "OMP_NUM_THREADS": "1"})
+            task = json.dumps([HERE, FILES, out, seconds, cores, batch])
+            subprocess.run([sys.executable, "-c", inspect.getsource(serve) + "\nserve()"], input=task, text=True,
+                           cwd=out, env={**os.environ, "OMP_NUM_THREADS": "1"})
             for number in range(len(batch)):
                 path = f"{out}/{number}.json"
                 over = {"error": f"no result after {seconds} s, or the process was ended", "tests": {}}
@@ -4558,20 +4564,24 @@ def grade(folder, numbers):
         exercise, passed, total = EXERCISES[number], list(result["tests"].values()).count(""), len(result["tests"])
         points = 0 if result["error"] else exercise.points * passed / total
         reached += points
-        print(f"{number:2} {exercise.title:45}{points:4.3g} of{exercise.points:2}{passed:6} of{total:3}   {why_not_all(result)}".rstrip())
+        columns = f"{number:2} {exercise.title:45}{points:4.3g} of{exercise.points:2}{passed:6} of{total:3}"
+        print(f"{columns}   {why_not_all(result)}".rstrip())
     most = sum(EXERCISES[n].points for n in numbers)
     print(f"{'all':48}{reached:4.3g} of {most}")
     return reached == most
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Tests: pytest test_all.py. For a course: hand-outs of exercises, and their points.")
+    parser = argparse.ArgumentParser(description="Tests: pytest test_all.py. For a course: exercises and their points.")
     commands = parser.add_subparsers(dest="command", required=True)
-    sub = commands.add_parser("handout", help="copy the repository without the answer of an exercise; README.md is its sheet")
-    sub.add_argument("exercise", choices=[*map(str, EXERCISES), "all"], metavar="N", help="1 to 10, or all: one copy without any answer")
+    about = "a copy of the repository without the answer of an exercise; its README.md is the sheet"
+    sub = commands.add_parser("handout", help=about, description=about)
+    sub.add_argument("exercise", choices=[*map(str, EXERCISES), "all"], metavar="N",
+                     help="1 to 10, or all: one copy without any answer")
     sub.add_argument("--out", required=True, metavar="FOLDER", help="a new or empty folder")
-    sub = commands.add_parser("grade", help="print points; this runs the code in FOLDER. Exit code 0: all points, 1: not all")
-    sub.add_argument("folder", metavar="FOLDER", help="what `handout` wrote and a student changed; tests are taken from here, not from there")
+    about = "the points of a hand-out. This runs the code in FOLDER. Exit code 0: all points, 1: not all"
+    sub = commands.add_parser("grade", help=about, description=about)
+    sub.add_argument("folder", metavar="FOLDER", help="what `handout` wrote; its test_all.py is not read, but this one")
     sub.add_argument("--exercise", type=int, choices=EXERCISES, metavar="N", help="only this one")
     args = parser.parse_args(argv)
     with V.exit_on_error("test_all.py"):
@@ -4587,7 +4597,7 @@ on_forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="without fork it w
 
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory):
-    """Tests in every hand-out, and in copies with one wrong answer each: ({number: result}, {(number, wrong answer): result})."""
+    """Results of tests: {exercise: of all, in its hand-out; (exercise, wrong answer): of its own}."""
     root = tmp_path_factory.mktemp("course")
     jobs = {}
     for number in EXERCISES:
@@ -4619,7 +4629,8 @@ def test_a_handout_fails_its_tests_and_no_others(number, judged):
     missing = {name for name, reason in result["tests"].items() if reason}
     assert all(f"NotImplementedError: exercise {number}: " in result["tests"][name] for name in missing), result
     assert {name for name in result["tests"] if name.split("[")[0] in own} <= missing
-    assert {name.split("[")[0] for name in result["tests"]} == {name for one in EXERCISES.values() for name in one.tests}
+    everything = {name for exercise in EXERCISES.values() for name in exercise.tests}
+    assert {name.split("[")[0] for name in result["tests"]} == everything
 
 
 @whole
@@ -4668,10 +4679,12 @@ def test_a_handout_has_no_answer_and_all_else(tmp_path):
         for name in exercise.functions:
             module, _, function = name.partition(".")
             ours, theirs = (find_function(read(folder, module), function) for folder in (HERE, tmp_path / "all"))
-            assert [type(line) for line in theirs.body] == [ast.Expr, ast.Raise] and ast.dump(ours.args) == ast.dump(theirs.args)
-            assert ast.get_docstring(theirs) == (ast.get_docstring(ours) if name not in HIDDEN else inspect.cleandoc(HIDDEN[name]))
+            assert [type(line) for line in theirs.body] == [ast.Expr, ast.Raise]
+            assert ast.dump(ours.args) == ast.dump(theirs.args)
+            wanted = inspect.cleandoc(HIDDEN[name]) if name in HIDDEN else ast.get_docstring(ours)
+            assert ast.get_docstring(theirs) == wanted
         assert f"# Exercise {number}: {exercise.title}" in open(tmp_path / "all" / "README.md").read()
-    for module in FILES:                                                  # lines are only taken away, but for what is raised
+    for module in FILES:                                                  # else lines are only taken away
         left = iter(read(HERE, module).splitlines())
         shown = [line for text in HIDDEN.values() for line in text.splitlines()]
         assert all(line in left for line in read(tmp_path / "all", module).splitlines()
@@ -4701,7 +4714,8 @@ def test_points(monkeypatch, capsys):
     assert not grade(HERE, [1, 2, 3, 4]) and grade(HERE, [1])
     lines = [re.sub(" +", " ", line) for line in capsys.readouterr().out.splitlines()]
     assert lines[1].endswith("1 of 1 2 of 2") and lines[2].endswith("1 of 2 1 of 2 test_b[3]: assert 1 == 2")
-    assert lines[3].endswith("0 of 2 0 of 1 not done: exercise 3") and lines[4].endswith("SyntaxError in vit.py line 3: invalid syntax")
+    assert lines[3].endswith("0 of 2 0 of 1 not done: exercise 3")
+    assert lines[4].endswith("SyntaxError in vit.py line 3: invalid syntax")
     assert lines[5] == "all 2 of 8"
 
 
