@@ -55,12 +55,15 @@ SHARD = 4096                                # images; what a killed process lose
 # --- K-means ----------------------------------------------------------------------------------------------
 
 def lloyd(x, centroids, n_iter):
-    """K-means of rows x (n, d) from the first centroids (k, d): labels (n,), centroids (k, d)."""
+    """K-means of rows x (n, d) from the first centroids (k, d): n_iter times assign and update (Sec. 3.2).
+
+    -> labels (n,) int64: the nearest of the centroids (k, d) that are returned, too. An empty cluster keeps its own.
+    """
     for _ in range(n_iter):
         labels = torch.cdist(x, centroids).argmin(1)                        # assign: the nearest centroid
         sums = torch.zeros_like(centroids).index_add_(0, labels, x)         # update: the mean of its rows
         counts = torch.bincount(labels, minlength=len(centroids))[:, None]
-        centroids = torch.where(counts > 0, sums / counts, centroids)     # an empty cluster stays where it is
+        centroids = torch.where(counts > 0, sums / counts, centroids)     # or where it is, if it has none
     return torch.cdist(x, centroids).argmin(1), centroids
 
 
@@ -141,17 +144,16 @@ class Clusters:
 
 
 def kmeans_plusplus(x, u):
-    """Greedy k-means++ (Arthur & Vassilvitskii 2007; trials as in scikit-learn): (m, d) -> rows (k,), int64.
+    """Greedy k-means++ (Arthur & Vassilvitskii 2007; trials as in scikit-learn): rows x (m, d) -> seeds (k,) int64.
 
-    Each new seed is the best of some rows drawn with probability proportional to the squared distance to the
-    nearest seed so far. u (k, trials), uniform in [0, 1), makes every choice.
+    u (k, trials), uniform in [0, 1), makes every choice. The first seed is row floor(m u[0, 0]). Each number in u[i]
+    draws a row, with probability proportional to the squared distance to the nearest seed so far: the first row up to
+    which the sum of these is more than that share of all. Seed i is the drawn row that leaves the least sum, of equal
+    ones the first. A seed is drawn again only where all rows are seeds, or lie on one.
     """
     x = x - x.mean(0)                                                   # small numbers round less
     norm = x.square().sum(-1)
-
-    def squared_distances(index):                                       # (t,) -> (t, m)
-        return (norm + norm[index, None] - 2 * x[index] @ x.T).clamp_(min=0)
-
+    squared_distances = lambda t: (norm + norm[t, None] - 2 * x[t] @ x.T).clamp_(min=0)     # of rows t to all: (t, m)
     seeds = (u[:1, 0] * len(x)).long()                                  # the first: any row
     closest = squared_distances(seeds)[0]
     for i in range(1, len(u)):
@@ -264,10 +266,9 @@ class KMeansTokenizer(nn.Module):
     @torch.no_grad()
     def rows(self, images):
         """What is clustered: (b, n, d); pixels stay uint8, which `assign` standardises."""
-        side = images.shape[-1]
-        if images.shape[1:] != (3, side, side) or side not in (self.image_size, self.input_size):
-            wanted = f"(b, 3, {self.input_size}, {self.input_size})"
-            raise ValueError(f"this tokenizer takes images {wanted}, not {tuple(images.shape)}")
+        side, best = images.shape[-1], self.input_size
+        if images.shape[1:] != (3, side, side) or side not in (self.image_size, best):
+            raise ValueError(f"this tokenizer takes images (b, 3, {best}, {best}), not {tuple(images.shape)}")
         if self.features == "pixel":
             return patchify(images, self.patch_size)
         return self.extract(normalize(images, self) if images.dtype == torch.uint8 else images)
@@ -283,8 +284,7 @@ class KMeansTokenizer(nn.Module):
         block = rows.flatten(0, 1)
         if self.metric == "cosine":                            # needs unit rows, at once
             return self.assign(images)[0]
-        w, bias = self.fold(block)
-        return find_nearest(block, w, bias)[0].view(rows.shape[:2])
+        return find_nearest(block, *self.fold(block))[0].view(rows.shape[:2])
 
     def fold(self, block):
         """The centroids as `find_nearest` wants them, kept: to make them for every crop would wait for the GPU."""

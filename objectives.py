@@ -53,9 +53,9 @@ def random_order(b, n, generator=None, device=None):
 def blockwise_mask(b, grid, count, generator=None, device=None, exact=True):
     """BEiT's block-wise masking (2106.08254, Alg. 1): (b, n) bool, True = hidden, of n = grid * grid patches.
 
-    Blocks are hidden one after the other: area uniform from min_block to what is still to be hidden, height / width
-    log-uniform from 0.3 to 1 / 0.3, place uniform. A block is taken if it is smaller than the grid, hides something
-    new, and makes no more than `count`. An image is done when 10 tries for its next block fail.
+    Blocks are hidden one after the other: area uniform from 16 of 196 patches to what is still to be hidden, height /
+    width log-uniform from 0.3 to 1 / 0.3, sides rounded, place uniform. A block is taken if both sides are less than the
+    grid's, it hides something new and no more than `count` in all. An image is done when 10 tries for a block fail.
     exact: then hide random patches until `count` are hidden (BEiT v2); False: leave it at the blocks.
     All images at once: of the 10 tries, made in parallel, each image takes the first that fits.
     """
@@ -161,7 +161,7 @@ class Objective(nn.Module):
         return self.loss(*self.predict(images, tokens, order, noise))
 
     def loss(self, logits, tokens):
-        """Cross-entropy, the mean over targets: logits (b, T, K), tokens (b, T); and the share that is right."""
+        """Cross-entropy, the mean over targets: logits (b, T, K), tokens (b, T); {"accuracy": 0-d}."""
         loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), label_smoothing=self.smoothing)
         return loss, {"accuracy": (logits.detach().argmax(-1) == tokens).float().mean()}
 
@@ -193,7 +193,7 @@ class MaskedAutoencoder(Objective):
     """MAE, MaskFeat and ClusterMIM: encode what is visible, decode the rest.
 
         latent     = encoder([cls ; visible patches + pos])              25 % of the rows: why it is fast
-        prediction = decoder([W latent ; mask tokens] + pos)             at the mask tokens
+        prediction = decoder([W latent ; mask tokens] + pos)             at the mask tokens; pos of cls is 0
         loss       = MSE(prediction, target)                             MAE, MaskFeat
                    = CE(prediction, t(x))                                ClusterMIM (Sec. 3.2)
 
@@ -279,11 +279,11 @@ class MaPeT(Objective):
         self.register_buffer("mask", mask, persistent=False)
 
     def predict(self, images, tokens, order=None, noise=None):
-        """Logits (b, T, K) of the targets in the order z, and their tokens (b, T)."""
+        """Logits (b, T, K) of the targets in the order z, their tokens (b, T). Mask tokens and queries begin as m_j."""
         vit, (visible, hidden) = self.encoder, self.split(images, order)
         shown = torch.cat([visible, hidden], 1) if self.permute else visible
         content = vit.embed(images, shown)                     # [cls, visible, targets?]
-        unseen = self.mask_token + vit.positions(hidden)       # m_j; and the query stream before layer 1
+        unseen = self.mask_token + vit.positions(hidden)       # m_j
         keys = [content] + [unseen] * self.positions
         queries = [unseen] * self.permute                      # MIM asks with the mask tokens themselves
         n_keys = sum(rows.shape[1] for rows in keys)
@@ -298,7 +298,11 @@ class MaPeT(Objective):
 # --- CAE, a baseline of MaPeT's tables --------------------------------------------------------------------
 
 class RegressorBlock(nn.Module):
-    """Cross-attention of CAE's regressor: hidden rows ask, visible and hidden rows answer."""
+    """Cross-attention of CAE's regressor: hidden rows ask, visible and hidden rows answer.
+
+    Positions are added to what queries and keys are made of, before the norms. CAE's quirk: after the attention the
+    *normalised* sum, norm2(x + ...), is what goes on, to the MLP and beside it; in a ViT block it is the sum itself.
+    """
 
     def __init__(self, width, heads, layer_scale=None, drop=0.):
         super().__init__()
@@ -318,7 +322,6 @@ class RegressorBlock(nn.Module):
         v = self.v(self.norm_v(rows))
         q, k, v = (rearrange(y, "b r (h d) -> b h r d", h=self.heads) for y in (q, k, v))
         y = rearrange(F.scaled_dot_product_attention(q, k, v), "b h r d -> b r (h d)")
-        # CAE's quirk: the *normalised* rows are the residual, where a ViT block would keep the sum itself.
         x = self.norm2(x + drop_path(self.ls1(self.proj(y)), self.drop, noise[0]))
         return x + drop_path(self.ls2(self.mlp(x)), self.drop, noise[1])
 

@@ -66,7 +66,8 @@ def tcas_terms(counts, norm="l2", weighted=False, chunk=2048):
     """Both terms of Eq. 8 and what helps to read them, a dict: tcas impurity confusion used dead perplexity.
 
     counts (k, c), see `cooccurrence`. Dead codes (no patch) are dropped: they have no class distribution. The
-    paper's averages count every used code once, however rare; `weighted`: by its share of the patches.
+    paper's averages count every used code once, however rare; `weighted`: by w_i, its share of the patches,
+    with w_i for 1/K and w_i w_j for 1/K^2. perplexity: exp(entropy of the shares). ValueError: fewer than 2 classes.
     Few patches look like alignment in l2: random tokens score about (p / (1 + p))^2, p patches a (k, c) cell.
     Memory (c, c) + (chunk, c) float64, time O(k c^2): the (k, k) matrix C is never built.
     """
@@ -176,7 +177,10 @@ def mask_graph(z, graph="complete", width=1):
 
 
 def augmentation_graph(mask, tokens):
-    """Mask graph M(x, S) (Eq. 4), augmentation graph A(x, x') (Sec. 2.1), A normalised (Eqs. 9, 16)."""
+    """Mask graph M(x, S) (Eq. 4), augmentation graph A(x, x') (Sec. 2.1), A normalised (Eqs. 9, 16): D^-1/2 A D^-1/2.
+
+    mask M(x1, x2) (points, points), tokens (points,) int64: K of them, all used -> (points, K), twice (points, points).
+    """
     to_token = mask @ F.one_hot(tokens).double()                             # sum of M(x, x2), x2 in S
     a = (to_token / to_token.sum(0)) @ to_token.T                            # sum_S M(x, S) M(x', S) / d(S)
     d = mask.sum(1)
@@ -228,7 +232,8 @@ def closed_form(n, overlap, tokenizer="mae", classes=2):
 
     With p_c(S) the points of token S that are in class c, A depends on the tokens through the matrix
     T_cd = 1/n sum_S p_c p_d / sum_e p_e only: mu I + (1 - mu) / C for the three tokenizers, or any if C = 2
-    (Eqs. 10-15); from mu = 1, no confusion of classes, to mu = 0, nothing but confusion.
+    (Eqs. 10-15); from mu = 1, no confusion of classes, to mu = 0, nothing but confusion. kappa, from the overlap
+    alone: the eigenvalues of A, normalised, are 1, C - 1 times mu kappa, and 0. A list of tokens: ValueError if C > 2.
     """
     kappa = 1 - classes * overlap / (2 * n)
     if isinstance(tokenizer, str):

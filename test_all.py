@@ -3,14 +3,22 @@
 pytest test_all.py                      everything, on the CPU
 pytest test_all.py -k two_stream_mask   one idea; every function that a student may be asked to write has its own tests
 
+For a course, at the end: ten exercises.
+python test_all.py handout 3 --out FOLDER      a copy of the repository in which exercise 3 is to be done
+python test_all.py grade FOLDER                points of such a copy, by the tests of this file
+pytest test_all.py -k exercise_03              the tests of exercise 3
+
 References are written out slowly and literally here, so that they can be compared with the paper line by line.
 """
 import argparse
+import ast
+import collections
 import contextlib
 import copy
 import functools
 import glob
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -18,6 +26,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import random
 import re
 import resource
 import shlex
@@ -209,6 +218,14 @@ def test_patchify():
     assert torch.equal(V.unpatchify(V.patchify(square, 2), 2), square)
 
 
+def test_unpatchify():
+    patches = torch.randn(2, 9, 12)
+    images = V.unpatchify(patches, 2)
+    assert images.shape == (2, 3, 6, 6)
+    for y, x, c in itertools.product(range(6), range(6), range(3)):
+        assert torch.equal(images[:, c, y, x], patches[:, y // 2 * 3 + x // 2, (y % 2 * 2 + x % 2) * 3 + c])
+
+
 def test_hog_is_the_slow_loop():
     images, p = torch.randn(2, 3, 16, 32, generator=torch.Generator().manual_seed(0)), 16
     padded = F.pad(images, (1, 1, 1, 1), mode="reflect").double()
@@ -255,9 +272,18 @@ def test_sincos_positions():
     patch = pos[1:]
     assert torch.equal(patch[0, :32], patch[14, :32]) and not torch.equal(patch[0, 32:], patch[14, 32:])   # same column
     assert torch.equal(patch[0, 32:], patch[1, 32:]) and not torch.equal(patch[0, :32], patch[1, :32])     # same row
-    column, k = 5, 3                                                      # sin and cos of column * 10000^(-k / (d / 4))
-    assert patch[2 * 14 + column, k].item() == pytest.approx(math.sin(column * 10000 ** (-k / 16)), abs=1e-6)
-    assert patch[2 * 14 + column, 16 + k].item() == pytest.approx(math.cos(column * 10000 ** (-k / 16)), abs=1e-6)
+    with pytest.raises(ValueError):
+        V.sincos_positions(3, 30)
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 2])
+def test_sincos_positions_value_by_value(prefix):
+    pos = V.sincos_positions(5, 16, prefix)
+    assert pos.shape == (1, prefix + 25, 16) and pos.dtype == torch.float32 and not pos[0, :prefix].any()
+    for y, x, j in itertools.product(range(5), range(5), range(4)):
+        w = 10000 ** (-j / 4)
+        wanted = torch.tensor([math.sin(x * w), math.cos(x * w), math.sin(y * w), math.cos(y * w)])
+        torch.testing.assert_close(pos[0, prefix + 5 * y + x, j::4], wanted, atol=1e-5, rtol=0)
 
 
 def slow_attention(attention, x, mask):
@@ -284,6 +310,9 @@ def test_attention_mask_and_query_only_rows():
     torch.testing.assert_close(attention(x, mask, n_keys=5), wanted)
     torch.testing.assert_close(attention(x, mask, n_keys=5, n_out=3), wanted[:, -3:])
     torch.testing.assert_close(attention(x), slow_attention(attention, x, torch.ones(2, 7, 7).bool()))
+    wanted = slow_attention(attention, x, (torch.arange(7) < 5).expand(2, 7, 7))       # no mask: all see the first 5
+    torch.testing.assert_close(attention(x, n_keys=5), wanted)
+    torch.testing.assert_close(attention(x, n_keys=5, n_out=2), wanted[:, -2:])
 
 
 def test_encode_of_the_last_rows_only():
@@ -511,6 +540,20 @@ def test_eight_lines_are_kmeans(n, d, k):
     assert torch.equal(kmeans.lloyd(x, apart, 2)[1][-1], apart[-1])
 
 
+def test_lloyd_by_hand():
+    x, start = torch.tensor([[0.], [2.], [5.], [9.], [10.]]), torch.tensor([[0.], [4.], [99.]])
+    steps = [([0, 0, 1, 1, 1], [0, 4, 99]),                               # 2 is as near to 0 as to 4: the first of the two
+             ([0, 0, 1, 1, 1], [1, 8, 99]),
+             ([0, 0, 1, 1, 1], [1, 8, 99])]
+    for n_iter, (labels, centroids) in enumerate(steps):
+        found = kmeans.lloyd(x, start, n_iter)
+        assert found[0].tolist() == labels and found[0].dtype == torch.int64 and found[1].flatten().tolist() == centroids
+    assert start.flatten().tolist() == [0, 4, 99]                         # what it was given stays
+    x, start = torch.tensor([[0.], [4.], [5.], [6.], [20.]]), torch.tensor([[1.], [5.]])
+    labels, centroids = kmeans.lloyd(x, start, 1)                         # means of {0} and {4, 5, 6, 20}: 0 and 8.75
+    assert centroids.flatten().tolist() == [0, 8.75] and labels.tolist() == [0, 0, 1, 1, 1]
+
+
 @pytest.mark.parametrize("n,d,k", [(60, 2, 3), (500, 8, 7), (1500, 30, 20)])
 def test_fit_is_the_slow_lloyd(n, d, k):
     x = rows_of(n, d)
@@ -628,20 +671,28 @@ def test_kmeans_plusplus_is_the_slow_loop():
         left = [torch.minimum(closest, (x - x[j]).square().sum(1)).sum() for j in trials]
         chosen.append(trials[int(torch.stack(left).argmin())])
     assert seeds == chosen
+    rows = torch.tensor([[0.], [0.], [1.], [0.], [3.]])                   # u = 0: the first row that is not at a seed
+    assert kmeans.kmeans_plusplus(rows, torch.tensor([[0.], [0.], [0.]])).tolist() == [0, 2, 4]
+    assert kmeans.kmeans_plusplus(rows, torch.tensor([[.99, 0.], [0., .2]])).tolist() == [4, 0]       # of 0 and 1: 0
+    near = torch.cat([torch.zeros(9, 1), torch.tensor([[1.], [10.]])])    # squares: 1 of 101, not 1 of 11
+    assert kmeans.kmeans_plusplus(near, torch.tensor([[0.], [.05]])).tolist() == [0, 10]
+    assert kmeans.kmeans_plusplus(torch.full((5, 2), 7.), torch.rand(3, 2)).max() < 5             # all alike: any
     apart = torch.arange(6.).repeat_interleave(20)[:, None] * 100 + torch.randn(120, 1)
     assert sorted((KMeans(6, seed=9).fit(apart).centroids[:, 0] / 100).round().tolist()) == [0, 1, 2, 3, 4, 5]
 
 
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that is made meanwhile."""
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            self.size = max(self.size, t.untyped_storage().nbytes() if torch.is_tensor(t) else 0)
+        return out
+
+
 def test_no_matrix_of_all_scores_is_ever_made():
-    class Largest(TorchDispatchMode):
-        size = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **kwargs or {})
-            for t in out if isinstance(out, (tuple, list)) else [out]:
-                self.size = max(self.size, t.untyped_storage().nbytes() if torch.is_tensor(t) else 0)
-            return out
-
     x, k = torch.randn(40000, 2), 50
     with Largest() as largest:
         km = KMeans(k, max_iter=2).fit(x)
@@ -1073,6 +1124,13 @@ def test_tcas_is_eq_8(norm, weighted):
         assert got["used"] == k - 1 and got["dead"] == 1
 
 
+def test_tcas_never_builds_the_matrix_c():
+    counts = random_counts(3000, 4)
+    with Largest() as largest:
+        tcas.tcas(counts)
+    assert largest.size < 3000 * 3000                                            # bytes: not even one an entry
+
+
 def test_tcas_by_hand():
     """Rows (3, 1) and (0, 2): cosine 1/sqrt(10); as distributions (3/4, 1/4) and (0, 1)."""
     counts = torch.tensor([[3, 1], [0, 2]])
@@ -1202,6 +1260,8 @@ def test_mask_graph_is_the_drawing_of_app_b():
             a[x, y] += mask[x, inside].sum() * mask[y, inside].sum() / d
     toy = tcas.toy_model(n, overlap, "classwise", classes)
     assert np.allclose(tcas.mask_graph(z), mask, atol=1e-15) and np.allclose(toy["graph"], a, atol=1e-15)
+    to_token = np.stack([mask[:, tokens.numpy() == s].sum(1) for s in range(classes)], 1)
+    assert np.allclose(toy["mask"], to_token, atol=1e-15)
     d = mask.sum(1)
     eigenvalues = np.linalg.eigvalsh(a / np.sqrt(np.outer(d, d)))
     assert np.allclose(toy["spectrum"], eigenvalues[::-1], atol=1e-12)
@@ -1684,6 +1744,7 @@ def test_two_stream_mask_is_eq_3(n, cut, positions):
     order = [0] + [1 + j for j in z]                                      # our rows, by raster token
     slots = [1 + n + targets.index(j) for j in order[cut:]] if positions else []
     ours = objectives.two_stream_mask(cut, T, positions)
+    assert ours.dtype == torch.bool
     index = torch.tensor(order + slots)
     assert torch.equal(ours[:-T], content[index][:, index])
     assert torch.equal(ours[-T:], query[[targets.index(j) for j in order[cut:]]][:, index])
@@ -2021,6 +2082,26 @@ def test_first_query_equals_its_mask_token_in_every_layer():
     for x in rows:                                                        # [cls, visible, targets, mask tokens, queries]
         torch.testing.assert_close(x[:, -T], x[:, -2 * T])
         assert ((x[:, 1 - T:] - x[:, 1 - 2 * T:-T]).abs().amax(-1) > 1e-6).all()       # and no later one does
+
+
+def drops_paths(name):
+    """Does `noise` reach the encoder? 0 drops the branches of its last block, 1 keeps them; without, they are drawn anew."""
+    model = objectives.make(name, tiny(drop_path=.5), 11, cut=4)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=.2)
+    given = torch.randn(2, 3, 24, 24), torch.randint(11, (2, 9)), objectives.random_order(2, 9)
+    kept, again, dropped = (model.predict(*given, noise=torch.full((model.noise_rows, 2), draw))[0] for draw in (1., 1., 0.))
+    return torch.equal(kept, again) and not torch.allclose(kept, dropped)
+
+
+@pytest.mark.parametrize("name", ["mapet", "pim", "mim"])
+def test_stochastic_depth_reaches_mapet(name):
+    assert drops_paths(name)
+
+
+@pytest.mark.parametrize("name", ["mae", "clustermim"])
+def test_stochastic_depth_reaches_masked_autoencoders(name):
+    assert drops_paths(name)
 
 
 def test_mapet_contains_mim():
@@ -2689,6 +2770,60 @@ def test_schedule_is_a_function_of_the_step():
     parts = [list(train.schedule(21, 8, 3, 0, 6, slice(4 * r, 4 * r + 4), 2)) for r in range(2)]
     for step in range(6):                                                  # 2 processes x 2 micro-batches
         assert sum((parts[r][2 * step + m] for r in range(2) for m in range(2)), []) == everything[step]
+
+
+def test_schedule_depends_on_its_arguments_only():
+    """Not on random numbers drawn elsewhere, on other schedules or on where it starts; and it changes none of them."""
+    draw = lambda seed, start, stop: list(train.schedule(21, 8, seed, start, stop, slice(0, 8), 1))
+    states = lambda: (torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate())
+    torch.manual_seed(0), np.random.seed(0), random.seed(0)
+    before, wanted = states(), draw(3, 0, 6)
+    assert states() == before
+    torch.manual_seed(99), np.random.seed(99), random.seed(99)
+    assert all(draw(3, start, 6) == wanted[start:] for start in range(6, -1, -1))
+    at_once = list(zip(*[train.schedule(21, 8, seed, 0, 6, slice(0, 8), 1) for seed in (3, 4, 3)], strict=True))
+    assert [step[0] for step in at_once] == [step[2] for step in at_once] == wanted != [step[1] for step in at_once]
+    images = lambda steps: [i for step in steps for _, i in step]
+    epochs = {(seed, epoch): tuple(images(draw(seed, 2 * epoch, 2 * epoch + 2))) for seed in range(4) for epoch in range(4)}
+    assert len(set(epochs.values())) == 16                                 # (3, 1) is not (4, 0), nor (1, 3)
+
+
+def test_schedule_shuffles_once_an_epoch():
+    steps, seconds = train.schedule(2_000_000, 4, 0, 10, 10 ** 9, slice(0, 4), 1), []
+    for count in (1, 100):
+        start = time.process_time()
+        seen = [next(steps) for _ in range(count)]
+        seconds.append(time.process_time() - start)
+    assert len(seen) == 100 and seconds[1] < 10 * seconds[0], seconds
+
+
+def test_state_of_a_run_is_all_that_its_steps_depend_on(tmp_path):
+    def start(seed):
+        torch.manual_seed(seed)
+        model = objectives.make("mapet", V.ViT(**TINY, drop_path=.2), 6, cut=4)
+        model.register_buffer("steps", torch.zeros(()))
+        return model, train.make_optimizer(model, args)
+
+    def run(model, optimizer, steps):
+        for _ in range(steps):                                             # images, orders, noise: torch's random numbers
+            noise = torch.rand(model.noise_rows, 8)
+            loss, _ = model(torch.randn(8, 3, 24, 24), torch.randint(6, (8, 9)), noise=noise)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            model.steps += 1
+        return state_of(model)
+
+    args = train.parse(["--lr", "0.01", "--weight-decay", "0.05", "--beta2", "0.9"])
+    unbroken = run(*start(0), 5)
+    broken = start(0)
+    run(*broken, 3)
+    torch.save(train.collect_state(*broken, args, 3, epoch=1), tmp_path / "last.pt")
+    run(*broken, 1)                                                        # is lost: it was not saved
+    state, again = torch.load(tmp_path / "last.pt", weights_only=True), start(1)
+    assert state["step"] == 3 and state["epoch"] == 1 and state["args"]["lr"] == .01
+    train.restore_state(state, *again)
+    assert run(*again, 2) == unbroken
 
 
 def test_learning_rate():
@@ -3975,11 +4110,16 @@ def test_gpu_two_processes_equal_one(folder, tmp_path):
 
 # --- README.md ----------------------------------------------------------------------------------------------------
 
+whole = pytest.mark.skipif("not WRONG", reason="a hand-out: README.md is its sheet")
+
+
+@whole
 def test_readme_commands_parse(capsys):
-    """Every command in the README is one of ours and names flags that exist."""
-    text = open(os.path.join(HERE, "README.md")).read().replace("\\\n", " ")
-    commands = re.findall(r"^(?:.*&& )?(?:python|torchrun .*?) (\w+)\.py([^&#\n]*)", text, re.M)
-    scripts = dict(vit=V, kmeans=kmeans, tcas=tcas, objectives=objectives, train=train, probe=probe)
+    """Every command in the README and in the sheets of the exercises is one of ours and names flags that exist."""
+    text = open(os.path.join(HERE, "README.md")).read().replace("\\\n", " ") + "".join(map(write_sheet, EXERCISES))
+    commands = re.findall(r"^(?:.*(?:&& |; do ))?(?:python|torchrun .*?) (\w+)\.py([^&#;\n]*)", text, re.M)
+    scripts = dict(vit=V, kmeans=kmeans, tcas=tcas, objectives=objectives, train=train, probe=probe,
+                   test_all=sys.modules[__name__])
     assert {name for name, _ in commands} >= {"train", "probe", "kmeans", "tcas"}
     for name, flags in commands:
         words = shlex.split(flags)
@@ -3991,6 +4131,7 @@ def test_readme_commands_parse(capsys):
             assert re.search(rf"{flag}\b", known), (name, flag)
 
 
+@whole
 def test_readme_names_tests_and_code_that_exist():
     """The map from the papers to the code: every function and every test in it is there."""
     rows = re.findall(r"^\|(.*)\|$", open(os.path.join(HERE, "README.md")).read(), re.M)
@@ -4009,6 +4150,7 @@ def test_nothing_cites_what_a_reader_does_not_have():
         assert "METH" + "ODS" not in open(os.path.join(HERE, name)).read(), name
 
 
+@whole
 @pytest.mark.parametrize("name", ["vit", "kmeans", "tcas", "objectives", "train", "probe"])
 def test_a_file_begins_with_its_concern(name):
     """After the imports at most 250 lines, to a ruled line; the README's reading path says how many."""
@@ -4027,3 +4169,704 @@ def test_only_the_allowed_packages_are_imported():
         text = open(os.path.join(HERE, f"{name}.py")).read()
         found = set(re.findall(r"^\s*(?:import|from) (\w+)", text, re.M))
         assert found <= allowed, (name, found - allowed)
+
+
+# --- the course: hand-outs and grading ----------------------------------------------------------------------------
+
+FILES = "vit", "kmeans", "tcas", "objectives", "train", "probe"
+Exercise = collections.namedtuple("Exercise", "title minutes points functions tests sheet")
+EXERCISES = {
+    1: Exercise("K-means: assignment and update", 20, 1, ["kmeans.lloyd"],
+                ["test_lloyd_by_hand", "test_eight_lines_are_kmeans"], """
+ClusterMIM Sec. 3.2. Each row is assigned to its nearest centroid, then each centroid moves to the mean of its rows:
+
+    t_i = argmin_k ||x_i - c_k||^2                     assign
+    c_k = mean of the x_i with t_i = k                 update
+
+**Predict first.** Two centroids start at the same place. Where are they after one iteration? Can an iteration make the sum
+of squared distances larger?
+
+**Steps.**
+1. Assign: all distances (n, k), then the nearest of each row. `torch.cdist` is enough here.
+2. Update: add the rows of each cluster up, and count them. No loop over rows or clusters: `index_add_`, `bincount`.
+3. A cluster that no row chose has no mean. It stays where it is.
+4. After the last update the labels are old: assign once more.
+
+**Two questions.** In python:
+
+```
+import torch, kmeans
+torch.manual_seed(0)
+x = torch.randn(8, 2)[torch.randint(8, (4000,))] * 4 + torch.randn(4000, 2)
+for start in range(5):
+    labels, c = kmeans.lloyd(x, x[torch.randperm(4000)[:8]], 100)
+    print((x - c[labels]).square().sum().item())
+```
+
+1. There are 8 groups and 8 centroids. Why do the five sums differ, and do 1000 iterations instead of 100 help?
+2. Use 16, 32 and 64 centroids. How does the sum fall, and does the least of it say how many groups there are?
+"""),
+    2: Exercise("K-means: seeds by k-means++", 45, 2, ["kmeans.kmeans_plusplus"],
+                ["test_kmeans_plusplus_is_the_slow_loop"], """
+Arthur & Vassilvitskii 2007; ClusterMIM Sec. 3.2 starts from it. Seeds should be far apart, but not outliers:
+
+    D_i = distance of row i to the nearest seed so far
+    P(the next seed is row i) = D_i^2 / sum_j D_j^2
+
+*Greedy*: draw a few rows like this, and keep the one after which sum_j D_j^2 is least.
+
+**Predict first.** Six tight groups of equal size, far from each other, and six seeds. How often does each group get one if
+the seeds are six random rows? (6! / 6^6.) And with k-means++?
+
+**Steps.**
+1. Squared distances of a few rows to all: ||a||^2 + ||b||^2 - 2 a.b, never below 0.
+2. Draw with the numbers `u` that are given: running sums of D^2, and the first one that is greater than u times the total.
+3. For each row drawn: the sum of the new D^2, were it the seed. Keep the least.
+4. The distance of a seed to itself is 0, but rounding may leave a little. Could it be drawn again?
+
+**Two questions.** In python:
+
+```
+import torch, kmeans
+centers = torch.arange(6.)[:, None] * 100
+x = (centers + torch.randn(6, 50)).reshape(300, 1)
+def found(seeds): return len(set((x[seeds, 0] / 100).round().tolist())) == 6
+print(sum(found(torch.randperm(300)[:6]) for _ in range(1000)))
+for trials in (1, 2, 4):
+    print(trials, sum(found(kmeans.kmeans_plusplus(x, torch.rand(6, trials))) for _ in range(1000)))
+```
+
+1. Bring the groups nearer: 5 instead of 100 between their centres. Which of the two loses more, and what do more trials do?
+2. Put one row at 10,000. How often is it a seed with 1 trial, and how often with 4? Is that good?
+"""),
+    3: Exercise("Patches and positions", 40, 2, ["vit.patchify", "vit.unpatchify", "vit.sincos_positions"],
+                ["test_patchify", "test_unpatchify", "test_sincos_positions", "test_sincos_positions_value_by_value"], """
+Dosovitskiy et al. 2021, Eq. 1; MAE's released code. An image is cut into squares of p x p pixels, read line by line; a patch
+is its p p 3 values. Attention does not know where a patch was, so a position is added to it, half of it for the column,
+half of it for the row; of each:
+
+    sin(i w_j), then cos(i w_j),   w_j = 10000^(-j / J),   j = 0 .. J - 1,   J = width / 4
+
+**Predict first.** Of two patches, take the dot product of their positions. Does it depend on where they are, or only on how
+far they are from each other, in columns and in rows?
+
+**Steps.**
+1. `patchify` and `unpatchify` are one line each with `einops.rearrange`. In which order come row, column and channel inside a
+   patch? `PatchEmbed.forward`, which you have, cuts patches, too, but in another order: that of a convolution's weights.
+2. `sincos_positions`: first one axis, (grid, width / 2); then columns and rows of it for all patches.
+3. In front, `prefix` rows of zeros (the class token). A width that is no multiple of 4 is a ValueError.
+
+**Two questions.** In python:
+
+```
+import torch, vit
+pos = vit.sincos_positions(14, 64, prefix=0)[0]
+print((pos @ pos.T)[7 * 14 + 7].view(14, 14).round().int())
+torch.manual_seed(0)
+model, images = vit.vit_micro().eval(), torch.randn(1, 3, 48, 48)
+order = torch.randperm(36)[None]
+here, there = model.encode(model.embed(images)), model.encode(model.embed(images, order))
+print((here[:, 1:][:, order[0]] - there[:, 1:]).abs().max(), (here[:, 0] - there[:, 0]).abs().max())
+```
+
+1. Which neighbours does the first print call alike, and what changes with `10000` made 10 or 1e8?
+2. The second print: the patches, each with its position, come in another order. Why are both numbers nearly 0? Find the
+   pixels of two patches in `images` and swap them: what now?
+"""),
+    4: Exercise("Attention with rows that only ask", 45, 3, ["vit.Attention.forward"],
+                ["test_attention_mask_and_query_only_rows", "test_encode_of_the_last_rows_only"], """
+Vaswani et al. 2017, Eq. 1; MaPeT Eq. 3. Each row asks (q), and is looked at (k, v):
+
+    head(x)_i = sum_j softmax_j(q_i . k_j / sqrt(width of a head)) v_j         j: keys that row i may attend to
+
+Two things are added to a plain ViT. `mask` says which keys a row may attend to. And rows from `n_keys` on are not looked at by
+any row: they only ask. MaPeT's second stream is made of such rows.
+
+**Predict first.** Take a row that only asks away. Do the outputs of the others change? And one of the keys?
+
+**Steps.**
+1. q, k and v with no mask: split the weights and the bias of `qkv` in three, then each into heads.
+2. `F.scaled_dot_product_attention` or a softmax of your own; heads back together, then `proj`.
+3. `n_keys`: keys and values of the first rows only.
+4. `n_out`: queries of the last rows only, and their lines of the mask. The work for other queries is not to be done.
+
+**Two questions.** In python:
+
+```
+import timeit, torch, vit
+attention = vit.Attention(192, 3)
+for rows in (250, 500, 1000, 2000):
+    x = torch.randn(8, rows, 192)
+    for n_keys in (rows, 125):
+        with torch.no_grad(): print(rows, n_keys, min(timeit.repeat(lambda: attention(x, n_keys=n_keys), number=1)))
+```
+
+1. How does the time grow with the rows if all are keys, and if 125 are? From how many rows on is it the larger part?
+2. A row may attend to nothing: its line of the mask is all False. What comes out, and what is its gradient? Compare
+   `softmax` of your own with torch's. How do the masks of MaPeT and PIM make sure that it never happens?
+"""),
+    5: Exercise("The mask of two streams", 60, 3, ["objectives.two_stream_mask"],
+                ["test_two_stream_mask_is_eq_3"], """
+MaPeT Eq. 3 and Fig. 2. Patches were put into the order z before, visible ones first. So who may look at whom depends on
+the place in the order only, and one mask serves all images:
+
+    content of target i    sees the visible patches, targets up to i, and where the later ones are
+    query of target i      sees the visible patches, targets before i, and where the others are, i among them
+    all others             see what MIM shows: the visible patches, and where all targets are
+
+**Predict first.** On paper: 2 visible rows (the class token, a patch), 3 targets; MaPeT has 11 rows and 8 keys. Fill in all of
+it. Two of the lines are equal: which? How many keys does each row see, and why is it the same number?
+
+**Steps.**
+1. PIM: no mask tokens, so there are 8 rows and 5 keys. Lower triangles: `tril`, with or without the diagonal.
+2. MaPeT: a target that is not seen as content is seen as position. Never both, never neither.
+3. `python objectives.py mapet --patches 6 --cut 3` prints and draws what you made.
+
+**Two questions.** Each run takes about two minutes on two CPU cores:
+
+```
+python train.py --objective mapet --steps 600 --no-probe --out runs/a
+python train.py --objective pim --steps 600 --no-probe --out runs/b
+```
+
+1. Let the query of target i see the content of target i, too. What becomes of the loss (another `--out`), and which tests
+   fail (`pytest test_all.py -k "exercise_05 or leaks"`)? Would you have noticed without them?
+2. Mend it. PIM does not know where its targets are, but for the one it is asked for. Whose loss is lower, and since which step?
+"""),
+    6: Exercise("MIM, PIM and MaPeT from one forward", 60, 3, ["objectives.MaPeT.predict"],
+                ["test_permuted_rows_equal_raster_order_with_masks", "test_mim_equals_masking_in_raster_order",
+                 "test_no_target_leaks_through_12_layers", "test_first_query_equals_its_mask_token_in_every_layer",
+                 "test_stochastic_depth_reaches_mapet"], """
+MaPeT Eqs. 1 and 2, with z an order of the patches, c the cutting point, m_j = mask token + position j:
+
+    PIM     sum_{i >= c} log p(t_{z_i} | x_{z_<i})
+    MaPeT   sum_{i >= c} log p(t_{z_i} | x_{z_<i}, m_{z_>=i})
+
+Take the content of predicted targets away from MaPeT, and it is MIM. Two switches, `permute` and `positions`, make all
+three out of one sequence of rows; the docstring of the class has it.
+
+**Predict first.** With 36 patches and c = 19, how many rows and how many keys has each of the three? What does that say about
+their time?
+
+**Steps.**
+1. `self.split` gives visible and hidden patches, in the order z. `vit.embed(images, patches)`: class token and these patches.
+2. Mask tokens: `self.mask_token` with the positions of the hidden patches. A query begins as the same.
+3. `vit.encode` takes the rows, `self.mask`, the number of keys, how many of the last rows are wanted, and `noise`.
+4. What is predicted at row i is the token of hidden patch i: `gather_patches`.
+
+**Two questions.**
+
+```
+for o in mim pim mapet; do python train.py --objective $o --mask-ratio .5 --benchmark --steps 60; done
+for cut in 2 19 34; do python train.py --objective mapet --cut $cut --steps 400 --no-probe --out runs/cut-$cut; done
+```
+
+1. Are the images per second of the three as you predicted? What else takes time?
+2. Three cutting points: is a low loss a good sign here? Say what one target knows with each of them.
+"""),
+    7: Exercise("The masked autoencoder and its token head", 60, 4,
+                ["objectives.MaskedAutoencoder.predict", "objectives.Objective.loss"],
+                ["test_masked_autoencoders_equal_raster_order", "test_encoder_runs_on_visible_patches_only",
+                 "test_no_hidden_pixel_reaches_encoder_or_gradient", "test_label_smoothing",
+                 "test_every_target_counts_once_and_untrained_loss_is_ln_k",
+                 "test_stochastic_depth_reaches_masked_autoencoders"], """
+ClusterMIM Sec. 3.2: MAE, but what is predicted at a hidden patch is its token t(x), and not its pixels:
+
+    latent = encoder([cls ; visible patches + pos])
+    logits = decoder([W latent ; mask tokens] + pos)           at the mask tokens
+    loss   = - mean over hidden patches of log softmax(logits)[t(x)]
+
+**Predict first.** What is the loss of an untrained network with 64 tokens? And of one that has learned nothing but how
+frequent each token is?
+
+**Steps.**
+1. Encode what is visible, and make it narrow: W is `self.narrow`.
+2. A mask token for each hidden patch; then the positions of the decoder, `self.pos`, in the order of the patches: those of the
+   visible ones, then of the hidden ones.
+3. Decode, and return predictions of the hidden patches with what they should be (`self.compute_target`), in the same order.
+4. `Objective.loss`: cross-entropy, with `self.smoothing`, and accuracy. Should the accuracy have a gradient?
+
+**Two questions.** Each run takes about a minute on two CPU cores:
+
+```
+for k in 8 64 512; do python train.py --objective clustermim --vocab-size $k --steps 600 --no-probe --out runs/k$k; done
+for r in .4 .75 .95; do python train.py --objective clustermim --mask-ratio $r --steps 600 --no-probe --out runs/r$r; done
+```
+
+1. Can losses of different K be compared? Say what you compare instead, and where more tokens stop to help.
+2. What do images per second and loss do as more is hidden? Leave `--no-probe` out for one of them: which is the better encoder?
+"""),
+    8: Exercise("TCAS, a score of tokenizers", 45, 3, ["tcas.tcas_terms"],
+                ["test_tcas_is_eq_8", "test_tcas_by_hand", "test_tcas_values_that_are_known",
+                 "test_tcas_ignores_the_names_of_tokens_and_classes", "test_tcas_never_builds_the_matrix_c"], """
+ClusterMIM Eq. 8, before any training. R[k, c] is how many patches of class c have token k; R' has rows of norm 1:
+
+    C = R' R'^T
+    TCAS = 1/K sum_i (1 - C_ii)^2 + 1/K^2 sum_{i != j} C_ij^2
+
+**Predict first.** What is TCAS of labels as tokens? Of random tokens, K = 64? Of a tokenizer that gives every patch the same
+token?
+
+**Steps.**
+1. R' in float64, by the norm that is asked for; codes that no patch has are dropped. K is the number of those that are left.
+2. Both terms, with the matrix C.
+3. `weighted`: each code counts by its share of the patches.
+4. Now without C, which has 268 million entries for K = 16384: C has the same sum of squares as R'^T R', which is (c, c).
+
+**Two questions.** In python, and on the command line (half a minute each):
+
+```
+import numpy as np, torch, tcas
+for p in (.1, .3, 1, 3, 10): print(p, tcas.tcas(torch.from_numpy(np.random.default_rng(0).poisson(p, (400, 50)))))
+```
+```
+for k in 16 64 256; do python kmeans.py fit --k $k --fraction .05 --out runs/k$k; done
+python tcas.py score --tokenizer runs/k16/tokenizer.pt runs/k64/tokenizer.pt runs/k256/tokenizer.pt
+```
+
+1. The first tokens are random. Why is TCAS low when a token has few patches of a class (p)? What does that mean for K?
+2. Does TCAS fall because a larger codebook is better, or for another reason? Find a number in the table that tells.
+"""),
+    9: Exercise("The augmentation graph, and a claim to refute", 180, 5, ["tcas.augmentation_graph", "tcas.closed_form"],
+                ["test_mask_graph_is_the_drawing_of_app_b", "test_algebra_equals_brute_force", "test_ring",
+                 "test_any_tokenizer_and_what_merging_tokens_does", "test_claims_in_words"], """
+ClusterMIM Eq. 4, Secs. 2.1 and 2.2, App. B. Two views x1, x2 of an image are drawn with probability M(x1, x2). A tokenizer S
+joins points into tokens, and views that may lead to the same token are linked:
+
+    M(x, S)  = sum of M(x, x2) over x2 in S                    d(S) = sum_x M(x, S)
+    A(x, x') = sum_S M(x, S) M(x', S) / d(S)                   normalised: A(x, x') / sqrt(d(x) d(x')), d(x) = sum_x2 M(x, x2)
+
+Sec. 2.2 says that tokens of classes, S^class, raise the weights between points of one class above those of MAE, where each point
+is its own token. You will show that they do not.
+
+**Predict first.** Two classes of 10 points that share 2. Does A link points of different classes, with MAE's tokens? Through what?
+
+**Steps.**
+1. `augmentation_graph`: a matrix product and a division. All of A adds up to 1.
+2. `closed_form`, an hour with pencil and paper. The points that two classes share are the same number for every two:
+   A(x, x') = T_cd / (C n^2) for x of class c only, x' of class d only, with T as in the docstring. Find mu for MAE's tokens
+   (kappa = 1 - C overlap / (2 n)), for labels as tokens (of a shared point: one of its two labels, half and half), and for
+   cross-class tokens, half of every class in each.
+3. From mu: w_in, w_x; sum = the sum of squared eigenvalues; alpha = P(two linked views have different labels), where a shared
+   point has each of its labels with probability 1/2. For two classes, also for any list of tokens (`assignment`).
+4. Refute the claim: mu of which is larger, for any overlap?
+
+**Two questions.**
+
+```
+python tcas.py toy --n 10 --overlap 2 --classes 2
+python tcas.py toy --graph ring --n 12 --width 1
+```
+
+1. Is there any tokenizer at all with larger weights inside a class than MAE's? Draw 1000 at random with `tcas.toy_model`.
+2. The paper's drawing has links that MAE lacks. Which claim about the same tokenizers does the ring support, and why not the first
+   graph?
+"""),
+    10: Exercise("A run that goes on exactly", 120, 4, ["train.schedule", "train.collect_state", "train.restore_state"],
+                 ["test_schedule_is_a_function_of_the_step", "test_schedule_depends_on_its_arguments_only",
+                  "test_schedule_shuffles_once_an_epoch", "test_state_of_a_run_is_all_that_its_steps_depend_on"], """
+A run of days is stopped, and killed. When the same command is given again it should end with the same weights, bit for bit. Then
+step s must not depend on when or where it runs:
+
+    images of step s  = a function of (seed, s)
+    weights after s   = a function of (weights, optimizer, random numbers before s, images of s)
+
+**Predict first.** A run is stopped after step 7. It goes on with its weights, but with a new AdamW. Which is the first step whose
+loss is another: 8 or 9?
+
+**Steps.**
+1. `schedule`: the epoch and the place in it, from s. A generator of its own for each epoch, by `derive_seed`, so that it neither
+   sees nor moves the random numbers of others. To start in the middle of an epoch costs one permutation, not the steps before.
+2. The slice of this process, then equal micro-batches of it.
+3. `collect_state` and `restore_state`: model, optimizer, torch's random state.
+4. The real thing, which takes seconds: `pytest test_all.py -k stop_resume`.
+
+**Two questions.** Half a minute:
+
+```
+python train.py --objective mapet --steps 40 --log-every 1 --no-probe --out runs/whole
+python train.py --objective mapet --steps 20 --log-every 1 --no-probe --out runs/parts
+python train.py --objective mapet --steps 40 --log-every 1 --no-probe --out runs/parts
+diff <(cut -d, -f1-3 runs/whole/metrics.jsonl) <(cut -d, -f1-3 runs/parts/metrics.jsonl)
+```
+
+1. Leave the optimizer's state out of `restore_state`, and do it again. Where do the losses part, and do they meet again?
+2. What takes the room in `runs/whole/last.pt`? Compare it with `encoder.pt`, and say what each part of it is for.
+"""),
+}
+
+# The docstrings that would give the answer away, as a hand-out has them.
+HIDDEN = {"objectives.two_stream_mask":
+'''Who may look at whom in PIM and MaPeT: (rows, keys) bool, True = may attend (MaPeT Eq. 3 and Fig. 2).
+
+    visible    V, rows that every row may see: the class token and the visible patches, the cutting point c
+    targets    T, how many patches are predicted, in the order z
+    positions  True: MaPeT, with the T position-only mask tokens; False: PIM, without them
+
+    keys (columns)  [V visible | T targets, their content | T mask tokens, position only], in PIM without the last
+    rows            those of the keys, in this order, then T queries, one of each target
+    '''}
+
+# Wrong answers that look right: (function, what stands there, what a student might write). No hand-out has them.
+WRONG = {
+    1: [("kmeans.lloyd", "torch.where(counts > 0, sums / counts, centroids)", "sums / counts.clamp(min=1)"),
+        ("kmeans.lloyd", "return torch.cdist(x, centroids).argmin(1), centroids", "return labels, centroids")],
+    2: [("kmeans.kmeans_plusplus", "closest.double().cumsum(-1)", "closest.double().sqrt().cumsum(-1)"),
+        ("kmeans.kmeans_plusplus", "torch.minimum(closest, squared_distances(trials))", "squared_distances(trials)")],
+    3: [("vit.patchify", "(p q c)", "(c p q)"), ("vit.sincos_positions", "[column, row]", "[row, column]")],
+    4: [("vit.Attention.forward", "x[:, :n_keys]", "x"), ("vit.Attention.forward", "mask[ask]", "~mask[ask]")],
+    5: [("objectives.two_stream_mask", "tril(-1)", "tril()"),
+        ("objectives.two_stream_mask", "[full(T, V), so_far, ~so_far]", "[full(T, V), so_far, full(T, T)]")],
+    6: [("objectives.MaPeT.predict", "vit.positions(hidden)", "0 * vit.positions(hidden)"),
+        ("objectives.MaPeT.predict", "noise=noise", "noise=None")],
+    7: [("objectives.MaskedAutoencoder.predict", "torch.cat([visible, hidden], 1))",
+         "torch.cat([visible, hidden], 1).sort(1).values)"),
+        ("objectives.Objective.loss", "label_smoothing", "reduction='sum', label_smoothing")],
+    8: [("tcas.tcas_terms", "gram.square().sum() - diagonal", "gram.square().sum()"),
+        ("tcas.tcas_terms", "(patches > 0).double() / used", "torch.ones_like(patches) / len(counts)")],
+    9: [("tcas.augmentation_graph", "(to_token / to_token.sum(0))", "to_token"),
+        ("tcas.closed_form", '"classwise": kappa ** 2', '"classwise": kappa')],
+    10: [("train.schedule", "torch.Generator().manual_seed", "torch.manual_seed"),
+         ("train.schedule", "if order is None or k == 0:", "if True:"),
+         ("train.restore_state", 'optimizer.load_state_dict(state["optimizer"])', "pass")],
+}
+
+for number, exercise in EXERCISES.items():                                # so that -k exercise_03 finds them
+    for name in exercise.tests:
+        setattr(globals()[name], f"exercise_{number:02}", True)
+
+
+@functools.lru_cache
+def find_function(source, name):
+    """The syntax tree of `name` in the text of a module: a function, or the method of a class, as "MaPeT.predict"."""
+    node = ast.parse(source)
+    for part in name.split("."):
+        node = next(child for child in node.body if getattr(child, "name", None) == part)
+    return node
+
+
+def replace_lines(source, first, last, new):
+    """Lines first..last of a text, counted from 1 and both included, give way to new ones."""
+    lines = source.splitlines()
+    return "\n".join([*lines[:first - 1], *new, *lines[last:]]) + "\n"
+
+
+def remove_bodies(source, module, number):
+    """The text of a module without what exercise `number` asks for: signature and docstring stay."""
+    for name in EXERCISES[number].functions:
+        file, _, function = name.partition(".")
+        if file == module:
+            node = find_function(source, function)
+            text, indent = node.body[0], " " * node.body[0].col_offset     # of the docstring
+            source = replace_lines(source, text.end_lineno + 1, node.end_lineno,
+                                   [f'{indent}raise NotImplementedError("exercise {number}: {function}")'])
+            if name in HIDDEN:
+                source = replace_lines(source, text.lineno, text.end_lineno, [f'{indent}"""{HIDDEN[name]}"""'])
+    return source
+
+
+def write_sheet(number):
+    exercise = EXERCISES[number]
+    functions = ", ".join(f"`{name}`" for name in exercise.functions)
+    return (f"# Exercise {number}: {exercise.title}\n\n"
+            f"To write: {functions}. About {exercise.minutes} minutes. Points: {exercise.points}. All else is there.\n\n"
+            f"{exercise.sheet.strip()}\n\n"
+            f"Done when `pytest test_all.py -k exercise_{number:02}` is green;\n"
+            f"`python test_all.py grade . --exercise {number}` counts the points.\n")
+
+
+def hand_out(numbers, out):
+    """Write a copy of the repository into the folder `out`, less what is to be done; README.md: the sheets."""
+    if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
+        raise ValueError(f"{out} is there, and not an empty folder: --out names a new one")
+    os.makedirs(out, exist_ok=True)
+    for module in FILES:
+        source = open(os.path.join(HERE, f"{module}.py")).read()
+        for number in numbers:
+            source = remove_bodies(source, module, number)
+        write_text(out, f"{module}.py", source)
+    source = open(__file__).read()
+    table = next(node for node in ast.parse(source).body
+                 if isinstance(node, ast.Assign) and node.targets[0].id == "WRONG")
+    write_text(out, "test_all.py", replace_lines(source, table.lineno, table.end_lineno, ["WRONG = {}"]))
+    for name in ("requirements.txt", "LICENSE", ".gitignore"):
+        shutil.copy(os.path.join(HERE, name), out)
+    contents = "# Exercises\n\n" + "".join(f"{n}. {EXERCISES[n].title}\n" for n in numbers) + "\n"
+    write_text(out, "README.md", contents * (len(numbers) > 1) + "\n".join(map(write_sheet, numbers)))
+
+
+def write_text(folder, name, text):
+    with open(os.path.join(folder, name), "w") as file:
+        file.write(text)
+
+
+def serve():
+    """Runs, as text, in a process of its own: pytest in forks of it, which need not import torch once more.
+
+    stdin: JSON [here, files, out, seconds, at_once, jobs], a job = [folder, arguments of pytest]. test_all.py is
+    that of here, and so is a file that the folder lacks. Writes out/0.json for the first job, and so on:
+    {"error": why nothing ran, or None; "tests": {name: why it failed, or ""}}.
+    """
+    import json, os, signal, sys, traceback, types
+    import einops, pytest, torchvision, torch.distributed, torch.utils.flop_counter, tqdm          # slow: once for all
+
+    here, files, out, seconds, at_once, jobs = json.load(sys.stdin)
+    texts = {name: open(f"{here}/{name}.py").read() for name in [*files, "test_all"]}
+    compiled = {text: compile(text, f"{here}/{name}.py", "exec") for name, text in texts.items()}
+
+    class Notes:
+        error, tests = None, {}
+
+        def pytest_collectreport(self, report):
+            if report.failed:
+                self.error = str(report.longrepr).strip().splitlines()[-1]
+
+        def pytest_runtest_makereport(self, item, call):
+            if call.excinfo:
+                reason = call.excinfo.exconly().splitlines()[0]
+                if reason == "AssertionError":                            # which one?
+                    at = [entry.lineno for entry in call.excinfo.traceback if entry.path.name == "test_all.py"][-1]
+                    reason = texts["test_all"].splitlines()[at].strip()
+                self.tests[item.name] = reason
+            elif call.when == "call":
+                self.tests[item.name] = ""
+
+    def load(folder, name):
+        path = f"{folder}/{name}.py" if os.path.exists(f"{folder}/{name}.py") else f"{here}/{name}.py"
+        text = open(path).read()
+        module = sys.modules[name] = types.ModuleType(name)
+        module.__file__ = path
+        exec(compiled.get(text) or compile(text, path, "exec"), vars(module))
+
+    def run(folder, argv):
+        sys.path[0], notes = folder, Notes()
+        try:
+            for name in files:
+                load(folder, name)
+            load(here, "test_all")
+        except BaseException as error:
+            lines = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)
+                     if frame.filename.startswith(folder)]
+            file, line = (error.filename, error.lineno) if isinstance(error, SyntaxError) else [(name, "?"), *lines][-1]
+            notes.error = f"does not import: {type(error).__name__} in {os.path.basename(file)} line {line}: {error}"
+        else:
+            options = "-p no:cacheprovider -p no:unraisableexception --noconftest --tb=no".split()
+            pytest.main([*options, *argv], plugins=[notes])
+        return {"error": notes.error, "tests": notes.tests}
+
+    running = 0
+    for number, (folder, argv) in enumerate(jobs):
+        if running == at_once:
+            running -= bool(os.wait())
+        running += 1
+        if not hasattr(os, "fork") or os.fork() == 0:
+            if hasattr(signal, "alarm"):
+                signal.alarm(seconds)                                     # ends this fork
+            for stream in (0, 1, 2):
+                os.dup2(os.open(os.devnull, os.O_RDWR), stream)
+            result = run(folder, [*argv, f"--basetemp={out}/{number}"])
+            with open(f"{out}/{number}.part", "w") as file:
+                json.dump(result, file)
+            os.replace(f"{out}/{number}.part", f"{out}/{number}.json")
+            os._exit(0)
+    while running:
+        running -= bool(os.wait())
+
+
+def run_tests(jobs, seconds=60):
+    """jobs [(folder, exercise numbers, options of pytest)] -> for each {"error": None or a line, "tests": {name: why}}.
+
+    why: the first line of what is wrong, "" if the test passed. The tests are those of this file.
+    """
+    test = os.path.join(HERE, "test_all.py")
+    jobs = [(os.path.abspath(folder), [f"{test}::{name}" for n in numbers for name in EXERCISES[n].tests] + options)
+            for folder, numbers, options in jobs]
+    results, cores = [], len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    for batch in [jobs] if hasattr(os, "fork") else [[job] for job in jobs]:
+        with tempfile.TemporaryDirectory() as out:
+            task = json.dumps([HERE, FILES, out, seconds, cores, batch])
+            subprocess.run([sys.executable, "-c", inspect.getsource(serve) + "\nserve()"], input=task, text=True,
+                           cwd=out, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            for number in range(len(batch)):
+                path = f"{out}/{number}.json"
+                over = {"error": f"no result after {seconds} s, or the process was ended", "tests": {}}
+                results.append(json.load(open(path)) if os.path.exists(path) else over)
+    return results
+
+
+def why_not_all(result):
+    """One line on the first thing that is wrong, "" if nothing is."""
+    name, reason = next(((name, reason) for name, reason in result["tests"].items() if reason), ("", ""))
+    missing = re.search(r"exercise (\d+): ", reason)
+    reason = f"not done: exercise {missing[1]}" if missing else f"{name}: {reason}" if reason else ""
+    return result["error"] or reason
+
+
+def grade(folder, numbers):
+    """Print a table of exercises, points and passed tests; do all tests of all exercises pass?"""
+    for name in FILES:
+        if not os.path.isfile(os.path.join(folder, f"{name}.py")):
+            raise ValueError(f"{folder} has no {name}.py: grade takes a folder that `handout` wrote")
+    print(f"{'exercise':48}{'points':>8}{'tests':>10}")
+    reached = 0
+    for number, result in zip(numbers, run_tests([(folder, [n], []) for n in numbers])):
+        exercise, passed, total = EXERCISES[number], list(result["tests"].values()).count(""), len(result["tests"])
+        points = 0 if result["error"] else exercise.points * passed / total
+        reached += points
+        columns = f"{number:2} {exercise.title:45}{points:4.3g} of{exercise.points:2}{passed:6} of{total:3}"
+        print(f"{columns}   {why_not_all(result)}".rstrip())
+    most = sum(EXERCISES[n].points for n in numbers)
+    print(f"{'all':48}{reached:4.3g} of {most}")
+    return reached == most
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Tests: pytest test_all.py. For a course: exercises and their points.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    about = "a copy of the repository without the answer of an exercise; its README.md is the sheet"
+    sub = commands.add_parser("handout", help=about, description=about)
+    sub.add_argument("exercise", choices=[*map(str, EXERCISES), "all"], metavar="N",
+                     help="1 to 10, or all: one copy without any answer")
+    sub.add_argument("--out", required=True, metavar="FOLDER", help="a new or empty folder")
+    about = "the points of a hand-out. This runs the code in FOLDER. Exit code 0: all points, 1: not all"
+    sub = commands.add_parser("grade", help=about, description=about)
+    sub.add_argument("folder", metavar="FOLDER", help="what `handout` wrote; its test_all.py is not read, but this one")
+    sub.add_argument("--exercise", type=int, choices=EXERCISES, metavar="N", help="only this one")
+    args = parser.parse_args(argv)
+    with V.exit_on_error("test_all.py"):
+        if args.command == "handout":
+            hand_out(list(EXERCISES) if args.exercise == "all" else [int(args.exercise)], args.out)
+            print(f"{args.out}/README.md says what to do")
+        elif not grade(args.folder, [args.exercise] if args.exercise else list(EXERCISES)):
+            sys.exit(1)
+
+
+on_forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="without fork it would take minutes")
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """Results of tests: {exercise: of all, in its hand-out; (exercise, wrong answer): of its own}."""
+    root = tmp_path_factory.mktemp("course")
+    jobs = {}
+    for number in EXERCISES:
+        main(["handout", str(number), "--out", str(root / str(number))])
+        jobs[number] = root / str(number), list(EXERCISES), []
+    for number, answers in WRONG.items():
+        for i, (name, old, new) in enumerate(answers):
+            module, _, function = name.partition(".")
+            source = open(os.path.join(HERE, f"{module}.py")).read()
+            node = find_function(source, function)
+            right = "\n".join(source.splitlines()[node.lineno - 1:node.end_lineno])
+            assert old in right, (name, old)
+            os.mkdir(folder := root / f"{number}-{i}")                     # the other modules come from here
+            write_text(folder, f"{module}.py", source.replace(right, right.replace(old, new)))
+            jobs[number, new] = folder, [number], ["-x"]
+    shutil.copytree(root / "1", root / "broken")
+    write_text(root / "broken", "tcas.py", "\n\ndef tcas(counts:\n")
+    jobs["broken"] = root / "broken", [1], []
+    return dict(zip(jobs, run_tests(jobs.values())))
+
+
+@whole
+@on_forks
+@pytest.mark.parametrize("number", EXERCISES)
+def test_a_handout_fails_its_tests_and_no_others(number, judged):
+    """It can be imported; its own tests all say that it is to be done, others pass or say the same."""
+    result, own = judged[number], EXERCISES[number].tests
+    assert result["error"] is None
+    missing = {name for name, reason in result["tests"].items() if reason}
+    assert all(f"NotImplementedError: exercise {number}: " in result["tests"][name] for name in missing), result
+    assert {name for name in result["tests"] if name.split("[")[0] in own} <= missing
+    everything = {name for exercise in EXERCISES.values() for name in exercise.tests}
+    assert {name.split("[")[0] for name in result["tests"]} == everything
+
+
+@whole
+@on_forks
+@pytest.mark.parametrize("number", EXERCISES)
+def test_wrong_answers_are_caught(number, judged):
+    for _, _, new in WRONG[number]:
+        result = judged[number, new]
+        assert result["error"] is None and why_not_all(result), new
+        assert "not done" not in why_not_all(result), new
+
+
+@whole
+@on_forks
+def test_what_does_not_import_is_said(judged):
+    assert judged["broken"]["error"].startswith("does not import: SyntaxError in tcas.py line 3")
+
+
+@whole
+def test_exercises_name_what_exists():
+    """Functions, tests, `-k` of the sheets, the README's table; and each block of Python in a sheet is Python."""
+    readme = open(os.path.join(HERE, "README.md")).read()
+    tests = [name for name in globals() if name.startswith("test_")]
+    for number, exercise in EXERCISES.items():
+        functions = ", ".join(f"`{name}`" for name in exercise.functions)
+        assert f"| {number} | {exercise.title} | {functions} | {exercise.minutes} | {exercise.points} |" in readme
+        for name in exercise.functions:
+            module, _, function = name.partition(".")
+            assert ast.get_docstring(find_function(open(os.path.join(HERE, f"{module}.py")).read(), function)), name
+        assert set(exercise.tests) <= set(tests)
+        sheet = write_sheet(number)
+        assert "Predict first" in sheet and "Steps" in sheet and "Two questions" in sheet
+        for block in re.findall(r"^```\n(import .*?)^```", sheet, re.M | re.S):
+            compile(block, "sheet", "exec")
+    for words in re.findall(r"(?<!-)-k (\w+|\"[^\"]+\")", readme + "".join(map(write_sheet, EXERCISES))):
+        for word in words.strip('"').split(" or "):
+            assert any(word in name for name in tests) or int(word.removeprefix("exercise_")) in EXERCISES, word
+    assert set(WRONG) == set(EXERCISES)
+
+
+@whole
+def test_a_handout_has_no_answer_and_all_else(tmp_path):
+    main(["handout", "all", "--out", str(tmp_path / "all")])
+    read = lambda folder, name: open(os.path.join(folder, f"{name}.py")).read()
+    for number, exercise in EXERCISES.items():
+        for name in exercise.functions:
+            module, _, function = name.partition(".")
+            ours, theirs = (find_function(read(folder, module), function) for folder in (HERE, tmp_path / "all"))
+            assert [type(line) for line in theirs.body] == [ast.Expr, ast.Raise]
+            assert ast.dump(ours.args) == ast.dump(theirs.args)
+            wanted = inspect.cleandoc(HIDDEN[name]) if name in HIDDEN else ast.get_docstring(ours)
+            assert ast.get_docstring(theirs) == wanted
+        assert f"# Exercise {number}: {exercise.title}" in open(tmp_path / "all" / "README.md").read()
+    for module in FILES:                                                  # else lines are only taken away
+        left = iter(read(HERE, module).splitlines())
+        shown = [line for text in HIDDEN.values() for line in text.splitlines()]
+        assert all(line in left for line in read(tmp_path / "all", module).splitlines()
+                   if "NotImplementedError(\"exercise" not in line and line.strip('" ') not in map(str.strip, shown))
+    tests = read(tmp_path / "all", "test_all")
+    assert "\nWRONG = {}\n" in tests and WRONG[1][0][2] not in tests
+
+
+def test_course_refuses_in_one_line(tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.py").write_text("")
+    refused(main, ["handout", 1, "--out", tmp_path / "full"], capsys, "full", "not an empty folder")
+    refused(main, ["handout", 11, "--out", tmp_path / "new"], capsys, "11")
+    refused(main, ["grade", tmp_path / "full"], capsys, "has no vit.py")
+    refused(main, ["grade", tmp_path / "nowhere"], capsys, "nowhere")
+    refused(main, ["grade", HERE, "--exercise", 0], capsys, "0")
+    assert os.listdir(tmp_path) == ["full"]
+
+
+def test_points(monkeypatch, capsys):
+    """Each exercise: its points, times the share of its tests that pass; 0 if nothing ran."""
+    results = {1: {"error": None, "tests": {"test_a": "", "test_b": ""}},
+               2: {"error": None, "tests": {"test_a": "", "test_b[3]": "assert 1 == 2"}},
+               3: {"error": None, "tests": {"test_a": "NotImplementedError: exercise 3: patchify"}},
+               4: {"error": "does not import: SyntaxError in vit.py line 3: invalid syntax", "tests": {}}}
+    monkeypatch.setitem(globals(), "run_tests", lambda jobs: [results[numbers[0]] for _, numbers, _ in jobs])
+    assert not grade(HERE, [1, 2, 3, 4]) and grade(HERE, [1])
+    lines = [re.sub(" +", " ", line) for line in capsys.readouterr().out.splitlines()]
+    assert lines[1].endswith("1 of 1 2 of 2") and lines[2].endswith("1 of 2 1 of 2 test_b[3]: assert 1 == 2")
+    assert lines[3].endswith("0 of 2 0 of 1 not done: exercise 3")
+    assert lines[4].endswith("SyntaxError in vit.py line 3: invalid syntax")
+    assert lines[5] == "all 2 of 8"
+
+
+if __name__ == "__main__":
+    main()

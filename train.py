@@ -131,7 +131,8 @@ def recipe(objective, data, model=None):
 def schedule(n, batch, seed, start, stop, rows, accumulate):
     """Yields, for each micro-batch of this process, its items (epoch, i); steps start..stop-1.
 
-    An epoch is a permutation of the n images by (seed, epoch), cut into global batches; the rest is dropped.
+    An epoch is a permutation of the n images, cut into global batches; the rest is dropped. It depends on
+    (seed, epoch) and on nothing else, is different for different pairs, and is drawn once an epoch, not at each step.
     `rows` is this process's slice of the global batch, handed out in `accumulate` equal micro-batches.
     """
     per_epoch, order = n // batch, None
@@ -224,9 +225,7 @@ def train(args, ds, targets, state, device, lap=lambda phase: None):
     optimizer = make_optimizer(model, args)
     step = saved = state["step"] if state else 0
     if state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
+        restore_state(state, model, optimizer)
         print0(f"going on from {args.out}/last.pt at step {step}")
     start_codebook(args, model, ds, device, step)
     log = Log(args, model, targets, state, device)
@@ -292,8 +291,7 @@ def train(args, ds, targets, state, device, lap=lambda phase: None):
             if save_due:
                 saved, saved_at = step, time.time()
                 if rank == 0:
-                    save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), args=vars(args),
-                              step=step, epoch=step // per_epoch, sums=log.sums, rng=torch.get_rng_state()),
+                    save(collect_state(model, optimizer, args, step, epoch=step // per_epoch, sums=log.sums),
                          f"{args.out}/last.pt")
             lap("log, save")
             if stopping:
@@ -797,6 +795,22 @@ def resume(path, args):
         raise ValueError(f"{path} is of a run with other settings ({'; '.join(differ)}): "
                          "take these, another --out, or --fresh to start over")
     return state
+
+
+def collect_state(model, optimizer, args, step, **more):
+    """All that the steps after `step` depend on: a dict of tensors, numbers and strings, for last.pt.
+
+    Its keys: model, optimizer (their state_dict), args (a dict), step, rng (torch's random state); and `more`.
+    """
+    return dict(model=model.state_dict(), optimizer=optimizer.state_dict(), args=vars(args), step=step,
+                rng=torch.get_rng_state(), **more)
+
+
+def restore_state(state, model, optimizer):
+    """Put back what `collect_state` collected: model, optimizer and torch's random numbers go on from there."""
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"])
 
 
 def start_over(args):

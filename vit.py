@@ -61,7 +61,8 @@ def gather_patches(x, order):
 def sincos_positions(grid, width, prefix=1):
     """Fixed 2-D sine-cosine positions (MAE), (1, prefix + grid*grid, width) float32; 0 for the class token.
 
-    The first half of the width encodes the *column*, the second the row, as in MAE's released weights.
+    The first half of the width encodes the *column*, the second the row, as in MAE's released weights. Each half is
+    sin(i w_j) for all j, then cos(i w_j); i = 0, 1, ... the column or row, w_j = 10000^(-j / J), j = 0..J-1, J = width / 4.
     """
     if width % 4:
         raise ValueError(f"sine-cosine positions need a width divisible by 4, not {width}")
@@ -95,7 +96,8 @@ class Attention(nn.Module):
     def forward(self, x, mask=None, n_keys=None, n_out=None):
         """x (b, rows, d) -> (b, n_out or rows, d). The last n_out rows ask, the first n_keys are looked at.
 
-        mask (rows, n_keys) bool, True = may attend, one for all images and heads.
+        mask (rows, n_keys) bool, True = may attend, one for all images and heads. softmax(q k^T / sqrt(d / h)) v: the
+        outputs of `qkv` are all of q, then of k, then of v, each head after head.
         """
         d = x.shape[-1]
         ask = slice(None) if n_out is None else slice(-n_out, None)
