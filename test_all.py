@@ -4131,6 +4131,53 @@ def test_readme_commands_parse(capsys):
             assert re.search(rf"{flag}\b", known), (name, flag)
 
 
+def expand_readme():
+    """The laptop commands of the README's code blocks, as a shell expands them: [[script, word, ...], ...].
+
+    The shell that runs them has functions in place of python and torchrun, which print their arguments. Of a loop over
+    seeds the first is run, of a loop within it the first and the last. What wants ImageNet or a GPU is left out.
+    """
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", open(os.path.join(HERE, "README.md")).read(), re.M | re.S)
+    lines = [line for language, block in blocks if not language for line in block.splitlines()
+             if re.match("(python|torchrun|for) ", line) and not re.search("/path/to/|--device cuda|test_all.py", line)]
+    script = re.sub(r"for s in [\d ]+; do for (\w) in (\S+)[^;]* (\S+);", r"for s in 0; do for \1 in \2 \3;", "\n".join(lines))
+    tell = 'python() { printf "%s\\0" "$@"; printf "\\n\\0"; }; torchrun() { shift 2; python "$@"; }\n'
+    with tempfile.TemporaryDirectory() as empty:                           # where no * matches anything
+        told = subprocess.run(["bash", "-euc", tell + script], cwd=empty, capture_output=True, text=True, check=True)
+    return [command.split("\0")[:-1] for command in told.stdout.split("\n\0")[:-1]]
+
+
+@whole
+def test_readme_laptop_commands_run(tmp_path, monkeypatch):
+    """As written and in order, but for 2 steps on fewer images: each ends well, and finds what an earlier one wrote."""
+    commands = expand_readme()
+    assert len(commands) > 50
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train.Textures, "streams", {"train": (1, 500), "test": (2, 250), "val": (3, 250)})
+    monkeypatch.setattr(train, "Textures", functools.cache(train.Textures))
+    evaluate, accuracies = probe.evaluate, []
+
+    def evaluate_once(*given):                                             # a run's table: the rest takes the first's
+        accuracies[:] = accuracies or [evaluate(*given)]
+        return {name: value + len(os.listdir("runs")) / 1000 for name, value in accuracies[0].items()}
+    monkeypatch.setattr(probe, "evaluate", evaluate_once)
+    scripts = dict(vit=V, kmeans=kmeans, tcas=tcas, objectives=objectives, train=train, probe=probe)
+    for script, *words in commands:
+        words = [name for word in words for name in sorted(glob.glob(word)) or [word] * ("*" not in word)]
+        if script == "-c":
+            exec(words[0], {})
+            continue
+        if script == "train.py" and "--plan" not in words or words[:1] in (["finetune"], ["tokens"]):
+            words += ["--steps", "2"]
+        if words[:1] == ["bench"]:
+            words += ["--n", "2000", "--k", "50"]
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            try:
+                scripts[script.removesuffix(".py")].main(words)
+            except SystemExit as stop:
+                assert not stop.code, (script, *words, said.getvalue())
+
+
 @whole
 def test_readme_names_tests_and_code_that_exist():
     """The map from the papers to the code: every function and every test in it is there."""
