@@ -2487,6 +2487,30 @@ def test_center_squares_are_decoded_once(tmp_path, monkeypatch, capsys):
     assert "no room" in capsys.readouterr().out and not any((tmp_path / "none").iterdir())
 
 
+def test_squares_on_a_disk_that_fails(tmp_path, monkeypatch, capsys):
+    """No room after all, a folder that cannot be: decoded in every epoch, says one line. Half a write is no square."""
+    ds, square = train.open_dataset(jpeg_folder(tmp_path / "d"), "train", 24), torch.full((3, 24, 24), 7, dtype=torch.uint8)
+    squares = train.Squares(str(tmp_path / "own" / "x.squares"), 2, 24)
+    squares.reserve()
+    write = os.pwrite
+
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+    for i, fault in enumerate((no_space, lambda file, row, at: write(file, row[:1000], at))):
+        monkeypatch.setattr(os, "pwrite", fault)
+        squares.write(i, square)
+        assert squares.read(i) is None
+    monkeypatch.setattr(os, "pwrite", write)
+    squares.write(1, square)
+    assert torch.equal(squares.read(1), square)
+    monkeypatch.setattr(os, "posix_fallocate", no_space)
+    for cache, why in ((tmp_path / "full", "No space left"), (tmp_path / "own" / "x.squares" / "no", "Not a directory")):
+        train.keep_squares(argparse.Namespace(crop=0, cache=str(cache)), ds)
+        out = capsys.readouterr().out
+        assert "decoded in every epoch" in out and why in out and out.count("\n") == 1
+    assert ds.squares is None and not any((tmp_path / "full").iterdir())
+
+
 def test_plan_and_benchmark(tmp_path, monkeypatch, capsys):
     """Numbers that follow from each other; nothing is written, but squares where --cache says so."""
     monkeypatch.chdir(tmp_path)
