@@ -315,6 +315,42 @@ def test_attention_mask_and_query_only_rows():
     torch.testing.assert_close(attention(x, n_keys=5, n_out=2), wanted[:, -2:])
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trained", [["fc1", "fc2"], ["fc1"], ["fc2"], []])
+def test_mlp_computes_gelu_again_instead_of_keeping_it(kind, trained):
+    """The gradients of the plain formula, bit for bit, whatever is frozen, and one wide tensor for the backward pass."""
+    torch.manual_seed(0)
+    mlp, x, grad = V.MLP(16, 64), torch.randn(2, 7, 16), torch.randn(2, 7, 16).to(kind)
+    for name, p in mlp.named_parameters():
+        p.requires_grad_(name[:3] in trained)
+    plain, kept, own = copy.deepcopy(mlp), {}, {p.data_ptr() for p in mlp.parameters()}
+
+    def keep(y):
+        kept[y.data_ptr()] = y.numel() * (y.data_ptr() not in own)
+        return y
+    results = []
+    for run in (mlp, lambda x: plain.fc2(F.gelu(plain.fc1(x)))):
+        rows = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(
+                keep if run is mlp else lambda y: y, lambda y: y):
+            y = run(rows)
+        y.backward(grad)
+        results.append([y, rows.grad])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b) and a.dtype == b.dtype
+    for a, b in zip(mlp.parameters(), plain.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None) and (a.grad is None or torch.equal(a.grad, b.grad))
+    if kind == torch.float32:
+        assert sum(kept.values()) == 14 * (64 + 16 * ("fc1" in trained))
+
+
+def test_mlp_derivatives():
+    torch.manual_seed(0)
+    x, layer = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True), nn.Linear(5, 4).double()
+    assert torch.autograd.gradcheck(lambda x, *_: V.gelu_linear(x, layer), (x, *layer.parameters()))
+    assert torch.autograd.gradgradcheck(lambda x, *_: V.gelu_linear(x, layer), (x, *layer.parameters()))
+
+
 def test_encode_of_the_last_rows_only():
     """n_out saves work in the last block and changes nothing else."""
     vit, x = tiny(layer_scale=.5).eval(), torch.randn(2, 10, 32)
@@ -2629,6 +2665,30 @@ def test_center_squares_are_decoded_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: argparse.Namespace(free=10_000))
     train.main([str(a) for a in (*argv, "--out", tmp_path / "full", "--cache", tmp_path / "none", "--steps", 1)])
     assert "no room" in capsys.readouterr().out and not any((tmp_path / "none").iterdir())
+
+
+def test_squares_on_a_disk_that_fails(tmp_path, monkeypatch, capsys):
+    """No room after all, a folder that cannot be: decoded in every epoch, says one line. Half a write is no square."""
+    ds, square = train.open_dataset(jpeg_folder(tmp_path / "d"), "train", 24), torch.full((3, 24, 24), 7, dtype=torch.uint8)
+    squares = train.Squares(str(tmp_path / "own" / "x.squares"), 2, 24)
+    squares.reserve()
+    write = os.pwrite
+
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+    for i, fault in enumerate((no_space, lambda file, row, at: write(file, row[:1000], at))):
+        monkeypatch.setattr(os, "pwrite", fault)
+        squares.write(i, square)
+        assert squares.read(i) is None
+    monkeypatch.setattr(os, "pwrite", write)
+    squares.write(1, square)
+    assert torch.equal(squares.read(1), square)
+    monkeypatch.setattr(os, "posix_fallocate", no_space)
+    for cache, why in ((tmp_path / "full", "No space left"), (tmp_path / "own" / "x.squares" / "no", "Not a directory")):
+        train.keep_squares(argparse.Namespace(crop=0, cache=str(cache)), ds)
+        out = capsys.readouterr().out
+        assert "decoded in every epoch" in out and why in out and out.count("\n") == 1
+    assert ds.squares is None and not any((tmp_path / "full").iterdir())
 
 
 def test_plan_and_benchmark(tmp_path, monkeypatch, capsys):

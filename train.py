@@ -869,10 +869,11 @@ def keep_squares(args, ds):
         try:
             squares.reserve()
             print0(f"center squares are kept in {squares.path}: {size}")
-        except OSError:
+        except OSError as error:
             with contextlib.suppress(OSError):
                 os.remove(squares.path)
-            print0(f"pictures are decoded in every epoch: there is no room in {args.cache} for their squares, {size}")
+            why = error.strerror or error
+            print0(f"pictures are decoded in every epoch: {args.cache} cannot keep their squares, {size} ({why})")
     barrier()
     if not os.path.exists(squares.path):
         return

@@ -116,7 +116,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
+        return gelu_linear(self.fc1(x), self.fc2)             # fc2(gelu(fc1 x)), in less memory
 
 
 class LayerScale(nn.Module):
@@ -272,6 +272,33 @@ MODELS = {"vit_micro": vit_micro, "vit_tiny": vit_tiny, "vit_small": vit_small, 
 # ==========================================================================================================
 # Machinery. The method ends here: what follows reads weights, describes patches, writes files and draws.
 # ==========================================================================================================
+
+# --- memory -----------------------------------------------------------------------------------------------
+
+class GELULinear(torch.autograd.Function):
+    """linear(gelu(x)) that keeps x alone for its backward pass, which computes gelu(x) again: the same numbers.
+
+    Autograd keeps both: gelu needs x, the linear layer gelu(x), and in a ViT's MLP nothing else is as large.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return F.linear(F.gelu(x), weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        grad_x = torch.ops.aten.gelu_backward(grad @ weight.to(grad.dtype), x)     # autocast: float32 weights
+        return grad_x, rows.T @ F.gelu(x).flatten(0, -2), rows.sum(0)
+
+
+def gelu_linear(x, layer):
+    if not layer.weight.requires_grad:                                 # then gelu(x) is not kept, either
+        return layer(F.gelu(x))
+    return GELULinear.apply(x, layer.weight, layer.bias)
+
 
 # --- weights from files and from the web ------------------------------------------------------------------
 
