@@ -4364,7 +4364,7 @@ the first step whose loss is another: 8 or 9?
 python train.py --objective mapet --steps 40 --log-every 1 --no-probe --out runs/whole
 python train.py --objective mapet --steps 20 --log-every 1 --no-probe --out runs/parts
 python train.py --objective mapet --steps 40 --log-every 1 --no-probe --out runs/parts
-diff <(cut -d, -f1-3 runs/whole/metrics.jsonl) <(cut -d, -f1-3 runs/parts/metrics.jsonl)
+diff <(cut -d, -f1-4 runs/whole/metrics.jsonl) <(cut -d, -f1-4 runs/parts/metrics.jsonl)
 ```
 
 1. Leave the optimizer's state out of `restore_state`, and do it again. Where do the losses part, and do they
@@ -4464,10 +4464,8 @@ def hand_out(numbers, out):
         for number in numbers:
             source = remove_bodies(source, module, number)
         write_text(out, f"{module}.py", source)
-    source = open(__file__).read()
-    table = next(node for node in ast.parse(source).body
-                 if isinstance(node, ast.Assign) and node.targets[0].id == "WRONG")
-    write_text(out, "test_all.py", replace_lines(source, table.lineno, table.end_lineno, ["WRONG = {}"]))
+    source = open(os.path.join(HERE, "test_all.py")).read()
+    write_text(out, "test_all.py", re.sub(r"^WRONG = {$.*?^}$", "WRONG = {}", source, flags=re.M | re.S))
     for name in ("requirements.txt", "LICENSE", ".gitignore"):
         shutil.copy(os.path.join(HERE, name), out)
     contents = "# Exercises\n\n" + "".join(f"{n}. {EXERCISES[n].title}\n" for n in numbers) + "\n"
