@@ -214,8 +214,8 @@ def test_patchify():
     assert patches.shape == (2, 6, 12)
     # patch 4 is in grid row 1, column 1; value 5 of it is row 0, column 1, channel 2 (row, column, channel)
     assert patches[1, 4, 5] == images[1, 2, 2, 3]
-    square = torch.randn(2, 3, 6, 6)
-    assert torch.equal(V.unpatchify(V.patchify(square, 2), 2), square)
+    for y, x, c in itertools.product(range(4), range(6), range(3)):
+        assert torch.equal(images[:, c, y, x], patches[:, y // 2 * 3 + x // 2, (y % 2 * 2 + x % 2) * 3 + c])
 
 
 def test_unpatchify():
@@ -4285,17 +4285,19 @@ Exercise = collections.namedtuple("Exercise", "title minutes points functions te
 EXERCISES = {
     1: Exercise("K-means: assignment and update", 20, 1, ["kmeans.lloyd"],
                 ["test_lloyd_by_hand", "test_eight_lines_are_kmeans"], """
-ClusterMIM Sec. 3.2. Each row is assigned to its nearest centroid, then each centroid moves to the mean of its rows:
+ClusterMIM Sec. 3.2. Each row is assigned to its nearest centroid, then each centroid moves to the mean of its
+rows:
 
     t_i = argmin_k ||x_i - c_k||^2                     assign
     c_k = mean of the x_i with t_i = k                 update
 
-**Predict first.** Two centroids start at the same place. Where are they after one iteration? Can an iteration make the sum
-of squared distances larger?
+**Predict first.** Two centroids start at the same place. Where are they after one iteration? Can an iteration
+make the sum of squared distances larger?
 
 **Steps.**
 1. Assign: all distances (n, k), then the nearest of each row. `torch.cdist` is enough here.
-2. Update: add the rows of each cluster up, and count them. No loop over rows or clusters: `index_add_`, `bincount`.
+2. Update: add the rows of each cluster up, and count them. No loop over rows or clusters: `index_add_`,
+   `bincount`.
 3. A cluster that no row chose has no mean. It stays where it is.
 4. After the last update the labels are old: assign once more.
 
@@ -4310,7 +4312,8 @@ for start in range(5):
     print((x - c[labels]).square().sum().item())
 ```
 
-1. There are 8 groups and 8 centroids. Why do the five sums differ, and do 1000 iterations instead of 100 help?
+1. There are 8 groups and 8 centroids. Why do the five sums differ, and do 1000 iterations instead of 100
+   help?
 2. Use 16, 32 and 64 centroids. How does the sum fall, and does the least of it say how many groups there are?
 """),
     2: Exercise("K-means: seeds by k-means++", 45, 2, ["kmeans.kmeans_plusplus"],
@@ -4322,12 +4325,13 @@ Arthur & Vassilvitskii 2007; ClusterMIM Sec. 3.2 starts from it. Seeds should be
 
 *Greedy*: draw a few rows like this, and keep the one after which sum_j D_j^2 is least.
 
-**Predict first.** Six tight groups of equal size, far from each other, and six seeds. How often does each group get one if
-the seeds are six random rows? (6! / 6^6.) And with k-means++?
+**Predict first.** Six tight groups of equal size, far from each other, and six seeds. How often does each
+group get one if the seeds are six random rows? (6! / 6^6.) And with k-means++?
 
 **Steps.**
 1. Squared distances of a few rows to all: ||a||^2 + ||b||^2 - 2 a.b, never below 0.
-2. Draw with the numbers `u` that are given: running sums of D^2, and the first one that is greater than u times the total.
+2. Draw with the numbers `u` that are given: running sums of D^2, and the first one that is greater than u
+   times the total.
 3. For each row drawn: the sum of the new D^2, were it the seed. Keep the least.
 4. The distance of a seed to itself is 0, but rounding may leave a little. Could it be drawn again?
 
@@ -4343,23 +4347,26 @@ for trials in (1, 2, 4):
     print(trials, sum(found(kmeans.kmeans_plusplus(x, torch.rand(6, trials))) for _ in range(1000)))
 ```
 
-1. Bring the groups nearer: 5 instead of 100 between their centres. Which of the two loses more, and what do more trials do?
+1. Bring the groups nearer: 5 instead of 100 between their centres. Which of the two loses more, and what do
+   more trials do?
 2. Put one row at 10,000. How often is it a seed with 1 trial, and how often with 4? Is that good?
 """),
     3: Exercise("Patches and positions", 40, 2, ["vit.patchify", "vit.unpatchify", "vit.sincos_positions"],
-                ["test_patchify", "test_unpatchify", "test_sincos_positions", "test_sincos_positions_value_by_value"], """
-Dosovitskiy et al. 2021, Eq. 1; MAE's released code. An image is cut into squares of p x p pixels, read line by line; a patch
-is its p p 3 values. Attention does not know where a patch was, so a position is added to it, half of it for the column,
-half of it for the row; of each:
+                ["test_patchify", "test_unpatchify", "test_sincos_positions",
+                 "test_sincos_positions_value_by_value"], """
+Dosovitskiy et al. 2021, Eq. 1; MAE's released code. An image is cut into squares of p x p pixels, read line
+by line; a patch is its p p 3 values. Attention does not know where a patch was, so a position is added to it,
+half of it for the column, half of it for the row; of each:
 
     sin(i w_j), then cos(i w_j),   w_j = 10000^(-j / J),   j = 0 .. J - 1,   J = width / 4
 
-**Predict first.** Of two patches, take the dot product of their positions. Does it depend on where they are, or only on how
-far they are from each other, in columns and in rows?
+**Predict first.** Of two patches, take the dot product of their positions. Does it depend on where they are,
+or only on how far they are from each other, in columns and in rows?
 
 **Steps.**
-1. `patchify` and `unpatchify` are one line each with `einops.rearrange`. In which order come row, column and channel inside a
-   patch? `PatchEmbed.forward`, which you have, cuts patches, too, but in another order: that of a convolution's weights.
+1. `patchify` and `unpatchify` are one line each with `einops.rearrange`. In which order come row, column and
+   channel inside a patch? `PatchEmbed.forward`, which you have, cuts patches, too, but in another order: that
+   of a convolution's weights.
 2. `sincos_positions`: first one axis, (grid, width / 2); then columns and rows of it for all patches.
 3. In front, `prefix` rows of zeros (the class token). A width that is no multiple of 4 is a ValueError.
 
@@ -4377,8 +4384,8 @@ print((here[:, 1:][:, order[0]] - there[:, 1:]).abs().max(), (here[:, 0] - there
 ```
 
 1. Which neighbours does the first print call alike, and what changes with `10000` made 10 or 1e8?
-2. The second print: the patches, each with its position, come in another order. Why are both numbers nearly 0? Find the
-   pixels of two patches in `images` and swap them: what now?
+2. The second print: the patches, each with its position, come in another order. Why are both numbers nearly
+   0? Find the pixels of two patches in `images` and swap them: what now?
 """),
     4: Exercise("Attention with rows that only ask", 45, 3, ["vit.Attention.forward"],
                 ["test_attention_mask_and_query_only_rows", "test_encode_of_the_last_rows_only"], """
@@ -4386,8 +4393,8 @@ Vaswani et al. 2017, Eq. 1; MaPeT Eq. 3. Each row asks (q), and is looked at (k,
 
     head(x)_i = sum_j softmax_j(q_i . k_j / sqrt(width of a head)) v_j         j: keys that row i may attend to
 
-Two things are added to a plain ViT. `mask` says which keys a row may attend to. And rows from `n_keys` on are not looked at by
-any row: they only ask. MaPeT's second stream is made of such rows.
+Two things are added to a plain ViT. `mask` says which keys a row may attend to. And rows from `n_keys` on are
+not looked at by any row: they only ask. MaPeT's second stream is made of such rows.
 
 **Predict first.** Take a row that only asks away. Do the outputs of the others change? And one of the keys?
 
@@ -4395,7 +4402,8 @@ any row: they only ask. MaPeT's second stream is made of such rows.
 1. q, k and v with no mask: split the weights and the bias of `qkv` in three, then each into heads.
 2. `F.scaled_dot_product_attention` or a softmax of your own; heads back together, then `proj`.
 3. `n_keys`: keys and values of the first rows only.
-4. `n_out`: queries of the last rows only, and their lines of the mask. The work for other queries is not to be done.
+4. `n_out`: queries of the last rows only, and their lines of the mask. The work for other queries is not to
+   be done.
 
 **Two questions.** In python:
 
@@ -4408,21 +4416,24 @@ for rows in (250, 500, 1000, 2000):
         with torch.no_grad(): print(rows, n_keys, min(timeit.repeat(lambda: attention(x, n_keys=n_keys), number=1)))
 ```
 
-1. How does the time grow with the rows if all are keys, and if 125 are? From how many rows on is it the larger part?
-2. A row may attend to nothing: its line of the mask is all False. What comes out, and what is its gradient? Compare
-   `softmax` of your own with torch's. How do the masks of MaPeT and PIM make sure that it never happens?
+1. How does the time grow with the rows if all are keys, and if 125 are? From how many rows on is it the
+   larger part?
+2. A row may attend to nothing: its line of the mask is all False. What comes out, and what is its gradient?
+   Compare `softmax` of your own with torch's. How do the masks of MaPeT and PIM make sure that it never
+   happens?
 """),
     5: Exercise("The mask of two streams", 60, 3, ["objectives.two_stream_mask"],
                 ["test_two_stream_mask_is_eq_3"], """
-MaPeT Eq. 3 and Fig. 2. Patches were put into the order z before, visible ones first. So who may look at whom depends on
-the place in the order only, and one mask serves all images:
+MaPeT Eq. 3 and Fig. 2. Patches were put into the order z before, visible ones first. So who may look at whom
+depends on the place in the order only, and one mask serves all images:
 
     content of target i    sees the visible patches, targets up to i, and where the later ones are
     query of target i      sees the visible patches, targets before i, and where the others are, i among them
     all others             see what MIM shows: the visible patches, and where all targets are
 
-**Predict first.** On paper: 2 visible rows (the class token, a patch), 3 targets; MaPeT has 11 rows and 8 keys. Fill in all of
-it. Two of the lines are equal: which? How many keys does each row see, and why is it the same number?
+**Predict first.** On paper: 2 visible rows (the class token, a patch), 3 targets; MaPeT has 11 rows and 8
+keys. Fill in all of it. Two of the lines are equal: which? How many keys does each row see, and why is it the
+same number?
 
 **Steps.**
 1. PIM: no mask tokens, so there are 8 rows and 5 keys. Lower triangles: `tril`, with or without the diagonal.
@@ -4436,9 +4447,10 @@ python train.py --objective mapet --steps 600 --no-probe --out runs/a
 python train.py --objective pim --steps 600 --no-probe --out runs/b
 ```
 
-1. Let the query of target i see the content of target i, too. What becomes of the loss (another `--out`), and which tests
-   fail (`pytest test_all.py -k "exercise_05 or leaks"`)? Would you have noticed without them?
-2. Mend it. PIM does not know where its targets are, but for the one it is asked for. Whose loss is lower, and since which step?
+1. Let the query of target i see the content of target i, too. What becomes of the loss (another `--out`), and
+   which tests fail (`pytest test_all.py -k "exercise_05 or leaks"`)? Would you have noticed without them?
+2. Mend it. PIM does not know where its targets are, but for the one it is asked for. Whose loss is lower, and
+   since which step?
 """),
     6: Exercise("MIM, PIM and MaPeT from one forward", 60, 3, ["objectives.MaPeT.predict"],
                 ["test_permuted_rows_equal_raster_order_with_masks", "test_mim_equals_masking_in_raster_order",
@@ -4449,16 +4461,18 @@ MaPeT Eqs. 1 and 2, with z an order of the patches, c the cutting point, m_j = m
     PIM     sum_{i >= c} log p(t_{z_i} | x_{z_<i})
     MaPeT   sum_{i >= c} log p(t_{z_i} | x_{z_<i}, m_{z_>=i})
 
-Take the content of predicted targets away from MaPeT, and it is MIM. Two switches, `permute` and `positions`, make all
-three out of one sequence of rows; the docstring of the class has it.
+Take the content of predicted targets away from MaPeT, and it is MIM. Two switches, `permute` and `positions`,
+make all three out of one sequence of rows; the docstring of the class has it.
 
-**Predict first.** With 36 patches and c = 19, how many rows and how many keys has each of the three? What does that say about
-their time?
+**Predict first.** With 36 patches and c = 19, how many rows and how many keys has each of the three? What
+does that say about their time?
 
 **Steps.**
-1. `self.split` gives visible and hidden patches, in the order z. `vit.embed(images, patches)`: class token and these patches.
+1. `self.split` gives visible and hidden patches, in the order z. `vit.embed(images, patches)`: class token
+   and these patches.
 2. Mask tokens: `self.mask_token` with the positions of the hidden patches. A query begins as the same.
-3. `vit.encode` takes the rows, `self.mask`, the number of keys, how many of the last rows are wanted, and `noise`.
+3. `vit.encode` takes the rows, `self.mask`, the number of keys, how many of the last rows are wanted, and
+   `noise`.
 4. What is predicted at row i is the token of hidden patch i: `gather_patches`.
 
 **Two questions.**
@@ -4483,14 +4497,15 @@ ClusterMIM Sec. 3.2: MAE, but what is predicted at a hidden patch is its token t
     logits = decoder([W latent ; mask tokens] + pos)           at the mask tokens
     loss   = - mean over hidden patches of log softmax(logits)[t(x)]
 
-**Predict first.** What is the loss of an untrained network with 64 tokens? And of one that has learned nothing but how
-frequent each token is?
+**Predict first.** What is the loss of an untrained network with 64 tokens? And of one that has learned
+nothing but how frequent each token is?
 
 **Steps.**
 1. Encode what is visible, and make it narrow: W is `self.narrow`.
-2. A mask token for each hidden patch; then the positions of the decoder, `self.pos`, in the order of the patches: those of the
-   visible ones, then of the hidden ones.
-3. Decode, and return predictions of the hidden patches with what they should be (`self.compute_target`), in the same order.
+2. A mask token for each hidden patch; then the positions of the decoder, `self.pos`, in the order of the
+   patches: those of the visible ones, then of the hidden ones.
+3. Decode, and return predictions of the hidden patches with what they should be (`self.compute_target`), in
+   the same order.
 4. `Objective.loss`: cross-entropy, with `self.smoothing`, and accuracy. Should the accuracy have a gradient?
 
 **Two questions.** Each run takes about a minute on two CPU cores:
@@ -4501,24 +4516,28 @@ for r in .4 .75 .95; do python train.py --objective clustermim --mask-ratio $r -
 ```
 
 1. Can losses of different K be compared? Say what you compare instead, and where more tokens stop to help.
-2. What do images per second and loss do as more is hidden? Leave `--no-probe` out for one of them: which is the better encoder?
+2. What do images per second and loss do as more is hidden? Leave `--no-probe` out for one of them: which is
+   the better encoder?
 """),
     8: Exercise("TCAS, a score of tokenizers", 45, 3, ["tcas.tcas_terms"],
                 ["test_tcas_is_eq_8", "test_tcas_by_hand", "test_tcas_values_that_are_known",
                  "test_tcas_ignores_the_names_of_tokens_and_classes", "test_tcas_never_builds_the_matrix_c"], """
-ClusterMIM Eq. 8, before any training. R[k, c] is how many patches of class c have token k; R' has rows of norm 1:
+ClusterMIM Eq. 8, before any training. R[k, c] is how many patches of class c have token k; R' has rows of
+norm 1:
 
     C = R' R'^T
     TCAS = 1/K sum_i (1 - C_ii)^2 + 1/K^2 sum_{i != j} C_ij^2
 
-**Predict first.** What is TCAS of labels as tokens? Of random tokens, K = 64? Of a tokenizer that gives every patch the same
-token?
+**Predict first.** What is TCAS of labels as tokens? Of random tokens, K = 64? Of a tokenizer that gives every
+patch the same token?
 
 **Steps.**
-1. R' in float64, by the norm that is asked for; codes that no patch has are dropped. K is the number of those that are left.
+1. R' in float64, by the norm that is asked for; codes that no patch has are dropped. K is the number of those
+   that are left.
 2. Both terms, with the matrix C.
 3. `weighted`: each code counts by its share of the patches.
-4. Now without C, which has 268 million entries for K = 16384: C has the same sum of squares as R'^T R', which is (c, c).
+4. Now without C, which has 268 million entries for K = 16384: C has the same sum of squares as R'^T R', which
+   is (c, c).
 
 **Two questions.** In python, and on the command line (half a minute each):
 
@@ -4531,31 +4550,36 @@ for k in 16 64 256; do python kmeans.py fit --k $k --fraction .05 --out runs/k$k
 python tcas.py score --tokenizer runs/k16/tokenizer.pt runs/k64/tokenizer.pt runs/k256/tokenizer.pt
 ```
 
-1. The first tokens are random. Why is TCAS low when a token has few patches of a class (p)? What does that mean for K?
-2. Does TCAS fall because a larger codebook is better, or for another reason? Find a number in the table that tells.
+1. The first tokens are random. Why is TCAS low when a token has few patches of a class (p)? What does that
+   mean for K?
+2. Does TCAS fall because a larger codebook is better, or for another reason? Find a number in the table that
+   tells.
 """),
     9: Exercise("The augmentation graph, and a claim to refute", 180, 5, ["tcas.augmentation_graph", "tcas.closed_form"],
                 ["test_mask_graph_is_the_drawing_of_app_b", "test_algebra_equals_brute_force", "test_ring",
                  "test_any_tokenizer_and_what_merging_tokens_does", "test_claims_in_words"], """
-ClusterMIM Eq. 4, Secs. 2.1 and 2.2, App. B. Two views x1, x2 of an image are drawn with probability M(x1, x2). A tokenizer S
-joins points into tokens, and views that may lead to the same token are linked:
+ClusterMIM Eq. 4, Secs. 2.1 and 2.2, App. B. Two views x1, x2 of an image are drawn with probability M(x1,
+x2). A tokenizer S joins points into tokens, and views that may lead to the same token are linked:
 
-    M(x, S)  = sum of M(x, x2) over x2 in S                    d(S) = sum_x M(x, S)
-    A(x, x') = sum_S M(x, S) M(x', S) / d(S)                   normalised: A(x, x') / sqrt(d(x) d(x')), d(x) = sum_x2 M(x, x2)
+    M(x, S)  = sum of M(x, x2) over x2 in S            d(S) = sum_x M(x, S)
+    A(x, x') = sum_S M(x, S) M(x', S) / d(S)
+    normalised A(x, x') / sqrt(d(x) d(x'))             d(x) = sum_x2 M(x, x2)
 
-Sec. 2.2 says that tokens of classes, S^class, raise the weights between points of one class above those of MAE, where each point
-is its own token. You will show that they do not.
+Sec. 2.2 says that tokens of classes, S^class, raise the weights between points of one class above those of
+MAE, where each point is its own token. You will show that they do not.
 
-**Predict first.** Two classes of 10 points that share 2. Does A link points of different classes, with MAE's tokens? Through what?
+**Predict first.** Two classes of 10 points that share 2. Does A link points of different classes, with MAE's
+tokens? Through what?
 
 **Steps.**
 1. `augmentation_graph`: a matrix product and a division. All of A adds up to 1.
-2. `closed_form`, an hour with pencil and paper. The points that two classes share are the same number for every two:
-   A(x, x') = T_cd / (C n^2) for x of class c only, x' of class d only, with T as in the docstring. Find mu for MAE's tokens
-   (kappa = 1 - C overlap / (2 n)), for labels as tokens (of a shared point: one of its two labels, half and half), and for
-   cross-class tokens, half of every class in each.
-3. From mu: w_in, w_x; sum = the sum of squared eigenvalues; alpha = P(two linked views have different labels), where a shared
-   point has each of its labels with probability 1/2. For two classes, also for any list of tokens (`assignment`).
+2. `closed_form`, an hour with pencil and paper. The points that two classes share are the same number for
+   every two: A(x, x') = T_cd / (C n^2) for x of class c only, x' of class d only, with T as in the docstring.
+   Find mu for MAE's tokens (kappa = 1 - C overlap / (2 n)), for labels as tokens (of a shared point: one of
+   its two labels, half and half), and for cross-class tokens, half of every class in each.
+3. From mu: w_in, w_x; sum = the sum of squared eigenvalues; alpha = P(two linked views have different
+   labels), where a shared point has each of its labels with probability 1/2. For two classes, also for any
+   list of tokens (`assignment`).
 4. Refute the claim: mu of which is larger, for any overlap?
 
 **Two questions.**
@@ -4565,25 +4589,27 @@ python tcas.py toy --n 10 --overlap 2 --classes 2
 python tcas.py toy --graph ring --n 12 --width 1
 ```
 
-1. Is there any tokenizer at all with larger weights inside a class than MAE's? Draw 1000 at random with `tcas.toy_model`.
-2. The paper's drawing has links that MAE lacks. Which claim about the same tokenizers does the ring support, and why not the first
-   graph?
+1. Is there any tokenizer at all with larger weights inside a class than MAE's? Draw 1000 at random with
+   `tcas.toy_model`.
+2. In the ring, views are neighbours only. Which claims about class-wise tokens hold there and not in the first
+   graph, and why? Does a wider ring (`--width 3`) decide otherwise?
 """),
     10: Exercise("A run that goes on exactly", 120, 4, ["train.schedule", "train.collect_state", "train.restore_state"],
                  ["test_schedule_is_a_function_of_the_step", "test_schedule_depends_on_its_arguments_only",
                   "test_schedule_shuffles_once_an_epoch", "test_state_of_a_run_is_all_that_its_steps_depend_on"], """
-A run of days is stopped, and killed. When the same command is given again it should end with the same weights, bit for bit. Then
-step s must not depend on when or where it runs:
+A run of days is stopped, and killed. When the same command is given again it should end with the same
+weights, bit for bit. Then step s must not depend on when or where it runs:
 
     images of step s  = a function of (seed, s)
     weights after s   = a function of (weights, optimizer, random numbers before s, images of s)
 
-**Predict first.** A run is stopped after step 7. It goes on with its weights, but with a new AdamW. Which is the first step whose
-loss is another: 8 or 9?
+**Predict first.** A run is stopped after step 7. It goes on with its weights, but with a new AdamW. Which is
+the first step whose loss is another: 8 or 9?
 
 **Steps.**
-1. `schedule`: the epoch and the place in it, from s. A generator of its own for each epoch, by `derive_seed`, so that it neither
-   sees nor moves the random numbers of others. To start in the middle of an epoch costs one permutation, not the steps before.
+1. `schedule`: the epoch and the place in it, from s. A generator of its own for each epoch, by `derive_seed`,
+   so that it neither sees nor moves the random numbers of others. To start in the middle of an epoch costs
+   one permutation, not the steps before.
 2. The slice of this process, then equal micro-batches of it.
 3. `collect_state` and `restore_state`: model, optimizer, torch's random state.
 4. The real thing, which takes seconds: `pytest test_all.py -k stop_resume`.
@@ -4594,11 +4620,13 @@ loss is another: 8 or 9?
 python train.py --objective mapet --steps 40 --log-every 1 --no-probe --out runs/whole
 python train.py --objective mapet --steps 20 --log-every 1 --no-probe --out runs/parts
 python train.py --objective mapet --steps 40 --log-every 1 --no-probe --out runs/parts
-diff <(cut -d, -f1-3 runs/whole/metrics.jsonl) <(cut -d, -f1-3 runs/parts/metrics.jsonl)
+diff <(cut -d, -f1-4 runs/whole/metrics.jsonl) <(cut -d, -f1-4 runs/parts/metrics.jsonl)
 ```
 
-1. Leave the optimizer's state out of `restore_state`, and do it again. Where do the losses part, and do they meet again?
-2. What takes the room in `runs/whole/last.pt`? Compare it with `encoder.pt`, and say what each part of it is for.
+1. Leave the optimizer's state out of `restore_state`, and do it again. Where do the losses part, and do they
+   meet again?
+2. What takes the room in `runs/whole/last.pt`? Compare it with `encoder.pt`, and say what each part of it is
+   for.
 """),
 }
 
@@ -4692,10 +4720,8 @@ def hand_out(numbers, out):
         for number in numbers:
             source = remove_bodies(source, module, number)
         write_text(out, f"{module}.py", source)
-    source = open(__file__).read()
-    table = next(node for node in ast.parse(source).body
-                 if isinstance(node, ast.Assign) and node.targets[0].id == "WRONG")
-    write_text(out, "test_all.py", replace_lines(source, table.lineno, table.end_lineno, ["WRONG = {}"]))
+    source = open(os.path.join(HERE, "test_all.py")).read()
+    write_text(out, "test_all.py", re.sub(r"^WRONG = {$.*?^}$", "WRONG = {}", source, flags=re.M | re.S))
     for name in ("requirements.txt", "LICENSE", ".gitignore"):
         shutil.copy(os.path.join(HERE, name), out)
     contents = "# Exercises\n\n" + "".join(f"{n}. {EXERCISES[n].title}\n" for n in numbers) + "\n"
@@ -4755,7 +4781,8 @@ def serve():
             lines = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)
                      if frame.filename.startswith(folder)]
             file, line = (error.filename, error.lineno) if isinstance(error, SyntaxError) else [(name, "?"), *lines][-1]
-            notes.error = f"does not import: {type(error).__name__} in {os.path.basename(file)} line {line}: {error}"
+            what = f"{type(error).__name__} in {os.path.basename(file)} line {line}: {getattr(error, 'msg', error)}"
+            notes.error = f"does not import: {what}"
         else:
             options = "-p no:cacheprovider -p no:unraisableexception --noconftest --tb=no".split()
             pytest.main([*options, *argv], plugins=[notes])
