@@ -349,7 +349,10 @@ def choose_head(x, y, test_x, test_y, rates=RATES, decays=DECAYS, epochs=50, bat
     x, test_x = x[:, layer:layer + 1], test_x[:, layer:layer + 1]
     head, moments = train_heads([(lr, decay)], x, [pools[pool]], torch.arange(n))
     accuracy = head.accuracy(test_x, test_y, torch.arange(len(test_x)), moments).item()
+    each = scores.view(layers, len(grid), len(pools))
     return dict(linear=accuracy, held_out=scores.max().item(), heads=scores.numel(),
+                held_out_by_layer=each.amax((1, 2)).tolist(),
+                held_out_by_pooling=dict(zip(names, each.amax((0, 1)).tolist())),
                 chosen=dict(layer=layer + 1, pooling=names[pool], lr=lr, weight_decay=decay))
 
 
@@ -901,10 +904,12 @@ def report(args, line):
     name = args.what if args.what != "linear" else f"linear ({args.protocol})"
     floor = f"   (floor {percent(line['floor'][args.what])})" if line["floor"] else ""
     print(f"{name} {percent(line[args.what])}{floor}   {line['source']}, {line['tested_on']}")
-    for key in ("top5", "best_layer", "by_layer", "held_out"):
+    for key in ("top5", "best_layer", "by_layer", "held_out", "held_out_by_layer"):
         if key in line:
             print(f"    {key}: {percent(line[key])}")
     if "chosen" in line:
+        by_pooling = (f"{name} {percent(value)}" for name, value in line["held_out_by_pooling"].items())
+        print(f"    held_out_by_pooling: {', '.join(by_pooling)}")
         print(f"    best of {line['heads']} heads: {line['chosen']}")
 
 

@@ -3680,6 +3680,9 @@ def test_fast_probe_chooses_without_the_test_split():
     found = probe.choose_head(x, y, asked, wanted, **how)
     assert found["linear"] == 1 and found["held_out"] == 1 and found["heads"] == 36
     assert found["chosen"]["layer"] == 2 and found["chosen"]["pooling"] in ("patch mean", "both")
+    assert max(found["held_out_by_layer"]) == max(found["held_out_by_pooling"].values()) == found["held_out"]
+    assert found["held_out_by_layer"][found["chosen"]["layer"] - 1] == found["held_out"]
+    assert found["held_out_by_pooling"][found["chosen"]["pooling"]] == found["held_out"]
     other = probe.choose_head(x, y, asked, shuffled(wanted), **how)
     assert other["linear"] < .5 and {**other, "linear": 0} == {**found, "linear": 0}
     chance = probe.choose_head(x, shuffled(y), asked, wanted, **how)
