@@ -446,7 +446,8 @@ def track(items, what, total, unit, size=lambda item: 1):
             said = time.time()
             rate = done / (said - started)
             all_rate = rate * world if unit == "images" else rate  # the processes share images, not passes
-            print0(f"{what}: {done / total:.0%}, {all_rate:.3g} {unit}/s, {(total - done) / rate / 60:.0f} minutes left")
+            minutes = (total - done) / rate / 60
+            print0(f"{what}: {done / total:.0%}, {all_rate:.3g} {unit}/s, {minutes:.0f} minutes left")
     bar.close()
 
 
@@ -673,7 +674,7 @@ def find_nearest_fused(x, w, bias):
         w = (w / unit).half()
     labels = torch.empty(r, m, dtype=torch.int32, device=x.device)
     scores = torch.empty(r, m, device=x.device)
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():      # Triton launches on the current one
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():      # Triton's is the current one
         nearest_kernel[triton.cdiv(m, 128), r](
             x, w.contiguous(), bias.contiguous(), labels, scores, m, k, d, center, shrink, unit / shrink, half,
             128, tile(k, 128), tile(d, 64 if half else 32), num_warps=8)
@@ -951,7 +952,8 @@ def bench_cpu(n, d, ks):
     before = read_peak_memory()
     KMeans(max(ks), max_iter=2).fit(x)
     print0("CUDA: not run (no GPU, or --device cpu)")
-    print0(f"peak memory of a fit beyond the data, n = {n}, d = {d}, K = {max(ks)}: {(read_peak_memory() - before) / 2 ** 20:.0f} MB")
+    more = (read_peak_memory() - before) / 2 ** 20
+    print0(f"peak memory of a fit beyond the data, n = {n}, d = {d}, K = {max(ks)}: {more:.0f} MB")
     print0(f"{'K':>6} {'product ms':>10} {'iteration ms':>12} {'ratio':>6}")
     for k in ks:
         c, data, origin = x[:k].clone(), Rows(x, k), x.mean(0).double()

@@ -475,7 +475,8 @@ def score(args, kmeans, train, vit):
         raise ValueError("score is one process: torchrun kmeans.py tokenize, then score --tokens")
     sources = [(path, path, None, None) for path in args.tokenizer + args.tokens]
     sources += read_runs(args.probes, train, kmeans)
-    token_files = args.tokens + [path for _, path, linear, _ in sources if linear is not None and path.endswith(".npy")]
+    of_runs = [path for _, path, linear, _ in sources if linear is not None]
+    token_files = args.tokens + [path for path in of_runs if path.endswith(".npy")]
     if not sources:
         raise ValueError("nothing to score: give --tokenizer (of kmeans.py fit), --tokens or --probes")
     loaded = {path: kmeans.load_tokens(path) if path in token_files else kmeans.load_tokenizer(path)

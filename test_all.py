@@ -4242,6 +4242,19 @@ def test_readme_laptop_commands_run(tmp_path, monkeypatch):
 
 
 @whole
+def test_readme_pictures_and_python(capsys):
+    """Each picture is there, is shown and is small; each block of Python runs."""
+    text, folder = open(os.path.join(HERE, "README.md")).read(), os.path.join(HERE, "figures")
+    assert set(re.findall(r"\(figures/(\w+\.png)\)", text)) == set(os.listdir(folder))
+    assert sum(os.path.getsize(os.path.join(folder, name)) for name in os.listdir(folder)) < 1e6
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    for block in blocks:
+        exec(block, scope := {})
+        assert abs(scope["loss"].item() - math.log(16)) < .5 and "accuracy" in scope["logs"]
+    assert blocks
+
+
+@whole
 def test_readme_names_tests_and_code_that_exist():
     """The map from the papers to the code: every function and every test in it is there."""
     rows = re.findall(r"^\|(.*)\|$", open(os.path.join(HERE, "README.md")).read(), re.M)

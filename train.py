@@ -272,7 +272,7 @@ def train(args, ds, targets, state, device, lap=lambda phase: None):
             # --- is it due to log, to save, to stop?
             stopping = received_anywhere()
             log_due = (step + 1) % args.log_every == 0 or step + 1 in (1, stop_at)
-            late = rank == 0 and time.time() > saved_at + 60 * args.save_minutes           # rank 0 is the one that saves
+            late = rank == 0 and time.time() > saved_at + 60 * args.save_minutes       # rank 0 is the one that saves
             save_due = (step + 1) % args.save_every == 0 or step + 1 == stop_at or stopping or late
             # The norm is the same on every process, and not finite if any loss anywhere is not. To look at it makes the
             # CPU wait for the GPU, so there only before it matters: no broken weights are saved.
@@ -723,11 +723,12 @@ def append_metrics(path, **line):
 
 
 def plot_metrics(runs, levels={}):
-    """A plot for each quantity that runs logged, {label: [lines of a run's metrics.jsonl, ...]}; levels: of the loss."""
-    runs = {label: [[line for line in lines if "loss" in line] for lines in several] for label, several in runs.items()}
+    """A plot for each quantity that was logged. runs: {label: [lines of metrics.jsonl, ...]}; levels: of the loss."""
     plots = {}
-    for label, lines in ((label, lines) for label, several in runs.items() for lines in several if lines):
-        for name in lines[0].keys() - {"step", "epoch", "lr", "images_per_second"}:
+    for label, lines in ((label, lines) for label, several in runs.items() for lines in several):
+        lines = [line for line in lines if "loss" in line]
+        names = lines[0].keys() - {"step", "epoch", "lr", "images_per_second"} if lines else ()
+        for name in names:
             kind = "loss on tokens" if name == "loss" and "accuracy" in lines[0] else name      # not one scale
             curve = [line["epoch"] for line in lines], [line[name] for line in lines]
             plots.setdefault(kind, {}).setdefault(label, []).append(curve)
@@ -780,7 +781,8 @@ class Log:
 
 
 # Flags that may change between a run and its continuation, because they do not change what is computed.
-FREE = set("out cache device workers steps fresh compile probe plan benchmark rate save_minutes save_every log_every micro_batch".split())
+FREE = set("out cache device workers steps fresh compile probe plan benchmark rate save_minutes save_every log_every "
+           "micro_batch".split())
 
 
 def resume(path, args):
@@ -816,7 +818,8 @@ def restore_state(state, model, optimizer):
 def start_over(args):
     """Remove what an earlier run left in --out, but not a file that the command line names."""
     named = [os.path.abspath(path) for path in (args.tokenizer, args.tokens) if path]
-    for name in ("last.pt", "encoder.pt", "metrics.jsonl", "curves.png", "predictions.png", "tokens.npy", "tokenizer.pt"):
+    for name in ("last.pt", "encoder.pt", "metrics.jsonl", "curves.png", "predictions.png", "tokens.npy",
+                 "tokenizer.pt"):
         path = os.path.abspath(f"{args.out}/{name}")
         if os.path.exists(path) and path not in named:
             os.remove(path)
@@ -898,7 +901,8 @@ def make_targets(args, ds, tokenizer, device):
                f"{args.fraction:.0%} of the patches")
         tokenizer = kmeans.fit_tokenizer(
             at_size(args.image_size * (2 if args.features == "clip" else 1)), args.features, args.vocab_size,
-            patch_size=args.patch_size, image_size=args.image_size, fraction=args.fraction, seed=args.seed, images=args.fit_images,
+            patch_size=args.patch_size, image_size=args.image_size, fraction=args.fraction, seed=args.seed,
+            images=args.fit_images,
             **how)
     if rank_and_world()[0] == 0:
         tokenizer.save(f"{args.out}/tokenizer.pt")
@@ -1001,7 +1005,8 @@ def print_plan(args, ds, world):
         torch.set_num_threads(1)                                   # as in a loading process
         seconds = min(timeit.repeat(lambda: [ds[0, i] for i in few], number=1, repeat=2)) / len(few)
         until = "" if args.crop else "; where squares are kept, for the first epoch only"
-        print0(f"input: {1e3 * seconds:.2g} ms an image on a core of this machine: {rate * seconds:.2g} cores a process{until}")
+        print0(f"input: {1e3 * seconds:.2g} ms an image on a core of this machine: {rate * seconds:.2g} cores a "
+               f"process{until}")
 
 
 class Laps:
@@ -1038,7 +1043,8 @@ def benchmark(args, ds, tokenizer, targets, device):
         targets = Targets(make=tokenizer.to(device), size=tokenizer.vocab_size)
     elif targets is None:
         shape = len(ds), (args.image_size // args.patch_size) ** 2
-        targets = Targets(np.broadcast_to(np.uint16(0), shape), size=tokenizer.vocab_size if tokenizer else args.vocab_size)
+        size = tokenizer.vocab_size if tokenizer else args.vocab_size
+        targets = Targets(np.broadcast_to(np.uint16(0), shape), size=size)
     laps = Laps(device, skip=5)
     with tempfile.TemporaryDirectory() as args.out:
         if train(args, ds, targets, None, device, laps) is None:
@@ -1106,7 +1112,8 @@ def parse(argv):
     add("--benchmark", action="store_true", help="time some steps (30, --steps) by their phases, and stop")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     add("--probe", action=argparse.BooleanOptionalAction, help="k-NN and linear probe at the end (default)")
-    parser.set_defaults(data="textures", objective="mapet", seed=0, cache="cache", save_minutes=30., log_every=50, fresh=False, probe=True)
+    parser.set_defaults(data="textures", objective="mapet", seed=0, cache="cache", save_minutes=30., log_every=50,
+                        fresh=False, probe=True)
     args = parser.parse_args(argv)
     check_numbers(parser, args, MAY_BE_ZERO)
     for a, b in (("cut", "mask_ratio"), ("lr", "base_lr"), ("tokens", "tokenizer")):
