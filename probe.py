@@ -676,14 +676,14 @@ def compare(args):
     """compare.png: the curves of runs. Printed: accuracies, mean and deviation over seeds, and differences.
 
     Runs whose folders differ only in a number at the end (runs/mim-0, runs/mim-1; runs/mim-textures and
-    runs/mim-textures-seed1) are one group: seeds of one another.
+    runs/mim-textures-seed1) are one group: seeds of one another. The first group is what the others are compared with.
     """
     groups, results = {}, {}
-    for folder in args.encoder:
+    for folder in dict.fromkeys(map(os.path.normpath, args.encoder)):          # once, however often it is named
         lines = train.read_metrics(os.path.join(folder, "metrics.jsonl"))
         if not lines:
             raise ValueError(f"{folder}: no metrics.jsonl of train.py in it")
-        name = re.sub(r"-(seed)?\d+$", "", os.path.basename(os.path.normpath(folder)))
+        name = re.sub(r"-(seed)?\d+$", "", os.path.basename(folder))
         groups.setdefault(name, []).append(lines)
         for line in [line for line in lines if line.get("summary")][-1:]:
             if line["seed"] in results.setdefault(name, {}):

@@ -3999,7 +3999,7 @@ def test_compare(tmp_path, capsys):
         lines = [{"step": i, "epoch": i / 2, "lr": 1., "loss": 3. - i, log: .1 * i, "images_per_second": 9.} for i in (1, 2)]
         lines += [dict(summary=True, seed=seed, linear=linear, knn=.25)] * (seed is not None)
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    names = ["mim-0", "mim-1", "pim-cut11-seed1", "pim-cut11", "mae-2", "new-7"]
+    names = ["mim-0", "mim-1", "pim-cut11-seed1", "pim-cut11", "mae-2", "new-7", "mim-1/"]
     probe.main(["compare", *[str(tmp_path / name) for name in names], "--out", str(tmp_path)])
     rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:] if line[:3] != "min"}
     assert rows["mim"] == "2 25.0 ± 0.0 60.0 ± 14.1".split() and rows["new"] == ["0", "-", "-"]
