@@ -40,7 +40,7 @@ from PIL import Image, ImageDraw
 
 from vit import (MLP, PATCH_FEATURES, Block, LayerScale, drop_path, drop_rates, exit_on_error, gather_patches,
                  hash_uniform, init_weights, make_projection, patchify, principal_colors, sincos_positions,
-                 split_noise, to_device, unpatchify, write_atomically)
+                 save_picture, split_noise, to_device, unpatchify)
 
 
 # --- orders and masks -------------------------------------------------------------------------------------
@@ -665,9 +665,7 @@ def draw_mask(mask, rows, keys, visible, path, cell=26):
         draw.line(at(0, y, len(keys), y), fill="black", width=2)
     for y in [0] + edges(kinds(rows)):
         write(len(keys) + .5, y + .5, kinds(rows)[y], "lm")
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with write_atomically(path) as temporary:
-        picture.save(temporary, format="png")
+    save_picture(picture, path)
 
 
 def picture_hog(x, p):

@@ -405,7 +405,7 @@ def toy(args, vit):
     print(f"\n{args.out}: the graphs, panels from left to right: {', '.join(toys)}")
 
 
-def read_runs(folders, train, kmeans):
+def read_runs(folders, train, vit):
     """[(folder, its tokens, linear-probe accuracy 0..1, objective)] of train.py's finished runs.
 
     Its tokens are a tokenizer.pt, or the token file it was given. Runs on the same tokenizer are one: their mean.
@@ -416,7 +416,8 @@ def read_runs(folders, train, kmeans):
         found = [line for line in lines if line.get("summary") and line.get("linear") is not None]
         tokens = str(tokenizer) if tokenizer.is_file() else found and found[-1]["tokens"]
         if found and tokens:
-            key = tokens if tokens.endswith(".npy") else kmeans.load_tokenizer(tokens).centroids.numpy().tobytes()
+            state = {} if tokens.endswith(".npy") else vit.read_checkpoint(tokens)         # no network is built yet
+            key = state["centroids"].numpy().tobytes() if "centroids" in state else tokens
             run = runs.setdefault((found[-1]["objective"], key), (str(folder), tokens, []))
             run[2].append(found[-1]["linear"])
         elif folder.is_dir():
@@ -474,7 +475,7 @@ def score(args, kmeans, train, vit):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("score is one process: torchrun kmeans.py tokenize, then score --tokens")
     sources = [(path, path, None, None) for path in args.tokenizer + args.tokens]
-    sources += read_runs(args.probes, train, kmeans)
+    sources += read_runs(args.probes, train, vit)
     of_runs = [path for _, path, linear, _ in sources if linear is not None]
     token_files = args.tokens + [path for path in of_runs if path.endswith(".npy")]
     if not sources:

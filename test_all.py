@@ -113,12 +113,14 @@ class Background:
 
     def __init__(self, *argv, processes=1, session=False, room=None, **environment):
         self.folder, self.parts = tempfile.TemporaryDirectory(), []
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = str(free.getsockname()[1])
         argv = [os.path.join(HERE, argv[0]), *map(str, argv[1:])]
         for rank in range(processes):
             if processes > 1:
-                self.port = self.port if rank else find_port()
                 environment.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
-                                   LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="localhost", MASTER_PORT=self.port)
+                                   LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="localhost", MASTER_PORT=port)
             given = dict(argv=argv, here=HERE, environment=environment, session=session, room=room,
                          out=f"{self.folder.name}/out{rank}", err=f"{self.folder.name}/err{rank}")
             self.parts.append(SERVER.Process(target=exec, args=(START, given)))
@@ -140,17 +142,6 @@ class Background:
         self.returncode = self.wait(timeout)
         read = lambda name: "".join(open(path).read() for path in sorted(glob.glob(f"{self.folder.name}/{name}*")))
         return read("out"), read("err")
-
-
-def find_port():
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return str(s.getsockname()[1])
-
-
-def script(*argv, processes=1, **how):
-    """Start one of the scripts in the background."""
-    return Background(*argv, processes=processes, **how)
 
 
 def torchrun(*argv, processes=2):
@@ -946,7 +937,7 @@ def test_a_killed_tokenize_goes_on_and_writes_the_same_file(tmp_path, monkeypatc
     monkeypatch.setattr(kmeans, "SHARD", 8)
     text = f"from {THIS} import *; kmeans.SHARD = 8; kmeans.tokenize(toy_tokenizer(), Toy(60, delay=.05), sys.argv[1], 3)"
     (tmp_path / "slow.py").write_text(text)
-    process = script(tmp_path / "slow.py", path)
+    process = Background(tmp_path / "slow.py", path)
     deadline, shards = time.time() + 60, []
     while time.time() < deadline and process.poll() is None and len(shards) < 2:
         shards = [name for name in map(str, tmp_path.glob("tokens.npy.*/*.npy"))]
@@ -984,7 +975,7 @@ dist.destroy_process_group()
 
 def test_two_processes_are_one(tmp_path):
     (tmp_path / "distributed.py").write_text(DISTRIBUTED)
-    finished(script(tmp_path / "distributed.py", tmp_path, processes=2))
+    finished(Background(tmp_path / "distributed.py", tmp_path, processes=2))
     first, second = (torch.load(tmp_path / f"{r}.pt") for r in (0, 1))
     x = rows_of(3001, 6)
     alone = [KMeans(9, metric=m, init=i, restarts=2, max_iter=9).fit(x) for m, i in
@@ -3102,7 +3093,7 @@ def test_cae_and_crops_resume_accumulate_and_share(folder, tmp_path):
     """Killed and resumed, in micro-batches, on two processes: CAE's teacher and the tokens of crops stay the same."""
     how = ["--no-probe", "--crop", .3, "--jitter", .2, "--drop-path", .2, "--decoder-depth", 1]
     argv = ["train.py", "--data", folder, *SMALL_RUN, "--objective", "cae", *how]
-    two = script(*argv, "--out", tmp_path / "two", processes=2)
+    two = Background(*argv, "--out", tmp_path / "two", processes=2)
     whole = small(folder, str(tmp_path / "whole"), "cae", *how)
     for steps in (7, 20):
         parts = small(folder, str(tmp_path / "parts"), "cae", *how, "--steps", steps)
@@ -3186,7 +3177,7 @@ def test_learned_tokenizers_resume_accumulate_and_share(folder, tmp_path, name):
     features = {"peco": "hog", "vqkd": "hog"}.get(name, "pixel")
     argv = ["--data", folder, *SMALL_RUN, *how, "--objective", name, "--features", features]
     if name == "vqkd":                                                    # has all there is: K-means start, sums, features
-        two = script("train.py", *argv, "--out", tmp_path / "two", processes=2)
+        two = Background("train.py", *argv, "--out", tmp_path / "two", processes=2)
     runs = {"whole": [[]], "parts": [["--steps", 4], []], "four": [["--micro-batch", 2]]}
     for out, calls in runs.items():
         for more in calls:
@@ -3272,11 +3263,11 @@ def test_kill_at_any_moment(folder, tmp_path):
     """kill -9 in the middle of everything, again and again; the same command ends with the same encoder."""
     argv = ["train.py", "--data", folder, *SMALL_RUN, "--no-probe", "--epochs", 20, "--save-every", 3]
     unbroken, killed = str(tmp_path / "a"), str(tmp_path / "b")
-    reference = script(*argv, "--out", unbroken)
+    reference = Background(*argv, "--out", unbroken)
     rng, kills = np.random.default_rng(int(time.time())), 0
     last = os.path.join(killed, "last.pt")
     for _ in range(2):
-        process, started = script(*argv, "--out", killed), os.path.exists(last)
+        process, started = Background(*argv, "--out", killed), os.path.exists(last)
         while not os.path.exists(last) and process.poll() is None:         # the first one dies soon after its first save
             time.sleep(.01)
         time.sleep(rng.uniform(0, .3) + (rng.uniform(0, 5) if started else 0))     # the other at any moment
@@ -3284,7 +3275,7 @@ def test_kill_at_any_moment(folder, tmp_path):
         kills += process.wait() == -signal.SIGKILL
         process.communicate()
     assert kills >= 1
-    finished(script(*argv, "--out", killed))
+    finished(Background(*argv, "--out", killed))
     finished(reference)
     assert same_encoder(unbroken, killed)
     steps = [json.loads(line)["step"] for line in open(os.path.join(killed, "metrics.jsonl"))]
@@ -3294,7 +3285,7 @@ def test_kill_at_any_moment(folder, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_saves_and_exits_0(folder, tmp_path, number):
     out = str(tmp_path / "run")
-    process = script("train.py", "--data", folder, "--out", out, *SMALL_RUN, "--no-probe", "--epochs", 2000, "--workers", 1,
+    process = Background("train.py", "--data", folder, "--out", out, *SMALL_RUN, "--no-probe", "--epochs", 2000, "--workers", 1,
                      session=True)
     wait_for_lines(process, out)
     os.killpg(process.pid, number)                                         # Ctrl-C and SLURM reach the loaders, too
@@ -3376,7 +3367,7 @@ def test_what_is_lost_on_the_way_ends_in_one_line(tmp_path, fault):
     """One line, the last checkpoint stays, and the same command goes on."""
     data, out = make_folder(tmp_path / "images"), str(tmp_path / "run")
     argv = ["train.py", "--data", data, "--out", out, *SMALL_RUN, "--no-probe", "--save-every", 1, "--workers", 2]
-    process = script(*argv, "--epochs", 400)
+    process = Background(*argv, "--epochs", 400)
     wait_for_lines(process, out, 3)
     if fault == "folder vanishes":
         os.rename(data, data + "-elsewhere")
@@ -3389,7 +3380,7 @@ def test_what_is_lost_on_the_way_ends_in_one_line(tmp_path, fault):
         in_one_line(process, 1, "train.py: error: a loading process was lost", "the same command goes on")
     saved = torch.load(os.path.join(out, "last.pt"), weights_only=True)["step"]
     assert saved >= 2 and not [name for name in os.listdir(out) if name.endswith(".tmp")]
-    assert f"going on from {out}/last.pt at step {saved}" in finished(script(*argv, "--epochs", 400, "--steps", saved + 1))
+    assert f"going on from {out}/last.pt at step {saved}" in finished(Background(*argv, "--epochs", 400, "--steps", saved + 1))
 
 
 @pytest.mark.parametrize("room", [3_000, 60_000, 800_000])
@@ -3397,9 +3388,9 @@ def test_a_full_disk_ends_in_one_line(folder, tmp_path, room):
     """No file may grow beyond `room` bytes: too little for tokens.npy, for the picture of a run, for last.pt."""
     out = str(tmp_path / "run")
     argv = ["train.py", "--data", folder, "--out", out, *SMALL_RUN, "--no-probe", "--epochs", 1]
-    in_one_line(script(*argv, room=room), 2, "train.py: error:", out, "cannot be written")
+    in_one_line(Background(*argv, room=room), 2, "train.py: error:", out, "cannot be written")
     assert not [name for name in os.listdir(out) if name.endswith(".tmp")]
-    finished(script(*argv))
+    finished(Background(*argv))
     assert torch.load(os.path.join(out, "last.pt"), weights_only=True)["step"] == 5
 
 
@@ -3913,7 +3904,7 @@ def test_probes_of_two_processes_equal_one(folder, small_run, tmp_path):
                       "probe.dist.destroy_process_group = lambda: None    # one group for all the commands\n"
                       f"for argv in {[[str(a) for a in argv] for argv in commands]!r}:\n"
                       f"    probe.main(argv + ['--out', {str(tmp_path / 'two')!r}])\n")
-    process = script(driver, processes=2)
+    process = Background(driver, processes=2)
     for argv in commands:
         probe.main([str(a) for a in (*argv, "--out", tmp_path / "one")])
     finished(process)
@@ -4164,8 +4155,8 @@ def test_gpu_runs_stop_resume_probe_and_time(folder, tmp_path, capsys):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 def test_gpu_two_processes_equal_one(folder, tmp_path):
     argv = ["train.py", "--data", folder, *SMALL_RUN, "--device", "cuda", "--no-probe", "--no-compile"]
-    finished(script(*argv, "--out", tmp_path / "two", processes=2))
-    finished(script(*argv, "--out", tmp_path / "one"))
+    finished(Background(*argv, "--out", tmp_path / "two", processes=2))
+    finished(Background(*argv, "--out", tmp_path / "one"))
     a, b = (train.read_metrics(tmp_path / out / "metrics.jsonl") for out in ("one", "two"))
     for one, two in zip(a, b, strict=True):
         assert one["loss"] == pytest.approx(two["loss"], rel=.02)

@@ -711,6 +711,13 @@ def principal_colors(target, *others):
     return [torch.where(varies, x, .5) for x in scaled]
 
 
+def save_picture(picture, path):
+    """A PIL picture as a PNG, in a folder that is made if need be."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with write_atomically(path) as temporary:
+        picture.save(temporary, format="png")
+
+
 def draw_grid(rows, path, labels=(), times=None):
     """PNG of rows of images (b, 3, S, S) in 0..1, labels to the left of them; a pixel becomes times x times."""
     side = rows[0].shape[-1]
@@ -723,9 +730,7 @@ def draw_grid(rows, path, labels=(), times=None):
     for i, label in enumerate(labels):
         middle = 4 + i * (side * times + 4) + side * times / 2
         ImageDraw.Draw(picture).text((margin - 6, middle), label, fill="black", anchor="rm", font_size=17)
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with write_atomically(path) as temporary:
-        picture.save(temporary, format="png")
+    save_picture(picture, path)
 
 
 COLORS = ("#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #000000 #999999 "       # Okabe and Ito: for all eyes
@@ -818,9 +823,7 @@ def save_plots(plots, path):
     joined = Image.new("RGB", (1800, tops[-1]))
     for plot, top in zip(plots, tops):
         joined.paste(plot, (0, top))
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with write_atomically(path) as temporary:
-        joined.reduce(2).quantize(64).save(temporary, format="png")
+    save_picture(joined.reduce(2).quantize(64), path)
 
 
 def count_flops(function, *inputs):
