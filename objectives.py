@@ -38,9 +38,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw
 
-from vit import (MLP, PATCH_FEATURES, Block, LayerScale, drop_path, drop_rates, exit_on_error, gather_patches,
-                 hash_uniform, init_weights, make_projection, patchify, principal_colors, sincos_positions,
-                 save_picture, split_noise, to_device, unpatchify)
+from vit import (MLP, PATCH_FEATURES, Block, LayerScale, drop_path, drop_rates, exit_on_error, fold_scale,
+                 gather_patches, hash_uniform, init_weights, make_projection, patchify, principal_colors,
+                 save_picture, sincos_positions, split_noise, to_device, unpatchify)
 
 
 # --- orders and masks -------------------------------------------------------------------------------------
@@ -307,12 +307,11 @@ class RegressorBlock(nn.Module):
     def __init__(self, width, heads, layer_scale=None, drop=0.):
         super().__init__()
         self.drop = drop
-        scale = lambda: nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
         self.heads = heads
         self.norm_q, self.norm_k, self.norm_v, self.norm2 = (nn.LayerNorm(width, eps=1e-6) for _ in range(4))
         self.q, self.k, self.v, self.proj = (nn.Linear(width, width) for _ in range(4))
         self.mlp = MLP(width, 4 * width)
-        self.ls1, self.ls2 = scale(), scale()
+        self.ls1, self.ls2 = LayerScale(width, layer_scale), LayerScale(width, layer_scale)
 
     def forward(self, x, visible, pos, pos_visible, noise=(None, None)):
         """Hidden x (b, T, d), visible (b, v, d), their positions -> (b, T, d). Values carry no position."""
@@ -322,8 +321,9 @@ class RegressorBlock(nn.Module):
         v = self.v(self.norm_v(rows))
         q, k, v = (rearrange(y, "b r (h d) -> b h r d", h=self.heads) for y in (q, k, v))
         y = rearrange(F.scaled_dot_product_attention(q, k, v), "b h r d -> b r (h d)")
-        x = self.norm2(x + drop_path(self.ls1(self.proj(y)), self.drop, noise[0]))
-        return x + drop_path(self.ls2(self.mlp(x)), self.drop, noise[1])
+        y = F.linear(y, *fold_scale(self.proj, self.ls1.gamma))
+        x = self.norm2(x + drop_path(y, self.drop, noise[0]))
+        return x + drop_path(self.mlp(x, self.ls2.gamma), self.drop, noise[1])
 
 
 class CAE(Objective):

@@ -304,6 +304,8 @@ def test_attention_mask_and_query_only_rows():
     wanted = slow_attention(attention, x, (torch.arange(7) < 5).expand(2, 7, 7))       # no mask: all see the first 5
     torch.testing.assert_close(attention(x, n_keys=5), wanted)
     torch.testing.assert_close(attention(x, n_keys=5, n_out=2), wanted[:, -2:])
+    gamma = torch.rand(16)
+    torch.testing.assert_close(attention(x, n_keys=5, n_out=2, gamma=gamma), gamma * wanted[:, -2:])
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
@@ -338,8 +340,30 @@ def test_mlp_computes_gelu_again_instead_of_keeping_it(kind, trained):
 def test_mlp_derivatives():
     torch.manual_seed(0)
     x, layer = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True), nn.Linear(5, 4).double()
-    assert torch.autograd.gradcheck(lambda x, *_: V.gelu_linear(x, layer), (x, *layer.parameters()))
-    assert torch.autograd.gradgradcheck(lambda x, *_: V.gelu_linear(x, layer), (x, *layer.parameters()))
+    assert torch.autograd.gradcheck(V.gelu_linear, (x, *layer.parameters()))
+    assert torch.autograd.gradgradcheck(V.gelu_linear, (x, *layer.parameters()))
+
+
+def test_layer_scale_is_part_of_the_layer_before_it():
+    """Values and gradients of the plain formula; as much is kept for the backward pass as without LayerScale."""
+    torch.manual_seed(0)
+    block, x = V.Block(16, 2, layer_scale=.3), torch.randn(2, 50, 16)
+    for scale in (block.ls1, block.ls2):
+        nn.init.normal_(scale.gamma)
+
+    def plain(x):
+        x = x + block.ls1.gamma * block.attn(block.norm1(x))
+        return x + block.ls2.gamma * block.mlp(block.norm2(x))
+    results = [[y, *torch.autograd.grad(y.square().sum(), block.parameters())] for y in (block(x), plain(x))]
+    torch.testing.assert_close(*results)
+
+    def count_kept(function):
+        kept = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda y: kept.update({y.data_ptr(): y.numel()}) or y, lambda y: y):
+            function(x)
+        return sum(kept.values())
+    without, folded, scaled = map(count_kept, (V.Block(16, 2), block, plain))
+    assert without < folded < without + 2 * x.numel() < scaled         # only weights were added
 
 
 def test_encode_of_the_last_rows_only():
@@ -4407,7 +4431,8 @@ not looked at by any row: they only ask. MaPeT's second stream is made of such r
 
 **Steps.**
 1. q, k and v with no mask: split the weights and the bias of `qkv` in three, then each into heads.
-2. `F.scaled_dot_product_attention` or a softmax of your own; heads back together, then `proj`.
+2. `F.scaled_dot_product_attention` or a softmax of your own; heads back together, then `proj`, its outputs
+   times `gamma` where that is given (`fold_scale` makes one product of both).
 3. `n_keys`: keys and values of the first rows only.
 4. `n_out`: queries of the last rows only, and their lines of the mask. The work for other queries is not to
    be done.
@@ -4656,7 +4681,8 @@ WRONG = {
     2: [("kmeans.kmeans_plusplus", "closest.double().cumsum(-1)", "closest.double().sqrt().cumsum(-1)"),
         ("kmeans.kmeans_plusplus", "torch.minimum(closest, squared_distances(trials))", "squared_distances(trials)")],
     3: [("vit.patchify", "(p q c)", "(c p q)"), ("vit.sincos_positions", "[column, row]", "[row, column]")],
-    4: [("vit.Attention.forward", "x[:, :n_keys]", "x"), ("vit.Attention.forward", "mask[ask]", "~mask[ask]")],
+    4: [("vit.Attention.forward", "x[:, :n_keys]", "x"), ("vit.Attention.forward", "mask[ask]", "~mask[ask]"),
+        ("vit.Attention.forward", "*fold_scale(self.proj, gamma)", "self.proj.weight, self.proj.bias")],
     5: [("objectives.two_stream_mask", "tril(-1)", "tril()"),
         ("objectives.two_stream_mask", "[full(T, V), so_far, ~so_far]", "[full(T, V), so_far, full(T, T)]")],
     6: [("objectives.MaPeT.predict", "vit.positions(hidden)", "0 * vit.positions(hidden)"),

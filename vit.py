@@ -86,6 +86,27 @@ def drop_path(x, rate, noise):
     return x * rearrange((noise >= rate) / (1 - rate), "b -> b 1 1").to(x.dtype)
 
 
+class LayerScale(nn.Module):
+    """A factor gamma for each channel, at first `init`; None: without. The blocks apply it by `fold_scale`."""
+
+    def __init__(self, width, init):
+        super().__init__()
+        self.gamma = None if init is None else nn.Parameter(torch.full((width,), float(init)))
+
+    def forward(self, x):
+        return x if self.gamma is None else x * self.gamma
+
+
+def fold_scale(layer, gamma):
+    """weight, bias of gamma * layer(x), gamma (d,) or None: with LayerScale a linear layer is still one.
+
+    gamma (W x + b) = (gamma W) x + gamma b; so the output before the scaling need not be kept for the backward pass.
+    """
+    if gamma is None:
+        return layer.weight, layer.bias
+    return gamma[:, None] * layer.weight, gamma * layer.bias
+
+
 class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
@@ -93,11 +114,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x, mask=None, n_keys=None, n_out=None):
+    def forward(self, x, mask=None, n_keys=None, n_out=None, gamma=None):
         """x (b, rows, d) -> (b, n_out or rows, d). The last n_out rows ask, the first n_keys are looked at.
 
         mask (rows, n_keys) bool, True = may attend, one for all images and heads. softmax(q k^T / sqrt(d / h)) v: the
-        outputs of `qkv` are all of q, then of k, then of v, each head after head.
+        outputs of `qkv` are all of q, then of k, then of v, each head after head. gamma (d,): LayerScale's, or None.
         """
         d = x.shape[-1]
         ask = slice(None) if n_out is None else slice(-n_out, None)
@@ -106,7 +127,7 @@ class Attention(nn.Module):
         q = rearrange(q, "b q (h d) -> b h q d", h=self.heads)
         k, v = rearrange(kv, "b s (two h d) -> two b h s d", two=2, h=self.heads)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[ask])
-        return self.proj(rearrange(x, "b h q d -> b q (h d)"))
+        return F.linear(rearrange(x, "b h q d -> b q (h d)"), *fold_scale(self.proj, gamma))
 
 
 class MLP(nn.Module):
@@ -115,17 +136,9 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, x):
-        return gelu_linear(self.fc1(x), self.fc2)             # fc2(gelu(fc1 x)), in less memory
-
-
-class LayerScale(nn.Module):
-    def __init__(self, width, init):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((width,), float(init)))
-
-    def forward(self, x):
-        return x * self.gamma
+    def forward(self, x, gamma=None):
+        """gamma * fc2(gelu(fc1 x)), in less memory."""
+        return gelu_linear(self.fc1(x), *fold_scale(self.fc2, gamma))
 
 
 def split_noise(noise, depth):
@@ -141,20 +154,19 @@ def drop_rates(last, depth):
 class Block(nn.Module):
     def __init__(self, width, heads, mlp_ratio=4, layer_scale=None, drop=0.):
         super().__init__()
-        scale = lambda: nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
         self.drop = drop
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads)
-        self.ls1 = scale()
+        self.ls1 = LayerScale(width, layer_scale)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = MLP(width, int(width * mlp_ratio))
-        self.ls2 = scale()
+        self.ls2 = LayerScale(width, layer_scale)
 
     def forward(self, x, mask=None, n_keys=None, n_out=None, noise=(None, None)):
-        y = self.attn(self.norm1(x), mask, n_keys, n_out)
+        y = self.attn(self.norm1(x), mask, n_keys, n_out, self.ls1.gamma)
         x = x if n_out is None else x[:, -n_out:]
-        x = x + drop_path(self.ls1(y), self.drop, noise[0])
-        return x + drop_path(self.ls2(self.mlp(self.norm2(x))), self.drop, noise[1])
+        x = x + drop_path(y, self.drop, noise[0])
+        return x + drop_path(self.mlp(self.norm2(x), self.ls2.gamma), self.drop, noise[1])
 
 
 class PatchEmbed(nn.Module):
@@ -294,10 +306,10 @@ class GELULinear(torch.autograd.Function):
         return grad_x, rows.T @ F.gelu(x).flatten(0, -2), rows.sum(0)
 
 
-def gelu_linear(x, layer):
-    if not layer.weight.requires_grad:                                 # then gelu(x) is not kept, either
-        return layer(F.gelu(x))
-    return GELULinear.apply(x, layer.weight, layer.bias)
+def gelu_linear(x, weight, bias):
+    if not weight.requires_grad:                                       # then gelu(x) is not kept, either
+        return F.linear(F.gelu(x), weight, bias)
+    return GELULinear.apply(x, weight, bias)
 
 
 # --- weights from files and from the web ------------------------------------------------------------------
