@@ -7,13 +7,13 @@
 process or many. Rows are read block by block and a block's scores are gone after its argmax: memory beyond
 the data is O(block K + K d). Several codebooks (restarts, axis r) are fitted at once to the same rows.
 
-Read down to the ruled line: K-means, its seeding, the tokenizer. Below it, to be skipped at first: the rest of
-the fit, processes, reading rows, CUDA kernels, tokenizer.pt and tokens.npy, pictures, commands.
+Read down to the ruled line: K-means, its seeding, the tokenizer. Below it, to be skipped at first: the rest
+of the fit, processes, reading rows, CUDA kernels, tokenizer.pt and tokens.npy, pictures, commands.
 
 python kmeans.py fit                             embedded images, raw pixels, K = 64: 20 s on two CPU cores
 python kmeans.py tokenize --tokenizer runs/tokenizer-textures-pixel-k64/tokenizer.pt   goes on after a kill
-python kmeans.py show --tokenizer runs/tokenizer-textures-pixel-k64/tokenizer.pt       codebook.png, tokens.png
-torchrun --nproc_per_node 8 kmeans.py fit --data IMAGENET --features clip --k 8192      k-CLIP (MaPeT Sec. 4.2)
+python kmeans.py show --tokenizer runs/tokenizer-textures-pixel-k64/tokenizer.pt      codebook.png, tokens.png
+torchrun --nproc_per_node 8 kmeans.py fit --data IMAGENET --features clip --k 8192     k-CLIP (MaPeT Sec. 4.2)
 python kmeans.py bench                           time of a Lloyd iteration over that of the product X C^T
 """
 import argparse
@@ -57,7 +57,7 @@ SHARD = 4096                                # images; what a killed process lose
 def lloyd(x, centroids, n_iter):
     """K-means of rows x (n, d) from the first centroids (k, d): n_iter times assign and update (Sec. 3.2).
 
-    -> labels (n,) int64: the nearest of the centroids (k, d) that are returned, too. An empty cluster keeps its own.
+    -> labels (n,) int64, of the nearest centroid; centroids (k, d). An empty cluster keeps its own.
     """
     for _ in range(n_iter):
         labels = torch.cdist(x, centroids).argmin(1)                        # assign: the nearest centroid
@@ -104,7 +104,7 @@ class Clusters:
         self.bounds, self.few_change, self.wait, self.pause = None, False, 0, 2
 
     def run_pass(self, c):
-        """All rows to the nearest of the centroids c (r, k, d): sums (r, k, d), counts (r, k) of all processes."""
+        """Rows to the nearest of the centroids c (r, k, d): sums (r, k, d), counts (r, k) of all processes."""
         w, bias = score_weights(c, self.origin, self.data.scale, self.data.shift)
         moving, self.wait = self.bounds is not None, self.wait - 1
         if moving:
@@ -127,7 +127,7 @@ class Clusters:
                 labels[at[moved]] = new[moved]
                 changed, looked_at = changed + len(moved), looked_at + len(at)
                 for rows in moved.split(1 << 16):
-                    if added + len(rows) > 1 << 16:            # float32 adds 65536 uint8 values exactly (below 2^24)
+                    if added + len(rows) > 1 << 16:  # float32 adds 65536 uint8 values exactly (below 2^24)
                         self.sums += part
                         part, added = torch.zeros_like(part), 0
                     added += len(rows)
@@ -196,7 +196,7 @@ class KMeans:
         data = Rows(x, self.k, **self.input)
         n, mine, start, mean, scatter = compute_statistics(data)
         if self.k > n:
-            raise ValueError(f"{self.k} clusters of {n} rows: there must be at least as many rows as clusters")
+            raise ValueError(f"{self.k} clusters of {n} rows: at least as many rows as clusters are wanted")
         # Cosine: the rows have unit length, and centroids must get it back, or the longest would win.
         unit = F.normalize if self.metric == "cosine" else lambda c, dim: c
         c = unit(seed_centroids(data, self.k, self.init, self.restarts, self.seed, n, start), dim=-1)
@@ -250,7 +250,7 @@ class KMeansTokenizer(nn.Module):
     S is image_size; for clip also twice that, which spares it the blur of enlarging (`input_size`: the best).
     It belongs beside a model, never inside: MAE's weight initialisation would wipe it.
 
-    encoder   of a learned tokenizer (dvae, vq, peco, vqkd): the weights of f, see PatchFeatures; f is kept with it
+    encoder   of a learned tokenizer (dvae, vq, peco, vqkd): the weights of f, see PatchFeatures
     """
 
     def __init__(self, features, centroids, metric, patch_size, image_size, mean, std, encoder=None):
@@ -287,7 +287,7 @@ class KMeansTokenizer(nn.Module):
         return find_nearest(block, *self.fold(block))[0].view(rows.shape[:2])
 
     def fold(self, block):
-        """The centroids as `find_nearest` wants them, kept: to make them for every crop would wait for the GPU."""
+        """The centroids as `find_nearest` wants them, kept: making them for each crop would wait for the GPU."""
         key = self.centroids.device, self.centroids._version, block.dtype, self.centroids.data_ptr()
         if self.folded is None or self.folded[0] != key:
             data, c = Rows(block, len(self.centroids), mean=self.mean, std=self.std), self.centroids[None]
@@ -342,7 +342,7 @@ def compute_inertia(scatter, sums, counts, c, mean):
 
 
 def reseed(data, c, new, empty, origin, start):
-    """`new` (r, k, d) with its empty clusters moved onto the rows that are farthest from their centroids c."""
+    """`new` (r, k, d) with its empty clusters moved onto the rows farthest from their centroids c."""
     m, first = int(empty.sum(-1).max()), start
     far = torch.full((len(c), m), -1., device=c.device)         # the m greatest distances, and of which rows
     index = torch.zeros_like(far, dtype=torch.long)
@@ -361,7 +361,7 @@ def reseed(data, c, new, empty, origin, start):
 
 
 def compute_statistics(data):
-    """One pass: n of all processes, of this one, rows before its own, mean (d,) and sum ||x - mean||^2 in float64."""
+    """One pass: n of all processes, of this one, rows before its own, mean (d,), sum ||x - mean||^2; float64."""
     n, origin, sums, squares = 0, None, 0., 0.
     for block in data:
         x = data.standardize(block)
@@ -399,13 +399,13 @@ class Bounds:
         self.c = c
 
     def find_nearest(self, r, here, block, w, bias):
-        """Of the rows `here`, a block, those that can have changed: where (m,), rows (m, d), labels (m,) int64."""
+        """Of the rows `here`, a block, those that can have changed: where (m,), rows (m, d), labels (m,)."""
         own, others, norms = self.own[r, here], self.others[r, here], self.norms[here]
         at = (own >= others).nonzero()[:, 0]
         if len(at) == 0:
             return at, block[:0], at
         x = block
-        if len(at) < len(block):                               # few shapes: oneDNN compiles a product for each
+        if len(at) < len(block):  # few shapes: oneDNN compiles a product for each
             x = block.index_select(0, F.pad(at, (0, -len(at) % 512)))
         if len(at) == len(own) and own.isinf().all():          # the first time
             norms.copy_((self.data.standardize(block) - self.origin).square().sum(-1))
@@ -453,7 +453,7 @@ def track(items, what, total, unit, size=lambda item: 1):
 
 @contextlib.contextmanager
 def first_on_machine():
-    """The first process of a machine goes through the block before the others, which then find what it left."""
+    """The first process of a machine goes through the block first; the others find what it left."""
     follows = int(os.environ.get("LOCAL_RANK", 0)) > 0
     if follows:
         barrier()
@@ -497,7 +497,7 @@ def setup(device=None):
     if device.type == "cuda":
         device = torch.device("cuda", local if device.index is None else device.index)
         torch.cuda.set_device(device)
-        torch.backends.cuda.enable_cudnn_sdp(False)                # its backward with a mask is wrong for some shapes
+        torch.backends.cuda.enable_cudnn_sdp(False)  # its backward with a mask is wrong for some shapes
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
@@ -577,7 +577,7 @@ class Rows:
         return block.float() * self.scale.float() + self.shift.float()
 
     def gather(self, index, start):
-        """Values (s, d) of the rows index (s,) of all processes together, of which ours begin at row `start`."""
+        """Values (s, d) of the rows index (s,) of all processes; ours begin at row `start`."""
         out = torch.zeros(len(index), self.d, device=self.device)
         for block in self:
             inside = (index >= start) & (index < start + len(block))
@@ -588,7 +588,7 @@ class Rows:
 
 
 def pixel_scale(d, mean, std):
-    """scale, shift (d,) float64: scale x + shift = (x / 255 - mean) / std for uint8 rows x in patchify's order.
+    """scale, shift (d,) float64: scale x + shift = (x / 255 - mean) / std, uint8 rows x in patchify's order.
 
     mean, std: of 3 channels, on the scale 0..1; in a row the channel runs fastest.
     """
@@ -606,7 +606,7 @@ def multiply(x, w, bias):
     x, w, bias = x.float(), w.flatten(0, 1), bias.flatten()
     if x.is_cuda or not torch.backends.mkldnn.is_available():
         return F.linear(x, w, bias)
-    image = x[None, :, None].permute(0, 3, 1, 2)                    # (1, d, m, 1): channels last, as the rows lie
+    image = x[None, :, None].permute(0, 3, 1, 2)  # (1, d, m, 1): channels last, as the rows lie
     return F.conv2d(image, w[:, :, None, None], bias)[0, :, :, 0].T
 
 
@@ -620,7 +620,7 @@ if triton is not None:
     @triton.jit
     def nearest_kernel(x, w, bias, labels, scores, m, k, d, center, shrink, unit, HALF: tl.constexpr,
                        ROWS: tl.constexpr, CODES: tl.constexpr, WIDTH: tl.constexpr):
-        """One program: ROWS rows against all codes of one codebook, CODES at a time; scores stay in registers."""
+        """One program: ROWS rows against all codes of a codebook, CODES at a time; scores stay in registers."""
         row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         book = tl.program_id(1).to(tl.int64)
         x_row = x + row[:, None] * d
@@ -651,16 +651,16 @@ def tile(size, most):
 
 
 def power_of_two(x):
-    """The greatest one that is at most max |x|, (1,) float32; nothing is read back, so that no GPU is waited for."""
+    """The greatest one that is at most max |x|, (1,) float32; nothing is read back: no GPU is waited for."""
     largest = torch.linalg.vector_norm(x.flatten(), math.inf).float().clamp(min=1e-30).view(1)
     return largest / (2 * torch.frexp(largest).mantissa)
 
 
 def find_nearest_fused(x, w, bias):
-    """`find_nearest` without a matrix of scores; float16 products for wide uint8 and 16-bit rows, else tf32 x 3.
+    """`find_nearest` without a matrix of scores; float16 products of wide uint8 and 16-bit rows, or tf32 x 3.
 
-    uint8 - 128 is exact in float16, and so are bfloat16's 8 bits once a power of two has moved them into range:
-    only w is rounded, to 11 bits. Over 256 columns the errors average out far below 1e-4.
+    uint8 - 128 is exact in float16, and so are bfloat16's 8 bits once a power of two has moved them into
+    range: only w is rounded, to 11 bits. Over 256 columns the errors average out far below 1e-4.
     """
     (r, k, d), m = w.shape, len(x)
     x, half, center = x.contiguous(), x.dtype != torch.float32 and d >= 256, 0.
@@ -674,7 +674,7 @@ def find_nearest_fused(x, w, bias):
         w = (w / unit).half()
     labels = torch.empty(r, m, dtype=torch.int32, device=x.device)
     scores = torch.empty(r, m, device=x.device)
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():      # Triton's is the current one
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():  # Triton's is the current
         nearest_kernel[triton.cdiv(m, 128), r](
             x, w.contiguous(), bias.contiguous(), labels, scores, m, k, d, center, shrink, unit / shrink, half,
             128, tile(k, 128), tile(d, 64 if half else 32), num_warps=8)
@@ -682,7 +682,7 @@ def find_nearest_fused(x, w, bias):
 
 
 def add_rows(sums, labels, x, sign):
-    """Add sign times rows x (m, d) to sums (k, d) float32, by labels (m,); on CUDA without atomics: two runs agree."""
+    """Add sign times rows x (m, d) to sums (k, d), by labels (m,); on CUDA without atomics: two runs agree."""
     k = len(sums)
     if not x.is_cuda:
         sums.index_add_(0, labels, x.float(), alpha=sign)
@@ -713,7 +713,7 @@ def make_loader(ds, batches, workers=0, device="cpu"):
 
 
 def load_batches(ds, indices, batch_size, workers=0, device="cpu", what=None):
-    """(images uint8 (b, 3, S, S) on device, labels (b,), index really read (b,)) over `indices`, in that order.
+    """(images uint8 (b, 3, S, S) on device, labels (b,), index really read (b,)), in the order of `indices`.
 
     what: a name for this pass, to say how far it is.
     """
@@ -734,10 +734,10 @@ def derive_seed(*numbers):
 
 
 def stream_patches(tokenizer, ds, keep, images, seed, batch_size, workers, device):
-    """(function that starts a stream of this process's rows, their number): `keep` patches of each of so many images.
+    """(function that starts a stream of this process's rows, their number): `keep` patches of each image.
 
-    Images come in a seeded order over the whole set: sorted by class, as folders are, they would seed k-means++
-    with one class (as ClusterMIM's code does). Which patches are kept depends on (seed, image) alone.
+    So many images, in a seeded order: sorted by class, as folders are, they would seed k-means++ with one
+    class (as ClusterMIM's code does). Which patches are kept depends on (seed, image) alone.
     """
     rank, world = rank_and_world()
     order = torch.randperm(len(ds), generator=torch.Generator().manual_seed(seed))[:images]
@@ -774,7 +774,7 @@ def blank_tokenizer(ds, features, patch_size, image_size=None, k=1, metric="eucl
 def fit_tokenizer(ds, features="pixel", k=64, metric="euclidean", patch_size=16, image_size=None, fraction=None,
                   init=None, max_iter=None, tol=1e-4, restarts=None, seed=0, batch_size=64, workers=0, device="cpu",
                   images=None):
-    """K-means on the patches of `ds`: a KMeansTokenizer, the same on every process; its .kmeans is the KMeans.
+    """K-means on the patches of `ds`: a KMeansTokenizer, equal on every process; its .kmeans is the KMeans.
 
     fraction   of each image's patches, at least one; default: all of them
     images     so many, a seeded sample; default: enough for 256 patches a code, at least 20,000
@@ -787,7 +787,7 @@ def fit_tokenizer(ds, features="pixel", k=64, metric="euclidean", patch_size=16,
     init, max_iter = init or ("random" if clip else "k-means++"), max_iter or (20 if clip else 100)
     restarts, fraction = restarts or (5 if clip else 1), fraction or (.05 if clip else 1.)
     if fraction > 1:
-        raise ValueError(f"fraction is a share of each image's patches, above 0 and at most 1, not {fraction}")
+        raise ValueError(f"fraction is a share of an image's patches, above 0 and at most 1, not {fraction}")
     tokenizer = blank_tokenizer(ds, features, patch_size, image_size, k, metric).to(device)
     keep = max(1, round(fraction * tokenizer.n_patches))
     images = min(len(ds), images or max(20000, -(-256 * k // keep)))
@@ -807,7 +807,7 @@ def fit_tokenizer(ds, features="pixel", k=64, metric="euclidean", patch_size=16,
 
 
 def select_vqkd(state, path):
-    """The arguments of KMeansTokenizer that make BEiT v2's VQ-KD of its official weights: its codes are centroids."""
+    """KMeansTokenizer's arguments for the official weights of BEiT v2's VQ-KD: its codes are centroids."""
     weights = {f"encoder.{key}": value for key, value in select_vit(state, path).items()}
     weights |= {key.replace("encode_task_layer.", "project."): value for key, value in state.items()
                 if key.startswith("encode_task_layer.")}
@@ -863,12 +863,12 @@ def tokenize(tokenizer, ds, path, batch_size=64, workers=0, device="cpu"):
     """
     (rank, world), tokenizer, n = rank_and_world(), tokenizer.to(device), tokenizer.n_patches
     if tokenizer.vocab_size > MOST_CODES:
-        raise ValueError(f"tokens are stored in 16 bits: {tokenizer.vocab_size} centroids are more than {MOST_CODES}")
+        raise ValueError(f"tokens have 16 bits: {tokenizer.vocab_size} centroids are more than {MOST_CODES}")
     if os.path.exists(path):
         tokens, few = load_tokens(path), sorted({0, len(ds) // 2, len(ds) - 1})
         images, _, _ = next(load_batches(ds, few, len(few), device=device))
         if tokens.shape == (len(ds), n):
-            if (tokenizer(images).cpu().numpy() == tokens[few]).mean() >= .9:   # hardware may break a near-tie
+            if (tokenizer(images).cpu().numpy() == tokens[few]).mean() >= .9:  # hardware may break a near-tie
                 return tokens
         raise ValueError(f"{path} is of another tokenizer or of other images than {ds.name}: "
                          "remove it or choose another folder")
@@ -905,7 +905,7 @@ def rebuild_images(tokenizer, tokens):
 
 
 def draw_codebook(tokenizer, ds, path, rows=16, columns=12, images=400):
-    """PNG: a row for each of the most used codes: its centroid (pixels only), then the patches nearest to it."""
+    """PNG: a row for each of the most used codes: its centroid (pixels only), then the nearest patches."""
     few = range(0, len(ds), max(1, len(ds) // images))
     p = tokenizer.patch_size * tokenizer.input_size // tokenizer.image_size       # CLIP sees twice the pixels
     found = [(patchify(x, p), *tokenizer.assign(x)) for x, _, _ in load_batches(ds, few, 64)]
@@ -976,7 +976,7 @@ def bench_cuda(device):
         data = Rows(x, k)
         c = data.standardize(x[:k])[None]
         clusters = Clusters(data, 1, k, n, c[0].double().mean(0))
-        clusters.run_pass(c)                                        # the first adds all rows, later ones what changes
+        clusters.run_pass(c)  # the first adds all rows, later ones what changes
         t = measure_seconds(lambda: clusters.run_pass(c))[0]
         print0(f"n = {n}, d = {d}, K = {k}, {kind}: {t:.4f} s an iteration: "
                f"the data at {x.nbytes / t / bandwidth:.0%} of the copy bandwidth, "
@@ -1012,7 +1012,7 @@ def parse(argv, check_numbers):
     add("--tol", type=float, default=1e-4, help="movement that counts as none (%(default)s)")
     add("--restarts", type=int, help="seedings, of which the best is kept (1; clip 5)")
     add("--fraction", type=float, help="share of each image's patches that is used (1; clip .05)")
-    add("--fit-images", type=int, help="a random sample of so many images (enough for 256 patches a code, 20,000)")
+    add("--fit-images", type=int, help="so many random images (enough for 256 patches a code, 20,000)")
     add("--seed", type=int, default=0, help="of the patches and the first centroids (%(default)s)")
     show.add_argument("--rows", type=int, default=16, help="codes to draw, the most used ones (%(default)s)")
     show.add_argument("--images", type=int, default=400, help="images to look for patches in (%(default)s)")
@@ -1028,7 +1028,7 @@ def name_folder(args, k):
     """runs/tokenizer-DATA-FEATURES-kK, and what else was asked for: no two tokenizers meet in one folder."""
     parts = ["tokenizer", os.path.basename(os.path.normpath(args.data)), args.features, f"k{k}"]
     usual = dict(metric="euclidean", tol=1e-4, seed=0)
-    others = "metric", "init", "max_iter", "tol", "restarts", "fraction", "fit_images", "image_size", "patch_size", "seed"
+    others = "metric init max_iter tol restarts fraction fit_images image_size patch_size seed".split()
     for key in others:
         if (value := getattr(args, key)) not in (None, usual.get(key)):
             parts.append(f"{key.replace('_', '')}{value}")
@@ -1066,14 +1066,14 @@ def main(argv=None):
             size, p = args.image_size or (48 if textures else 224), args.patch_size or (8 if textures else 16)
             k = args.k or (64 if textures else 50 if args.features == "pixel" else 100)
             args.out = args.out or name_folder(args, k)
-            split, side = "train", size * (2 if args.features == "clip" else 1)     # CLIP sees twice the pixels
+            split, side = "train", size * (2 if args.features == "clip" else 1)  # CLIP sees twice the pixels
         else:
             tokenizer = load_tokenizer(args.tokenizer)
             args.out = args.out or os.path.dirname(args.tokenizer) or "."
             split, side = args.split, tokenizer.input_size
         path = lambda name: os.path.join(args.out, name)
         os.makedirs(args.out, exist_ok=True)
-        if not os.access(args.out, os.W_OK):                       # before the work: it must not be for nothing
+        if not os.access(args.out, os.W_OK):  # before the work: it must not be for nothing
             raise ValueError(f"--out {args.out}: this folder cannot be written, choose another")
         ds = open_dataset(args.data, split, side, classes=args.classes)
         if ds is None:

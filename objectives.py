@@ -11,17 +11,17 @@
     dvae, vq     all patches: what is learned is a      a decoder, from tokens       pixels, MSE
     peco, vqkd   tokenizer, for the others' tokens      the same                     pixels and features; features
 
-The first three rows are one class, `MaskedAutoencoder`, the last four another, `LearnedTokenizer`. MIM, BEiT, PIM and
+Rows 1 to 3 are one class, `MaskedAutoencoder`, the last four another, `LearnedTokenizer`. MIM, BEiT, PIM and
 MaPeT are a third, `MaPeT`: take one of its two ideas away and its parents appear:
     PIM    max E_x E_z  sum_{i >= c} log p(t_{z_i} | x_{z_<i})                      (MaPeT Eq. 1)
     MaPeT  max E_x E_z  sum_{i >= c} log p(t_{z_i} | x_{z_<i}, m_{z_>=i})           (MaPeT Eq. 2)
     MaPeT - positions of what is not seen yet (m) = PIM;  MaPeT - content of targets that were predicted = MIM
-x_j is a patch, t_j its token, z an order of the patches, visible ones first, c the cutting point, and m_j = mask
-token + position j: "there is a patch at j", without its content. c counts the class token (MaPeT Table 6): c = 50
-of 197 tokens leaves 49 visible patches and 147 targets, 75 %. `beit` and `cae` hide blocks of patches, all others
-random ones: only the order z differs.
+x_j is a patch, t_j its token, z an order of the patches, visible ones first, c the cutting point, and
+m_j = mask token + position j: "there is a patch at j", without its content. c counts the class token (MaPeT
+Table 6): c = 50 of 197 tokens leaves 49 visible patches and 147 targets, 75 %. `beit` and `cae` hide blocks of
+patches, all others random ones: only the order z differs.
 
-Read down to the ruled line. Below it, to be skipped at first: CAE, learned tokenizers, objectives by name, pictures.
+Read down to the ruled line. Below it, to be skipped at first: CAE, learned tokenizers, names, pictures.
 
 python objectives.py                             who looks at whom: 6 patches cut at 3, printed and drawn
 python objectives.py mapet --patches 6 --cut 3   one of them; beit and cae print the blocks they hide as well
@@ -53,10 +53,10 @@ def random_order(b, n, generator=None, device=None):
 def blockwise_mask(b, grid, count, generator=None, device=None, exact=True):
     """BEiT's block-wise masking (2106.08254, Alg. 1): (b, n) bool, True = hidden, of n = grid * grid patches.
 
-    Blocks are hidden one after the other: area uniform from 16 of 196 patches to what is still to be hidden, height /
-    width log-uniform from 0.3 to 1 / 0.3, sides rounded, place uniform. A block is taken if both sides are less than the
-    grid's, it hides something new and no more than `count` in all. An image is done when 10 tries for a block fail.
-    exact: then hide random patches until `count` are hidden (BEiT v2); False: leave it at the blocks.
+    Blocks are hidden one after the other: area uniform from 16 of 196 patches to what is left to be hidden,
+    height / width log-uniform from 0.3 to 1 / 0.3, sides rounded, place uniform. A block is taken if both sides
+    are less than the grid's, it hides something new, and `count` in all at most. When 10 tries for a block fail,
+    the image is done. exact: then hide random patches until `count` are hidden (BEiT v2); False: leave it at the blocks.
     All images at once: of the 10 tries, made in parallel, each image takes the first that fits.
     """
     min_block = max(1, round(16 / 196 * grid ** 2))            # of BEiT's scripts: 16 patches of 196
@@ -100,8 +100,8 @@ def two_stream_mask(visible, targets, positions=True):
           mask token                all   |          none            |     all
           query of target i         all   |       targets <  i       |  of targets >= i
 
-    Patches were permuted before, so this one mask serves every image and step. Each row of MaPeT's has V + T keys:
-    every position is seen exactly once, as content or as position.
+    Patches were permuted before, so this one mask serves every image and step. Each row of MaPeT's has V + T
+    keys: every position is seen exactly once, as content or as position.
     """
     V, T = visible, targets
     full = lambda rows, keys: torch.ones(rows, keys).bool()
@@ -134,12 +134,12 @@ class Objective(nn.Module):
         super().__init__()
         n = vit.n_patches
         if not 1 <= cut <= n:
-            raise ValueError(f"cutting point {cut} is out of range: with {n} patches and a class token it is 1 to {n}")
+            raise ValueError(f"cutting point {cut} is out of range: with {n} patches it is 1 to {n}")
         self.encoder, self.cut, self.targets = vit, cut, 1 + n - cut
         self.smoothing, self.blockwise, self.noise_rows = smoothing, blockwise, 2 * vit.depth
 
     def draw_order(self, b, seed=None, device="cpu", rows=slice(None)):
-        """An order z (b, n) of each image's patches, visible ones first, by the seed if given; `rows` of the b only."""
+        """An order z (b, n) of each image's patches, visible first, by the seed if given; `rows` of the b only."""
         if not self.blockwise:
             generator = None if seed is None else torch.Generator(device).manual_seed(seed)
             return random_order(b, self.encoder.n_patches, generator, device)[rows]
@@ -186,7 +186,7 @@ class Decoder(nn.Module):
         *noise, last = split_noise(noise, len(self.blocks))
         for block, draws in zip(self.blocks, noise):
             x = block(x, noise=draws)
-        return self.head(self.norm(self.blocks[-1](x, n_out=n_out, noise=last)))     # asks for these rows only
+        return self.head(self.norm(self.blocks[-1](x, n_out=n_out, noise=last)))  # asks for these rows only
 
 
 class MaskedAutoencoder(Objective):
@@ -197,7 +197,7 @@ class MaskedAutoencoder(Objective):
         loss       = MSE(prediction, target)                             MAE, MaskFeat
                    = CE(prediction, t(x))                                ClusterMIM (Sec. 3.2)
 
-    target   "tokens": ClusterMIM, t(x) of a codebook of `size`; "pixel", "pixel-norm" (patches standardised): MAE;
+    target   "tokens": ClusterMIM, t(x) of a codebook of `size`; "pixel", "pixel-norm": MAE;
              "hog": MaskFeat; "features": MaskFeat, rows of `size` values, brought to unit length
     depth    of the decoder; its width is 2/3 of the encoder's, at most MAE's 512, in heads of 32
     The rows stay in the order z: MAE puts them back into raster order first, which attention cannot notice.
@@ -260,10 +260,10 @@ class MaPeT(Objective):
         MIM, BEiT  [cls, visible,          mask tokens]           all see all; the mask tokens are the output
         PIM        [cls, visible, targets,              queries]
         MaPeT      [cls, visible, targets, mask tokens, queries]
-    Two parts of MaPeT look at nothing outside themselves: {cls, visible, mask tokens} is MIM's sequence above, which
-    never learns a target's content; {cls, visible, targets, mask tokens} is the content stream, which never sees a
-    query. So the queries are an autoregressive layer on top that reads a MIM forward: the first query equals the
-    first mask token in every layer, and the k-th query is MIM with k - 1 masked patches revealed.
+    Two parts of MaPeT look at nothing outside themselves: {cls, visible, mask tokens} is MIM's sequence above,
+    which never learns a target's content; {cls, visible, targets, mask tokens} is the content stream, which
+    never sees a query. So the queries are an autoregressive layer on top that reads a MIM forward: the first
+    query equals the first mask token in every layer, the k-th is MIM with k - 1 masked patches revealed.
     """
 
     def __init__(self, vit, cut, vocab_size, permute=True, positions=True, smoothing=0., blockwise=False):
@@ -279,7 +279,7 @@ class MaPeT(Objective):
         self.register_buffer("mask", mask, persistent=False)
 
     def predict(self, images, tokens, order=None, noise=None):
-        """Logits (b, T, K) of the targets in the order z, their tokens (b, T). Mask tokens and queries begin as m_j."""
+        """Logits (b, T, K) of the targets in the order z, their tokens (b, T). Queries, too, begin as m_j."""
         vit, (visible, hidden) = self.encoder, self.split(images, order)
         shown = torch.cat([visible, hidden], 1) if self.permute else visible
         content = vit.embed(images, shown)                     # [cls, visible, targets?]
@@ -300,8 +300,8 @@ class MaPeT(Objective):
 class RegressorBlock(nn.Module):
     """Cross-attention of CAE's regressor: hidden rows ask, visible and hidden rows answer.
 
-    Positions are added to what queries and keys are made of, before the norms. CAE's quirk: after the attention the
-    *normalised* sum, norm2(x + ...), is what goes on, to the MLP and beside it; in a ViT block it is the sum itself.
+    Positions are added to what queries and keys are made of, before the norms. CAE's quirk: after the attention
+    the *normalised* sum, norm2(x + ...), goes on, to the MLP and beside it; in a ViT block the sum itself.
     """
 
     def __init__(self, width, heads, layer_scale=None, drop=0.):
@@ -333,9 +333,9 @@ class CAE(Objective):
         guess  = regressor(mask tokens | latent)      4 cross-attention blocks
         target = teacher([cls ; hidden])              the encoder one optimizer step before, no gradient
         loss   = CE(decoder(guess + pos), t(x)) + 2 MSE(guess, target)
-    So the encoder only encodes: to predict is left to the regressor. All parts are as wide as the encoder, with
-    its initialization and stochastic depth (in regressor and decoder, too, linear from 0 to its last block's rate).
-    The published one has no bias on keys: adding one changes no attention.
+    So the encoder only encodes: to predict is left to the regressor. All parts are as wide as the encoder,
+    with its initialization and stochastic depth (in regressor and decoder, too, linear from 0 to its last
+    block's rate). The published one has no bias on keys: adding one changes no attention.
     """
     logs = "accuracy", "alignment"
 
@@ -369,7 +369,7 @@ class CAE(Objective):
         return loss + self.align * alignment, {**logs, "alignment": alignment.detach()}
 
     def run(self, images, tokens, order, noise):
-        """Of the hidden patches, in the order z: logits (b, T, K), tokens (b, T), guessed and true latents (b, T, d)."""
+        """Of hidden patches, in the order z: logits (b, T, K), tokens (b, T), guessed and true latents (b, T, d)."""
         vit, (visible, hidden) = self.encoder, self.split(images, order)
         if noise is None and self.training:
             noise = torch.rand(self.noise_rows, len(images), device=images.device)
@@ -410,7 +410,7 @@ class LearnedTokenizer(Objective):
                 to the mean direction of its z, 1 % a step; else by gradient, hard ones by that of ||sg z - C_t||^2
     features    VQ-KD: the target is a teacher's features, 1 - cosine; else the pixels, MSE
     perceptual  PeCo (arXiv:2111.12710, Sec. 3.2): and a frozen network should see the same in both
-    Ours: a code with less than a tenth of the mean share (over about 20 steps) is dead, and moves to a random z.
+    Ours: a code with less than a tenth of the mean share (over about 20 steps) is dead: it moves to a random z.
     """
     logs = "error", "used", "perplexity", "reseeded"
 
@@ -419,7 +419,7 @@ class LearnedTokenizer(Objective):
         self.cut, self.targets = 1 + vit.n_patches, 0          # nothing is hidden
         self.soft, self.unit, self.features, self.perceptual, self.beta = soft, unit, features, perceptual, beta
         self.needs = "features" if features else "layers" if perceptual else None
-        self.layers = None                                     # function of images, set from outside: PeCo's network
+        self.layers = None  # function of images, set from outside: PeCo's network
         self.noise_rows += 2                                   # the seeds of hash_uniform
         size, K, width = 32 if unit else min(256, vit.width), vocab_size, vit.width
         self.project = make_projection(width, size)
@@ -435,7 +435,7 @@ class LearnedTokenizer(Objective):
         self.decoder.head.apply(init_weights)                  # small: it starts at the mean
         self.register_buffer("share", torch.full((K,), 1 / K))
         self.register_buffer("progress", torch.zeros(()))      # a tensor: nothing is compiled anew
-        self.register_buffer("state", torch.zeros(3))          # used, perplexity, reseeded, of the step before
+        self.register_buffer("state", torch.zeros(3))  # used, perplexity, reseeded, of the step before
         # Of one step, until it ends: how often each code was chosen, the sum of its z; some z by lot, columns.
         for name, start in (("counts", torch.zeros(K)), ("sums", torch.zeros(K, size)),
                             ("lots", torch.full((min(K, 64),), -1.)), ("spare", torch.zeros(size, min(K, 64)))):
@@ -449,11 +449,11 @@ class LearnedTokenizer(Objective):
             return F.normalize(z, dim=-1) if self.unit else z
 
     def score(self, z):
-        """(..., K): the token of z (..., size) is where it is greatest; hard: (||z||^2 - ||z - C_k||^2) / 2."""
+        """(..., K): the token of z (..., size) is the greatest's; hard: (||z||^2 - ||z - C_k||^2) / 2."""
         return self.classify(z) if self.soft else z @ self.codebook.T - self.codebook.square().sum(-1) / 2
 
     def quantize(self, z, seeds=None):
-        """z (b, n, size) -> code (b, n, size), tokens (b, n), what ties both; seeds (2, b): of Gumbel noise."""
+        """z (b, n, size) -> code (b, n, size), tokens (b, n), what ties both; seeds (2, b) of the noise."""
         tokens = (scores := self.score(z)).argmax(-1)
         code = F.embedding(tokens, self.codebook)
         if not self.soft:
@@ -466,7 +466,7 @@ class LearnedTokenizer(Objective):
             code = ((scores + noise) / (1 - ramp * 15 / 16)).softmax(-1) @ self.codebook
         log_q = scores.log_softmax(-1)
         kl = math.log(len(self.codebook)) + (log_q.exp() * log_q).sum(-1).mean()
-        return code, tokens, self.beta * ramp * kl / (3 * self.encoder.patch_size ** 2)     # a value's, as the MSE
+        return code, tokens, self.beta * ramp * kl / (3 * self.encoder.patch_size ** 2)  # a value's, as MSE
 
     def predict(self, images, given=None, order=None, noise=None):
         """Prediction (b, n, values), its target, tokens (b, n), the codes' part of the loss."""
@@ -502,7 +502,7 @@ class LearnedTokenizer(Objective):
 
     @torch.no_grad()
     def end_step(self, progress, all_reduce, all_gather):
-        """Codes of unit length move, dead ones are re-seeded: the same on every process, however many there are."""
+        """Codes of unit length move, dead ones are re-seeded: the same on every process."""
         all_reduce(self.counts, self.sums)
         if self.unit:                                          # the direction of the sum is that of the mean
             moved = F.normalize(.99 * self.codebook + .01 * F.normalize(self.sums, dim=-1), dim=-1)
@@ -520,7 +520,7 @@ class LearnedTokenizer(Objective):
             buffer.fill_(value)
 
     def reseed(self, codes, z, fresh):
-        """Codes (m,) move to z (m, size) where fresh (m,). A soft one gets, at z, a logit 0.1 above the greatest."""
+        """Codes (m,) move to z (m, size) where fresh (m,); soft: at z their logit is 0.1 above the greatest."""
         def put(rows, new):
             keep = ~fresh.view(-1, *[1] * (rows.ndim - 1))
             rows[codes] = torch.where(keep, rows[codes], new)
@@ -529,7 +529,7 @@ class LearnedTokenizer(Objective):
         w, b, old = self.classify.weight, self.classify.bias, self.score(z).argmax(-1)
         put(self.codebook, self.codebook[old])
         put(w, w[old] + z / z.square().sum(-1, keepdim=True))
-        put(b, b[old] - .9)                                    # so it splits off what lies at z and farther out
+        put(b, b[old] - .9)  # so it splits off what lies at z and farther out
 
     @torch.no_grad()
     def export(self):
@@ -570,7 +570,7 @@ OBJECTIVES = {
     "vqkd": Entry(LearnedTokenizer, dict(soft=False, unit=True, features=True, perceptual=False, beta=1.), 0),
 }
 TARGETS = {"mae": ("pixel", "pixel-norm"), "maskfeat": ("hog", "features")}     # the others predict tokens
-TOKENIZERS = [name for name, entry in OBJECTIVES.items() if entry.kind is LearnedTokenizer]      # or learn them
+TOKENIZERS = [name for name, entry in OBJECTIVES.items() if entry.kind is LearnedTokenizer]  # or learn them
 
 
 def make(name, vit, vocab_size=None, cut=None, mask_ratio=None, target=None, label_smoothing=0., decoder_depth=None,
@@ -580,7 +580,7 @@ def make(name, vit, vocab_size=None, cut=None, mask_ratio=None, target=None, lab
     vocab_size       codebook size K; of maskfeat with target="features" the values a patch
     cut, mask_ratio  how much is hidden: the cutting point, class token included, or a share of the patches
     target           mae: "pixel" or "pixel-norm" (each patch standardised); maskfeat: "hog" or "features"
-    decoder_depth    of mae, maskfeat, clustermim (8 blocks), tokenizers (3); of cae's regressor and decoder (4 each)
+    decoder_depth    of mae, maskfeat, clustermim (8 blocks), tokenizers (3); of cae's two parts (4 each)
     values           of vqkd: a patch's, of its teacher
     """
     if name not in OBJECTIVES:
@@ -596,7 +596,7 @@ def make(name, vit, vocab_size=None, cut=None, mask_ratio=None, target=None, lab
         raise ValueError("give a cutting point or a mask ratio, not both: the one follows from the other")
     if name in TOKENIZERS:
         if cut or mask_ratio:
-            raise ValueError(f"{name} hides nothing: it has no cutting point and no mask ratio (--cut, --mask-ratio)")
+            raise ValueError(f"{name} hides nothing: it takes no --cut and no --mask-ratio")
         return kind(vit, vocab_size, values, decoder_depth or 3, **switches)
     if cut is None:
         mask_ratio = default_ratio if mask_ratio is None else mask_ratio
@@ -616,7 +616,7 @@ def make(name, vit, vocab_size=None, cut=None, mask_ratio=None, target=None, lab
 def list_stages(name, order, cut):
     """Who looks at whom in each network of an objective, for one order (n,): [(title, mask, rows, keys)].
 
-    Rows and keys are names: cls, x3 = patch 3's content, m3 its mask token (position only), g3 query, t3 token.
+    Rows and keys are names: cls, x3 = content of patch 3, m3 its mask token (position), g3 query, t3 token.
     """
     kind, switches, _ = OBJECTIVES[name]
     cut = len(order) + 1 if kind is LearnedTokenizer else cut
@@ -639,14 +639,14 @@ def list_stages(name, order, cut):
 
 
 def draw_mask(mask, rows, keys, visible, path, cell=26):
-    """PNG of a mask as in MaPeT Fig. 2: a line for each row, a column for each key; `visible`: names of those of V.
+    """PNG of a mask as in MaPeT Fig. 2: a line for each row, a column for each key; `visible`: names of V's.
 
-    Blue = its content may be attended to, orange = only its position, white = nothing. Black: other kinds of rows.
+    Blue = content may be attended to, orange = only a position, white = nothing. Black: other kinds of rows.
     """
     blue, orange, gray = (49, 104, 173), (236, 151, 60), (205, 205, 205)
     picture = Image.new("RGB", (cell * (len(keys) + 8), cell * (len(rows) + 3)), "white")
     draw = ImageDraw.Draw(picture)
-    at = lambda *places: [cell * (2 + place) for place in places]            # x, y in cells, from the mask's corner
+    at = lambda *places: [cell * (2 + place) for place in places]  # x, y in cells, from the mask's corner
     write = lambda x, y, text, anchor="mm": draw.text(at(x, y), text, "black", anchor=anchor, font_size=cell * .48)
     for x, key in enumerate(keys):
         write(x + .5, -.5, key)
@@ -669,7 +669,7 @@ def draw_mask(mask, rows, keys, visible, path, cell=26):
 
 
 def picture_hog(x, p):
-    """HOG (b, n, 27 m^2) -> (b, n, 3 p^2) in 0..1: nine strokes in each cell along the edges, bright if strong."""
+    """HOG (b, n, 27 m^2) -> (b, n, 3 p^2) in 0..1: in each cell nine strokes along the edges."""
     m = math.isqrt(x.shape[-1] // 27)
     bins = rearrange(x, "b n (c o i j) -> b n c o i j", c=3, o=9, i=m).clamp(min=0).mean(2)
     y, x = torch.meshgrid(*[torch.linspace(-1, 1, p // m, device=x.device)] * 2, indexing="ij")
@@ -685,7 +685,7 @@ def picture_hog(x, p):
 
 @torch.no_grad()
 def picture_codes(model, images, x, given, unscale):
-    """Rows for draw_grid, and labels: image, token map (a color a token), target (of features), what is rebuilt."""
+    """Rows for draw_grid, and labels: image, token map (a color a token), target (features), what is rebuilt."""
     p, was_training = model.encoder.patch_size, model.training
     prediction, target, tokens, _ = model.eval().predict(x, given)
     model.train(was_training)
@@ -702,8 +702,8 @@ def picture_codes(model, images, x, given, unscale):
 def picture_predictions(model, images, mean, std, tokens=None, patch_pictures=None, seed=0):
     """Rows of images (b, 3, S, S) in 0..1 for draw_grid, and their labels: image, visible, predicted, target.
 
-    images (b, 3, S, S) in 0..1; mean, std (3,) of the normalisation; tokens as in forward, None: not known (then no
-    target is drawn); patch_pictures (K, 3 p^2) in 0..1: of each code; seed: of the order.
+    images (b, 3, S, S) in 0..1; mean, std (3,) of the normalisation; tokens as in forward, None: not known
+    (then no target is drawn); patch_pictures (K, 3 p^2) in 0..1: of each code; seed: of the order.
     """
     p, mean, std = model.encoder.patch_size, images.new_tensor(mean), images.new_tensor(std)
     x = (images - mean[:, None, None]) / std[:, None, None]
@@ -738,7 +738,7 @@ def picture_predictions(model, images, mean, std, tokens=None, patch_pictures=No
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Print and draw what each objective hides, and who looks at whom.")
+    parser = argparse.ArgumentParser(description="What each objective hides, and who looks at whom, printed and drawn.")
     add = parser.add_argument
     add("objective", nargs="?", choices=list(OBJECTIVES), help="default: all of them")
     add("--patches", type=int, default=6, metavar="N", help="patches in the image (default 6)")
@@ -748,7 +748,7 @@ def main(argv=None):
     add("--out", default="runs/masks", metavar="FOLDER", help="for the PNGs (default runs/masks)")
     args = parser.parse_args(argv)
     if not 1 <= args.cut <= args.patches:
-        parser.error(f"--cut {args.cut} is out of range: with --patches {args.patches} it is 1 to {args.patches}")
+        parser.error(f"--cut {args.cut}: with --patches {args.patches} it is 1 to {args.patches}")
     cut = 1 + args.patches if args.objective in TOKENIZERS else args.cut
     generator = torch.Generator().manual_seed(args.seed)
     order = random_order(1, args.patches, generator)[0]

@@ -13,10 +13,10 @@ python probe.py compare runs/mim-* runs/pim-*   several runs: curves, mean and d
 
 RUN is a run's folder, an encoder.pt, a timm/DINO/DeiT/MAE file or a public name; --data another data set (MaPeT
 Table 5). Beside each result is the floor, the same network untrained; probe.jsonl in the run's folder has them
-all. Nothing is chosen on the test split. Every image counts once, however many processes share the work (torchrun).
+all. Nothing is chosen on the test split. Every image counts once, with torchrun, too.
 
-Read down to the ruled line: k-NN, linear probes, fine-tuning, tokens, recipes. To be skipped at first: features
-of a data set, the training loop (two branches), the picture, commands.
+Read down to the ruled line: k-NN, linear probes, fine-tuning, tokens, recipes. To be skipped at first:
+features of a data set, the training loop (two branches), the picture, commands.
 """
 import argparse
 import contextlib
@@ -118,7 +118,7 @@ class HeadGrid:
         return rearrange(out, "l b (g c) -> b l g c", c=self.biases[0].shape[-1])
 
     def fit(self, x, y, rows, moments, epochs, batch_size, seed):
-        """x (n, l, s, d), y (n,); reads x[rows] only. Cosine to 0; an epoch's last, small batch is dropped."""
+        """x (n, l, s, d), y (n,); reads x[rows] only. Cosine to 0; an epoch's last, small batch is left out."""
         batch_size = min(batch_size, len(rows))
         per_epoch = len(rows) // batch_size
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, epochs * per_epoch)
@@ -480,7 +480,7 @@ def backward_network(net, micro_batches, noises, smoothing):
 
 
 def load_micro_batches(ds, rows, batch, mine, micro, start, stop, recipe, args, classes):
-    """This process's inputs, on the device, and labels (b,) or class shares (b, c), of steps start..stop-1."""
+    """This process's inputs, on the device, labels (b,) or class shares (b, c), of steps start..stop-1."""
     device, accumulate = args.torch_device, (mine.stop - mine.start) // micro
     keys = train.schedule(len(rows), batch, args.seed, start, stop, mine, accumulate)
     keys = ([(epoch, int(rows[i])) for epoch, i in some] for some in keys)
@@ -660,7 +660,7 @@ def print_table(args, vit, step, ds, test, device, started):
 # --- runs side by side -------------------------------------------------------------------------------------
 
 def paired_test(a, b):
-    """Student's t-test for pairs (two seeds or more): how likely a mean difference so large is by chance alone."""
+    """Student's t-test for pairs (two or more): how likely is so large a mean difference by chance alone."""
     d = np.subtract(a, b)
     if not d.any():
         return 1.
@@ -676,10 +676,10 @@ def compare(args):
     """compare.png: the curves of runs. Printed: accuracies, mean and deviation over seeds, and differences.
 
     Runs whose folders differ only in a number at the end (runs/mim-0, runs/mim-1; runs/mim-textures and
-    runs/mim-textures-seed1) are one group: seeds of one another. The first group is what the others are compared with.
+    runs/mim-textures-seed1) are one group: seeds of one another. All others are compared with the first group.
     """
     groups, results = {}, {}
-    for folder in dict.fromkeys(map(os.path.normpath, args.encoder)):          # once, however often it is named
+    for folder in dict.fromkeys(map(os.path.normpath, args.encoder)):  # once, however often it is named
         lines = train.read_metrics(os.path.join(folder, "metrics.jsonl"))
         if not lines:
             raise ValueError(f"{folder}: no metrics.jsonl of train.py in it")
@@ -687,7 +687,7 @@ def compare(args):
         groups.setdefault(name, []).append(lines)
         for line in [line for line in lines if line.get("summary")][-1:]:
             if line["seed"] in results.setdefault(name, {}):
-                raise ValueError(f"{folder}: another run of {name} has seed {line['seed']}, too; give them other names")
+                raise ValueError(f"{folder}: another run of {name} has seed {line['seed']}, too: rename one")
             results[name][line["seed"]] = [100 * line["knn"], 100 * line["linear"]]
     path = os.path.join(args.out or "runs", "compare.png")
     save_plots(train.plot_metrics(groups), path)
@@ -700,7 +700,7 @@ def compare(args):
         print(f"{name:{columns}}{len(values):>6}{words[0]:>14}{words[1]:>15}")
     first, *others = results or [None]
     if others:
-        print(f"minus {first}, seed by seed; p of a paired t-test: below 0.05, chance alone is an unlikely reason")
+        print(f"minus {first}, seed by seed; p of a paired t-test: below 0.05, chance alone is unlikely")
     for name in others:
         seeds = sorted(results[first].keys() & results[name].keys())
         if len(seeds) < 2:
@@ -800,7 +800,7 @@ def run_fast(args, vit, train_ds, test_ds, suffix):
     try:
         if 4 * math.prod(shape) > args.memory * 2 ** 30:
             if rank == 0:
-                row = np.zeros(shape[1:], np.float16)               # all of it: a map of a file with holes dies
+                row = np.zeros(shape[1:], np.float16)  # all of it: a map of a file with holes dies
                 kmeans.write_rows(path, shape, itertools.repeat(row, shape[0]))        # on a full disk
             barrier()
             file = torch.from_numpy(np.load(path, mmap_mode="r+"))

@@ -4,12 +4,12 @@
     TCAS    = 1/K sum_i (1 - C_ii)^2 + 1/K^2 sum_{i != j} C_ij^2                     0 is best      (Eq. 8)
 
 Is each token of one class (first term), are two tokens of different ones (second)? The text divides rows by
-their sum (norm "l1"); the published values fit rows of unit length only ("l2", the default; first term 0).
-So l2 is 0 if and only if all patches of a class have the same token. Whole classes may share it, and one token for
-everything scores 0: compare tokenizers of equal K.
+their sum (norm "l1"); the published values fit rows of unit length only ("l2", the default; first term 0). So
+l2 is 0 if and only if all patches of a class have the same token. Whole classes may share it, and one token
+for everything scores 0: compare tokenizers of equal K.
 
-Read down to the ruled line: the score, the toy model point by point, the same by algebra, Theorem 1. Below it, to
-be skipped at first: words, pictures and the two commands.
+Read down to the ruled line: the score, the toy model point by point, the same by algebra, Theorem 1. Below
+it, to be skipped at first: words, pictures and the two commands.
 
 python tcas.py score --data textures --tokenizer a.pt b.pt   labels < good tokenizers < random tokens
 python tcas.py score --probes runs/*                         finished runs: Pearson r, a line per objective
@@ -40,8 +40,8 @@ TOKENIZERS = ("mae", "classwise", "crossclass")     # Sec. 2.2: S^MAE, S^class, 
 def cooccurrence(tokens, labels, k, c, chunk=1 << 22):
     """R[k, c], the number of patches with token k in images of class c: (k, c) int64, where `tokens` are.
 
-    tokens (m, n) integers in 0..k-1, a row per image: a tensor, an array or a memory map, read `chunk` patches at a
-    time; labels (m,) in 0..c-1. Counts of parts (of the images, of processes) add up. ValueError if they do not fit.
+    tokens (m, n) integers in 0..k-1, a row per image: a tensor, array or memory map, read `chunk` patches at a
+    time; labels (m,) in 0..c-1. Counts of parts (of images, of processes) add up. ValueError if they do not fit.
     """
     m, n = tokens.shape
     device = tokens.device if torch.is_tensor(tokens) else "cpu"
@@ -67,7 +67,7 @@ def tcas_terms(counts, norm="l2", weighted=False, chunk=2048):
 
     counts (k, c), see `cooccurrence`. Dead codes (no patch) are dropped: they have no class distribution. The
     paper's averages count every used code once, however rare; `weighted`: by w_i, its share of the patches,
-    with w_i for 1/K and w_i w_j for 1/K^2. perplexity: exp(entropy of the shares). ValueError: fewer than 2 classes.
+    with w_i for 1/K and w_i w_j for 1/K^2. perplexity: exp(entropy of the shares). ValueError: one class only.
     Few patches look like alignment in l2: random tokens score about (p / (1 + p))^2, p patches a (k, c) cell.
     Memory (c, c) + (chunk, c) float64, time O(k c^2): the (k, k) matrix C is never built.
     """
@@ -100,7 +100,7 @@ def tcas(counts, norm="l2", weighted=False):
 def bag_accuracy(tokens, labels, k, c, held=None, epochs=20, batch=256, lr=.01, seed=0, device="cpu"):
     """Accuracy (0..1) of a linear softmax head on the histogram of an image's tokens, a bag of words.
 
-    tokens (m, n), labels (m,) fit it and held = (tokens, labels) scores it, or else a random fifth of the images.
+    tokens (m, n), labels (m,) fit it; held = (tokens, labels) scores it, or else a random fifth of the images.
     The head is a row of c logits per token, summed over the patches. Adam, learning rate falling to 0.
     """
     rng = np.random.default_rng(seed)
@@ -260,7 +260,7 @@ def window(better, worse, spectrum="sum", tie=False):
 
 
 def partitions(points):
-    """Every way to put points into tokens, each once, as lists of tokens: 1, 2, 5, 15, 52, 203, 877, 4140 ..."""
+    """Every way to put points into tokens, each once, as lists of tokens: 1, 2, 5, 15, 52, 203, 877 ..."""
     if points == 0:
         yield []
         return
@@ -311,7 +311,7 @@ def describe_codebook(tokens, labels, k, seed=0):
 def fit_line(x, y):
     """Least squares y = intercept + slope x -> Pearson r, slope, intercept. App. E's "r-value" is r^2."""
     if len(x) < 3 or np.std(x) < EPS or np.std(y) < EPS:
-        raise ValueError(f"no line through {len(x)} tokenizers: it takes at least 3, of unequal TCAS and accuracy")
+        raise ValueError(f"no line through {len(x)} tokenizers: it takes 3, of unequal TCAS and accuracy")
     slope, intercept = np.polyfit(x, y, 1)
     return float(np.corrcoef(x, y)[0, 1]), float(slope), float(intercept)
 
@@ -408,7 +408,7 @@ def toy(args, vit):
 def read_runs(folders, train, vit):
     """[(folder, its tokens, linear-probe accuracy 0..1, objective)] of train.py's finished runs.
 
-    Its tokens are a tokenizer.pt, or the token file it was given. Runs on the same tokenizer are one: their mean.
+    Its tokens: a tokenizer.pt, or the token file it was given. Runs on one tokenizer are one: their mean.
     """
     runs = {}
     for folder in map(Path, folders):
@@ -416,14 +416,14 @@ def read_runs(folders, train, vit):
         found = [line for line in lines if line.get("summary") and line.get("linear") is not None]
         tokens = str(tokenizer) if tokenizer.is_file() else found and found[-1]["tokens"]
         if found and tokens:
-            state = {} if tokens.endswith(".npy") else vit.read_checkpoint(tokens)         # no network is built yet
+            state = {} if tokens.endswith(".npy") else vit.read_checkpoint(tokens)  # no network is built yet
             key = state["centroids"].numpy().tobytes() if "centroids" in state else tokens
             run = runs.setdefault((found[-1]["objective"], key), (str(folder), tokens, []))
             run[2].append(found[-1]["linear"])
         elif folder.is_dir():
             print(f"{folder}: left out, no {'tokens' if found else 'linear accuracy in metrics.jsonl'}")
     if folders and max(Counter(objective for objective, _ in runs).values(), default=0) < 3:
-        raise ValueError("--probes: needs 3 tokenizers or more with runs of one objective and linear accuracy")
+        raise ValueError("--probes: needs 3 tokenizers or more, with probed runs of one objective")
     return [(folder, tokens, float(np.mean(linear)), objective)
             for (objective, _), (folder, tokens, linear) in runs.items()]
 
@@ -452,7 +452,7 @@ def print_row(name, k, fit, held, args, device):
 
 
 def print_lines(points, path, vit):
-    """The line through the runs of each objective; points: [(objective, TCAS, accuracy 0..1)]. Drawn to path, too."""
+    """The line through each objective's runs; points: [(objective, TCAS, accuracy 0..1)]. Drawn to path, too."""
     dots, lines = {}, {}
     for name in sorted({objective for objective, _, _ in points}):
         x, y = zip(*[(score, 100 * linear) for objective, score, linear in points if objective == name])

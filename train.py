@@ -1,18 +1,18 @@
 """Data, the one training loop, checkpoints.
 
-torchrun --nproc_per_node 1 train.py --objective mapet                       embedded data, two CPU cores, minutes
-torchrun --nproc_per_node 8 train.py --objective mapet --data /path/imagenet  the paper's recipe, MaPeT Table 7
+torchrun --nproc_per_node 1 train.py --objective mapet                    embedded data, two CPU cores, minutes
+torchrun --nproc_per_node 8 train.py --objective mapet --data IMAGENET    the paper's recipe, MaPeT Table 7
 
-One command goes the whole way: images -> K-means tokens -> pre-training -> k-NN and linear probe. What it makes
-is in --out, and the same command again goes on where it stopped.
+One command goes the whole way: images -> K-means tokens -> pre-training -> k-NN and linear probe. What it
+makes is in --out, and the same command again goes on where it stopped.
 
-Nothing depends on when or where it runs: the order of the images, their augmentation, the permutations z and the
-stochastic depth of step s are functions of (seed, s) for the *global* batch, of which each process takes its
-rows. So a resumed run equals an unbroken one bit for bit (on the CPU), and 1, 2 or 8 processes run the same
-experiment.
+Nothing depends on when or where it runs: the order of the images, their augmentation, the permutations z and
+the stochastic depth of step s are functions of (seed, s) for the *global* batch, of which each process takes
+its rows. So a resumed run equals an unbroken one bit for bit (on the CPU), and 1, 2 or 8 processes run the
+same experiment.
 
-Read down to the ruled line: recipes of both papers, order of the images, learning rate, targets, the loop. Below
-it, to be skipped at first: data sets, the run's files, tokens, the command line.
+Read down to the ruled line: recipes of both papers, order of the images, learning rate, targets, the loop.
+Below it, to be skipped at first: data sets, the run's files, tokens, the command line.
 """
 import argparse
 import contextlib
@@ -70,13 +70,13 @@ SETTINGS = {            # MaPeT, ClusterMIM, textures
     "init":             ("timm", "mae", "timm", "weights: timm's std 0.02, or mae: Xavier"),
     "drop_path":        (.1, 0., 0., "stochastic depth of the last block"),
     "layer_scale":      (.1, 0., 0., "initial LayerScale, 0 = none"),
-    "decoder_depth":    (4, 8, 1, "blocks: of mae, maskfeat, clustermim; of cae's regressor and of its decoder"),
-    "features":         ("clip", "pixel", None, "what K-means clusters: pixel, pixel-norm, hog, dino, deit, mae, clip "
-                         "or a ViT's file; or what mae (pixel, pixel-norm) and maskfeat (hog, dino, ...) predict"),
+    "decoder_depth":    (4, 8, 1, "blocks: of mae, maskfeat, clustermim; of cae's regressor and decoder"),
+    "features":         ("clip", "pixel", None, "what K-means clusters: pixel, pixel-norm, hog, dino, deit, mae, "
+                         "clip or a ViT's file; what mae (pixel, pixel-norm), maskfeat (hog, dino, ...) predict"),
     "vocab_size":       (8192, 50, None, "codebook size K"),
     "fraction":         (.05, .05, .05, "of each image's patches, for K-means (ClusterMIM's code takes all)"),
     "label_smoothing":  (0., 0., 0., "of the cross-entropy with tokens"),
-    "crop":             (0., .2, 0., "least area of a random crop, half of them mirrored; 0: the center square"),
+    "crop":             (0., .2, 0., "least area of a random crop, half of them mirrored; 0: center square"),
     "jitter":           (.4, 0., 0., "color jitter: brightness, contrast, saturation"),
     "epochs":           (300., 200., 6., "passes over the data: the schedule's length"),
     "batch_size":       (2048, 4096, 32, "images a step, over all processes"),
@@ -85,7 +85,7 @@ SETTINGS = {            # MaPeT, ClusterMIM, textures
     "min_lr":           (1e-5, 0., 1e-5, "at the end of the cosine"),
     "warmup_lr":        (1e-6, 0., 1e-6, "at the first step"),
     "warmup_epochs":    (10., 40., .3, "linear warm-up; fewer --epochs shrink it"),
-    "cosine":           ("start", "warmup", "warmup", "begins at the first step, which the warm-up hides, or after it"),
+    "cosine":           ("start", "warmup", "warmup", "begins at step 0 (start), or after the warm-up"),
     "weight_decay":     (.05, .05, .05, "AdamW, on matrices only"),
     "beta2":            (.999, .95, .95, "AdamW"),
     "clip_norm":        (3., 0., 1., "largest gradient norm, 0 = any"),
@@ -108,10 +108,10 @@ SMALL = {"cifar10": (32, 4), "cifar100": (32, 4), "stl10": (96, 12)}     # ours:
 
 
 def recipe(objective, data, model=None):
-    """The settings of an objective on a data set, as a dict of flags; `model` as given by --model, or None."""
+    """The settings of an objective on a data set, as a dict of flags; `model`: of --model, or None."""
     kind, _, mask_ratio = objectives.OBJECTIVES[objective]
     chosen = dict(PAPERS[objective], mask_ratio=mask_ratio)
-    teacher = "hog" if objective in ("peco", "vqkd") else "pixel"    # on small data sets: ours, needs no download
+    teacher = "hog" if objective in ("peco", "vqkd") else "pixel"  # on small data: ours, no download
     codebook = dict(features=teacher, vocab_size=64) if chosen["vocab_size"] else {}
     if data in SMALL:
         size, p = SMALL[data]
@@ -120,8 +120,9 @@ def recipe(objective, data, model=None):
         chosen["mask_ratio"] = .7                                     # MaPeT Table 6
     if data == "textures":
         hidden = mask_ratio and (.75 if kind is objectives.MaskedAutoencoder else .5)
-        chosen.update({**TEXTURES, **codebook, "features": codebook.get("features", chosen["features"])}, mask_ratio=hidden)
-        if objective in objectives.TOKENIZERS:                     # 3 epochs are enough, and std 0.02 starts slowly
+        features = codebook.get("features", chosen["features"])
+        chosen.update({**TEXTURES, **codebook, "features": features}, mask_ratio=hidden)
+        if objective in objectives.TOKENIZERS:  # 3 epochs are enough, and std 0.02 starts slowly
             chosen.update(epochs=3., init="mae")
     return chosen
 
@@ -132,7 +133,7 @@ def schedule(n, batch, seed, start, stop, rows, accumulate):
     """Yields, for each micro-batch of this process, its items (epoch, i); steps start..stop-1.
 
     An epoch is a permutation of the n images, cut into global batches; the rest is dropped. It depends on
-    (seed, epoch) and on nothing else, is different for different pairs, and is drawn once an epoch, not at each step.
+    (seed, epoch) and on nothing else, differs for different pairs, and is drawn once an epoch, not at each step.
     `rows` is this process's slice of the global batch, handed out in `accumulate` equal micro-batches.
     """
     per_epoch, order = n // batch, None
@@ -150,7 +151,7 @@ def schedule(n, batch, seed, start, stop, rows, accumulate):
 def learning_rate(step, steps, warmup, peak, start, end, cosine="warmup"):
     """Linear warm-up from `start` to `peak`, then half a cosine down to `end`, step by step.
 
-    cosine   "warmup": it begins after the warm-up (MAE, ClusterMIM, BEiT); "start": at step 0 (MaPeT: timm's default)
+    cosine   "warmup": it begins after the warm-up (MAE, ClusterMIM, BEiT); "start": at step 0 (MaPeT, timm)
     """
     if step < warmup:
         return start + (peak - start) * step / warmup
@@ -187,7 +188,7 @@ def build(args, size):
 
 class Targets:
     """What an objective is given besides images. Tokenizer and teacher stay outside the model: no gradient, no
-    weight decay, no room in checkpoints, no initialisation that would wipe them (ClusterMIM's code has that trap).
+    weight decay, no room in checkpoints, no initialisation that wipes them (a trap in ClusterMIM's code).
 
     stored  tokens (images, n) of the center squares, extracted once (MaPeT); or None
     make    function of uint8 images, as augmented: tokens (b, n), or features (b, n, size); or None
@@ -272,7 +273,7 @@ def train(args, ds, targets, state, device, lap=lambda phase: None):
             # --- is it due to log, to save, to stop?
             stopping = received_anywhere()
             log_due = (step + 1) % args.log_every == 0 or step + 1 in (1, stop_at)
-            late = rank == 0 and time.time() > saved_at + 60 * args.save_minutes       # rank 0 is the one that saves
+            late = rank == 0 and time.time() > saved_at + 60 * args.save_minutes  # rank 0 saves
             save_due = (step + 1) % args.save_every == 0 or step + 1 == stop_at or stopping or late
             # The norm is the same on every process, and not finite if any loss anywhere is not. To look at it makes the
             # CPU wait for the GPU, so there only before it matters: no broken weights are saved.
@@ -309,13 +310,13 @@ def train(args, ds, targets, state, device, lap=lambda phase: None):
 def render_textures(seed, indices, size=48):
     """Images `indices` of stream `seed`: float32 (m, 3, size, size), unit variance; labels (m,) int64.
 
-    label = 5 * period + orientation of the stripes that fill the object. All else is nuisance: its shape and pose,
-    stripe phase, contrast and bending, colors, a fainter striped background (the class is what the *object* is
-    made of) and pixel noise (raw pixels are weak). The phase of bent stripes cannot be told from their neighbours,
-    orientation and period can: a mean-squared prediction of a hidden patch is nearly flat, a distribution over
-    tokens still says which texture it is.
+    label = 5 * period + orientation of the stripes that fill the object. All else is nuisance: its shape and
+    pose, stripe phase, contrast and bending, colors, a fainter striped background (the class is what the
+    *object* is made of) and pixel noise (raw pixels are weak). The phase of bent stripes cannot be told from
+    their neighbours, orientation and period can: a mean-squared prediction of a hidden patch is nearly flat,
+    a distribution over tokens still says which texture it is.
     """
-    rngs = [np.random.default_rng([seed, int(index)]) for index in indices]  # an image depends on nothing else
+    rngs = [np.random.default_rng([seed, int(index)]) for index in indices]  # and on nothing else
     draws = np.array([rng.random(40) for rng in rngs], np.float32).T[:, :, None, None]         # (40, m, 1, 1)
     noise = np.array([rng.standard_normal((3, size, size), np.float32) for rng in rngs])
     between = lambda low, high, u: low + (high - low) * u
@@ -382,7 +383,7 @@ def center_square(size):
 class Pictures(Dataset):
     """Pictures of any size and mode -> center square uint8 (3, S, S), label (-1: none), index really read.
 
-    names    (n,) of the files in folder `root`, as bytes: an array, which forked loading processes share, where a list
+    names    (n,) of the files in folder `root`, as bytes: an array is shared by forked loading processes, a list
              would be copied page by page; or None with `source`, whose items begin with a PIL image
     labels   (n,) int64 or None; classes: their names or None
     squares  Squares or None: center squares that were decoded before
@@ -411,7 +412,7 @@ class Pictures(Dataset):
         if self.squares is None:
             return self.transform(self.load(i))
         square = self.squares.read(i)
-        if square is None or self.image_size != self.squares.size:           # k-CLIP's tokens want twice the pixels
+        if square is None or self.image_size != self.squares.size:  # k-CLIP's tokens want twice the pixels
             picture = self.load(i)
             image = self.transform(picture)
             if square is None:
@@ -438,7 +439,7 @@ class Pictures(Dataset):
 
 
 def read_rgb(path):
-    """Any picture file -> uint8 (3, H, W) as a viewer shows it: EXIF rotation applied, 16-bit grays scaled, on white.
+    """Any picture file -> uint8 (3, H, W) as a viewer shows it: EXIF rotation, 16-bit grays scaled, on white.
 
     Plain JPEGs by torchvision's decoder, whose pixels are PIL's; all else, also what it refuses, by PIL.
     """
@@ -460,9 +461,9 @@ def read_rgb(path):
 class Squares:
     """Center squares uint8 (3, size, size) in one file: decoded once, for all epochs and runs.
 
-    A row is whole pages of the disk, so that machines may fill one file together, and ends with a checksum of its
-    pixels: one that was never written, or half, is None. Read and written by position, as a memory map of a disk that
-    fails kills the process.
+    A row is whole pages of the disk, so that machines may fill one file together, and ends with a checksum of
+    its pixels: one that was never written, or half, is None. Read and written by position, as a memory map of
+    a disk that fails kills the process.
     """
 
     def __init__(self, path, n, size):
@@ -481,7 +482,7 @@ class Squares:
                 os.posix_fallocate(file.fileno(), 0, self.total)
 
     def checksum(self, row):
-        """Of a row (row,) uint8 without its end: 64-bit words added up, and 1, so that zeros are no square."""
+        """Of a row (row,) uint8 without its end: 64-bit words added up, plus 1: zeros are no square."""
         return (int(row[:-8].view(np.uint64).sum()) + 1) % 2 ** 64
 
     def read(self, i):
@@ -590,17 +591,18 @@ def open_folder(folder, split, image_size, classes_file=None):
 
 
 def list_pictures(root, classes):
-    """(names (n,) of the pictures below root, as bytes; labels (n,) int64, or None without classes), sorted by folder.
+    """(names (n,) of the pictures below root, as bytes; labels (n,) int64, or None), sorted by folder.
 
-    The list of a million files takes seconds: it is kept, with the time of the last change of every folder, and made
-    anew when one differs. Of the processes of a machine the first does that.
+    The list of a million files takes seconds: it is kept, with the time of the last change of every folder,
+    and made anew when one differs. Of the processes of a machine the first does that.
     """
     where = zlib.crc32("\n".join([os.path.abspath(root), *(classes or [])]).encode())
     kept = os.path.join(torch.hub.get_dir(), "listings", f"{where:08x}.npz")
     with first_on_machine():
-        with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):     # none yet, or damaged
+        with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):  # none yet, or damaged
             with np.load(kept) as listing:
-                if [os.stat(folder).st_mtime_ns for folder in listing["folders"].tolist()] == listing["times"].tolist():
+                times = [os.stat(folder).st_mtime_ns for folder in listing["folders"].tolist()]
+                if times == listing["times"].tolist():
                     return listing["names"], listing["labels"] if classes else None
         names, labels, folders = [], [], []
         for label, top in enumerate([os.path.join(root, name) for name in classes] if classes else [root]):
@@ -615,7 +617,7 @@ def list_pictures(root, classes):
             if not found:
                 raise ValueError(f"--data {top}: no pictures in it ({', '.join(IMG_EXTENSIONS)})")
         names, labels = np.concatenate(names), np.concatenate(labels)
-        with contextlib.suppress(OSError):                       # no room, no right: then it is made each time
+        with contextlib.suppress(OSError):  # no room, no right: then it is made each time
             os.makedirs(os.path.dirname(kept), exist_ok=True)
             times = [os.stat(folder).st_mtime_ns for folder in folders]
             with write_atomically(kept) as temporary, open(temporary, "wb") as file:
@@ -632,7 +634,7 @@ def with_transform(ds, transform, **changes):
 
 def augment(x, transform, *seed):
     """transform(x), with the random numbers that `seed` determines and nothing else."""
-    generator = torch.default_generator                          # torch.manual_seed would ask for GPUs each time
+    generator = torch.default_generator  # torch.manual_seed would ask for GPUs each time
     state = generator.get_state()
     generator.manual_seed(derive_seed(*seed))
     try:
@@ -660,7 +662,7 @@ class Augmented(Dataset):
 
 
 def random_crop(size, area):
-    """A random crop of at least `area` of the picture, resized (bicubic), half of them mirrored (MAE, ClusterMIM)."""
+    """A random crop, at least `area` of the picture, resized (bicubic), half of them mirrored (MAE, ClusterMIM)."""
     return v2.Compose([v2.RandomResizedCrop(size, (area, 1), interpolation=InterpolationMode.BICUBIC),
                        v2.RandomHorizontalFlip()])
 
@@ -689,10 +691,10 @@ class ColorJitter:
 
 
 def jitter_colors(images, factors, order):
-    """Each of uint8 images (b, 3, S, S) by its factors (b, 3), of brightness, contrast, saturation, in its order (b, 3).
+    """uint8 images (b, 3, S, S), each by its factors (b, 3), of brightness, contrast, saturation, in its order.
 
-    Each operation blends with something, factor x + (1 - factor) y: with black, with the mean gray, with its grays;
-    and rounds to uint8, as torchvision's functions do.
+    Each operation blends with something, factor x + (1 - factor) y: with black, with the mean gray, with its
+    grays; and rounds to uint8, as torchvision's functions do.
     """
     x = images.float()
     for operation in order.unbind(1):
@@ -723,13 +725,13 @@ def append_metrics(path, **line):
 
 
 def plot_metrics(runs, levels={}):
-    """A plot for each quantity that was logged. runs: {label: [lines of metrics.jsonl, ...]}; levels: of the loss."""
+    """A plot of each quantity that was logged. runs: {label: [lines of metrics.jsonl, ...]}; levels: of the loss."""
     plots = {}
     for label, lines in ((label, lines) for label, several in runs.items() for lines in several):
         lines = [line for line in lines if "loss" in line]
         names = lines[0].keys() - {"step", "epoch", "lr", "images_per_second"} if lines else ()
         for name in names:
-            kind = "loss on tokens" if name == "loss" and "accuracy" in lines[0] else name      # not one scale
+            kind = "loss on tokens" if name == "loss" and "accuracy" in lines[0] else name  # not one scale
             curve = [line["epoch"] for line in lines], [line[name] for line in lines]
             plots.setdefault(kind, {}).setdefault(label, []).append(curve)
     first = lambda kind: (not kind.startswith("loss"), kind)
@@ -738,7 +740,7 @@ def plot_metrics(runs, levels={}):
 
 
 def draw_curves(args, codes, entropy):
-    """OUT/curves.png: what metrics.jsonl has, by epochs; beside the loss on tokens, that of two guesses, if known."""
+    """OUT/curves.png: what metrics.jsonl has, by epochs; beside the loss on tokens, that of two guesses."""
     levels, path = {}, f"{args.out}/curves.png"
     if codes:
         levels[f"ln {codes} = {math.log(codes):.3f}, a uniform guess"] = math.log(codes)
@@ -809,7 +811,7 @@ def collect_state(model, optimizer, args, step, **more):
 
 
 def restore_state(state, model, optimizer):
-    """Put back what `collect_state` collected: model, optimizer and torch's random numbers go on from there."""
+    """Put back what `collect_state` collected: model, optimizer, torch's random numbers go on from there."""
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"])
@@ -846,7 +848,7 @@ def read_inputs(args, ds, needs, device):
                              f"images and the model {n} patches")
         largest = max(int(tokens[i:i + 4096].max()) for i in range(0, len(tokens), 4096))
         if args.vocab_size and largest >= args.vocab_size:
-            raise ValueError(f"{args.tokens}: holds token {largest}, beyond the codebook of {args.vocab_size}")
+            raise ValueError(f"{args.tokens}: its token {largest} is beyond the codebook of {args.vocab_size}")
         return None, Targets(tokens, size=args.vocab_size or largest + 1)
     if args.tokenizer or os.path.exists(path) and not args.fresh:
         tokenizer = kmeans.load_tokenizer(path)
@@ -861,8 +863,8 @@ def read_inputs(args, ds, needs, device):
 
 
 def keep_squares(args, ds):
-    """Let the center squares of pictures be decoded once, if the disk has room; the first process of a machine asks."""
-    if args.crop or not args.cache or not isinstance(ds, Pictures) or not hasattr(os, "preadv"):      # Windows
+    """Let center squares be decoded once, if the disk has room; the first process of a machine asks."""
+    if args.crop or not args.cache or not isinstance(ds, Pictures) or not hasattr(os, "preadv"):  # Windows
         return
     what = (ds.names.tobytes() if ds.source is None else b"") + f"{os.path.abspath(ds.root)} {len(ds)}".encode()
     name = re.sub(r"[^\w.-]+", "_", f"{ds.name.strip('/')}-{ds.image_size}-{zlib.crc32(what):08x}.squares")
@@ -876,14 +878,14 @@ def keep_squares(args, ds):
             with contextlib.suppress(OSError):
                 os.remove(squares.path)
             why = error.strerror or error
-            print0(f"pictures are decoded in every epoch: {args.cache} cannot keep their squares, {size} ({why})")
+            print0(f"pictures are decoded in every epoch: no room for squares in {args.cache}, {size} ({why})")
     barrier()
     if not os.path.exists(squares.path):
         return
     for i in sorted({0, len(ds) // 2, len(ds) - 1}):
         square = squares.read(i)
         with contextlib.suppress(OSError):
-            if square is not None and (square.float() - ds.open(i)).abs().mean() > 1:      # decoders differ by less
+            if square is not None and (square.float() - ds.open(i)).abs().mean() > 1:  # decoders: by less
                 raise ValueError(f"{squares.path} is of other pictures than {ds.path(i)}: remove it")
     ds.squares = squares
 
@@ -891,7 +893,7 @@ def keep_squares(args, ds):
 def make_targets(args, ds, tokenizer, device):
     """Targets by a tokenizer; K-means is fitted on the training images where `read_inputs` found none.
 
-    Tokenizer and tokens are kept in --out. With --crop none are stored: they are made of each crop in each step.
+    Tokenizer and tokens are kept in --out. With --crop none are stored: they are made of each crop.
     """
     how = dict(device=device, workers=args.workers)
     at_size = lambda size: ds if size == ds.image_size else with_transform(
@@ -914,7 +916,7 @@ def make_targets(args, ds, tokenizer, device):
 
 
 def start_codebook(args, model, ds, device, step):
-    """Hard codes start as K-means of what the new encoder makes of the first batch (VQ-KD's code; 10 iterations)."""
+    """Hard codes start as K-means of the new encoder's z of the first batch (VQ-KD's code; 10 iterations)."""
     if step or args.objective not in ("vq", "peco", "vqkd"):
         return
     rank, world = rank_and_world()
@@ -941,7 +943,7 @@ def save_tokenizer(args, model, ds, device):
     found = [(tokenizer.to(device)(images).cpu(), labels) for images, labels, _ in
              kmeans.load_batches(ds, few, 64, args.workers, device)]
     tokens, labels = (torch.cat(parts).numpy() for parts in zip(*found))
-    if tokens.size < 20 * tokenizer.vocab_size * len(ds.classes or [0]):        # TCAS of few patches a cell is too low
+    if tokens.size < 20 * tokenizer.vocab_size * len(ds.classes or [0]):  # too few patches a cell
         print0(f"TCAS: python tcas.py score --tokenizer {args.out}/tokenizer.pt")
         labels = None
     lines, _ = tcas.describe_codebook(tokens, labels if ds.classes else None, tokenizer.vocab_size, args.seed)
@@ -956,12 +958,12 @@ def describe(model, args):
 
 
 def count_step(args):
-    """(model on no device, floating-point operations of an image's step, bytes it keeps for the backward pass).
+    """(model on no device, floating-point operations of an image's step, bytes kept for the backward pass).
 
-    Half of float32's bytes, as in bfloat16; attention weights are not kept: scaled_dot_product_attention has none.
+    Half of float32's bytes, as in bfloat16; scaled_dot_product_attention keeps no attention weights.
     """
     with torch.device("meta"):
-        size = {"vqkd": 1024, **dict.fromkeys(("dvae", "vq", "peco"))}       # a teacher's features: about 1024 wide
+        size = {"vqkd": 1024, **dict.fromkeys(("dvae", "vq", "peco"))}  # of a teacher: about
         model = build(args, size.get(args.objective, args.vocab_size or 1024))
         n, heads, kept = model.encoder.n_patches, model.encoder.blocks[0].attn.heads, {}
         order = torch.zeros(1, n, dtype=torch.long)
@@ -1010,7 +1012,7 @@ def print_plan(args, ds, world):
 
 
 class Laps:
-    """Seconds of every phase of a step, work of the device included, without the first steps, which warm up."""
+    """Seconds of every phase of a step, the device's work included; the first steps, a warm-up, do not count."""
 
     def __init__(self, device, skip):
         self.device, self.skip, self.seconds, self.steps, self.last = device, skip, {}, 0, time.perf_counter()
@@ -1030,8 +1032,8 @@ class Laps:
 def benchmark(args, ds, tokenizer, targets, device):
     """Time of a step, by phases, memory, and the share of the rate of a matrix product; nothing is kept.
 
-    Tokens are all 0 if there are none: what they say makes no step faster. Phases are waited for: a run, in which the
-    CPU goes ahead of the GPU, is a little faster.
+    Tokens are all 0 if there are none: what they say makes no step faster. Phases are waited for: a run, in
+    which the CPU goes ahead of the GPU, is a little faster.
     """
     (rank, world), args = rank_and_world(), copy.copy(args)
     args.steps = 5 + (args.steps or 30)
@@ -1076,7 +1078,7 @@ FLAGS = {
     "tokens": (str, "tokens.npy of kmeans.py tokenize, (images, patches), in the data set's order"),
     "fit-images": (int, "images that K-means is fitted on, a random sample (default: enough for 256 patches a code, at "
                         "least 20,000; the papers: all)"),
-    "cache": (str, "folder for decoded center squares, shared by runs; '': decode in every epoch (default cache)"),
+    "cache": (str, "folder for decoded center squares, for all runs; '': decode in every epoch (default cache)"),
     "steps": (int, "stop after this many optimizer steps of the schedule"),
     "micro-batch": (int, "images at once on one process; its share is accumulated (default: up to 256)"),
     "out": (str, "folder of the run (default: runs/OBJECTIVE-DATA-what differs from the recipe)"),
@@ -1177,7 +1179,7 @@ def resolve_args(args, world, device):
         raise ValueError(f"--features {args.features}: to predict pixels is --objective mae; maskfeat predicts "
                          "hog or the features of an encoder")
     if args.objective in ("dvae", "vq") and args.features != "pixel":
-        raise ValueError(f"--features {args.features}: {args.objective} rebuilds pixels; peco and vqkd want features")
+        raise ValueError(f"--features {args.features}: {args.objective} rebuilds pixels; peco, vqkd take it")
     if args.tokens and args.crop:
         raise ValueError(f"--tokens {args.tokens}: a crop or a flip (--crop {args.crop:g}) moves the patches away "
                          "from their stored tokens; --crop 0, or --tokenizer for tokens of each crop")
@@ -1197,7 +1199,7 @@ def resolve_args(args, world, device):
 
 
 def divide_batch(args, world):
-    """(images of a global batch for one process, images at once): by default up to 256, the rest accumulated."""
+    """(images of a global batch for one process, images at once): by default up to 256, then accumulated."""
     share = args.batch_size // world
     micro = args.micro_batch or max(size for size in range(1, 257) if share % size == 0)
     if share == 0 or args.batch_size % (micro * world):
@@ -1231,7 +1233,7 @@ def run(args):
         os.makedirs(args.out, exist_ok=True)
     barrier()
     if not os.path.isdir(args.out):
-        raise OSError(f"--out {args.out}: not seen by rank {rank}; machines must share this folder (not --cache)")
+        raise OSError(f"--out {args.out}: not seen by rank {rank}; machines must share this folder")
     classes = f"{len(ds.classes)} classes" if ds.classes else "no labels"
     print0(f"{ds.name}: {len(ds)} images, {classes}; run in {args.out}")
     keep_squares(args, ds)

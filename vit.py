@@ -1,16 +1,16 @@
-"""The Vision Transformer (ViT): patches, positions, attention with an optional mask and optional query-only rows.
+"""The Vision Transformer (ViT): patches, positions, attention with optional mask and query-only rows.
 
     x_0     = [cls ; E patch_1 ; ... ; E patch_n] + pos                     (Dosovitskiy et al. 2021, Eq. 1)
     x'_l    = x_{l-1} + LayerScale(Attention(LN(x_{l-1})))                  (Eq. 2)
     x_l     = x'_l + LayerScale(MLP(LN(x'_l)))                              (Eq. 3),   output = LN(x_L)
 
-One encoder serves every objective, because the methods differ only in who may look at whom. `encode` takes rows
-that were already embedded, a boolean mask (rows x keys, True = may attend) and `n_keys`: rows from n_keys on only
-ask, they are never looked at. That is MaPeT's query stream (Eq. 3); see `two_stream_mask` in objectives.py.
+One encoder serves every objective, as the methods differ only in who may look at whom. `encode` takes rows that
+were embedded, a boolean mask (rows x keys, True = may attend) and `n_keys`: rows from n_keys on only ask, they are
+never looked at. That is MaPeT's query stream (Eq. 3); see `two_stream_mask` in objectives.py.
 
 Axes, the same letters in every file: b image, n patch, d width, h head, k token id (codebook size K), p patch
-side, c class, t target. In an attention: q rows that ask, s rows that are looked at. Parameter names, shapes and
-order are timm's, so that DINO, DeiT, MAE and timm files load here and ours load there.
+side, c class, t target. In an attention: q rows that ask, s rows that are looked at. Parameter names, shapes
+and order are timm's, so that DINO, DeiT, MAE and timm files load here and ours load there.
 
 Read down to the ruled line: patches, positions, modules, ViT. Below it, to be skipped at first: weights from
 files, frozen features of patches (HOG, CLIP, a ViT), safe writing, pictures.
@@ -61,8 +61,8 @@ def gather_patches(x, order):
 def sincos_positions(grid, width, prefix=1):
     """Fixed 2-D sine-cosine positions (MAE), (1, prefix + grid*grid, width) float32; 0 for the class token.
 
-    The first half of the width encodes the *column*, the second the row, as in MAE's released weights. Each half is
-    sin(i w_j) for all j, then cos(i w_j); i = 0, 1, ... the column or row, w_j = 10000^(-j / J), j = 0..J-1, J = width / 4.
+    The first half of the width encodes the *column*, the second the row, as in MAE's weights. Each half is
+    sin(i w_j) for all j, then cos(i w_j); i the column or row, w_j = 10000^(-j / J), j = 0..J-1, J = width / 4.
     """
     if width % 4:
         raise ValueError(f"sine-cosine positions need a width divisible by 4, not {width}")
@@ -87,7 +87,7 @@ def drop_path(x, rate, noise):
 
 
 class LayerScale(nn.Module):
-    """A factor gamma for each channel, at first `init`; None: without. The blocks apply it by `fold_scale`."""
+    """A factor gamma for each channel, at first `init`; None: without. Blocks apply it by `fold_scale`."""
 
     def __init__(self, width, init):
         super().__init__()
@@ -100,7 +100,7 @@ class LayerScale(nn.Module):
 def fold_scale(layer, gamma):
     """weight, bias of gamma * layer(x), gamma (d,) or None: with LayerScale a linear layer is still one.
 
-    gamma (W x + b) = (gamma W) x + gamma b; so the output before the scaling need not be kept for the backward pass.
+    gamma (W x + b) = (gamma W) x + gamma b, and W x + b need not be kept for the backward pass.
     """
     if gamma is None:
         return layer.weight, layer.bias
@@ -117,8 +117,8 @@ class Attention(nn.Module):
     def forward(self, x, mask=None, n_keys=None, n_out=None, gamma=None):
         """x (b, rows, d) -> (b, n_out or rows, d). The last n_out rows ask, the first n_keys are looked at.
 
-        mask (rows, n_keys) bool, True = may attend, one for all images and heads. softmax(q k^T / sqrt(d / h)) v: the
-        outputs of `qkv` are all of q, then of k, then of v, each head after head. gamma (d,): LayerScale's, or None.
+        mask (rows, n_keys) bool, True = may attend, one for all images and heads. softmax(q k^T / sqrt(d / h)) v:
+        the outputs of `qkv` are all of q, then of k, then of v, each head after head. gamma (d,): LayerScale's.
         """
         d = x.shape[-1]
         ask = slice(None) if n_out is None else slice(-n_out, None)
@@ -183,7 +183,7 @@ class PatchEmbed(nn.Module):
 
 
 class ViT(nn.Module):
-    """Normalised images (b, 3, S, S) -> (b, prefix + n, d) after the final norm; first the class token, if any.
+    """Normalised images (b, 3, S, S) -> (b, prefix + n, d) after the final norm; the class token is first.
 
     pos          "learned" (MaPeT, BEiT, timm) or "sincos" (MAE, ClusterMIM, CAE: fixed, never trained)
     init         "timm" (MaPeT, timm: truncated normal, std 0.02) or "mae" (MAE, ClusterMIM: Xavier-uniform)
@@ -231,7 +231,7 @@ class ViT(nn.Module):
         order (b, m): only these patches, in this order -> (b, prefix + m, d)
         """
         if images.shape[-2:] != (self.image_size, self.image_size):
-            raise ValueError(f"images are {tuple(images.shape[-2:])}, this ViT is for {self.image_size} pixels")
+            raise ValueError(f"images are {tuple(images.shape[-2:])}, the ViT is for {self.image_size} pixels")
         x = self.patch_embed(images, order)
         x = x + (self.pos_embed[:, self.prefix:] if order is None else self.positions(order))
         if not self.prefix:
@@ -288,7 +288,7 @@ MODELS = {"vit_micro": vit_micro, "vit_tiny": vit_tiny, "vit_small": vit_small, 
 # --- memory -----------------------------------------------------------------------------------------------
 
 class GELULinear(torch.autograd.Function):
-    """linear(gelu(x)) that keeps x alone for its backward pass, which computes gelu(x) again: the same numbers.
+    """linear(gelu(x)) that keeps x alone for its backward pass, which computes gelu(x) again.
 
     Autograd keeps both: gelu needs x, the linear layer gelu(x), and in a ViT's MLP nothing else is as large.
     """
@@ -322,7 +322,7 @@ PUBLIC = {
     "deit_small": dict(url=FACEBOOK + "deit/deit_small_patch16_224-cd65a155.pth", sha256="cd65a155"),
     "mae_vitb16": dict(url=FACEBOOK + "mae/pretrain/mae_pretrain_vit_base.pth", md5="8cad7c"),      # CC-BY-NC
     "mae_vitl16": dict(url=FACEBOOK + "mae/pretrain/mae_pretrain_vit_large.pth", md5="b8b06e"),     # CC-BY-NC
-    "vqkd": dict(url="https://github.com/addf400/files/releases/download/BEiT-v2/"          # BEiT v2's tokenizer, MIT
+    "vqkd": dict(url="https://github.com/addf400/files/releases/download/BEiT-v2/"  # BEiT v2's tokenizer, MIT
                      "vqkd_encoder_base_decoder_3x768x12_clip-d5036aa7.pth", sha256="d5036aa7"),
 }
 CLIP_SHA256 = "be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c"
@@ -330,7 +330,7 @@ CLIP_URL = f"https://openaipublic.azureedge.net/clip/models/{CLIP_SHA256}/RN50x6
 
 
 def download(url, sha256="", md5=""):
-    """The path of `url` in torch.hub's cache, fetched at the first call; a hash must begin with what is given."""
+    """The path of `url` in torch.hub's cache, fetched once; its hash must begin with what is given."""
     path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
     os.makedirs(os.path.dirname(path), exist_ok=True)
     try:
@@ -422,7 +422,7 @@ def fit_weights(vit, state, path):
 
 
 def from_weights(name_or_path, image_size=None):
-    """The ViT that a file, public name or run folder was made from, with its weights; the shapes tell its sizes."""
+    """The ViT, with its weights, of a file, public name or run folder; the shapes tell its sizes."""
     return rebuild_vit(*read_vit_weights(name_or_path), image_size)
 
 
@@ -445,7 +445,7 @@ def rebuild_vit(state, path, image_size=None):
 # --- random numbers of an image ---------------------------------------------------------------------------
 
 def hash_uniform(seeds, count):
-    """(b, count) float32 in (0, 1) from seeds (2, b), uniform in [0, 1): a counter, hashed with both (lowbias32).
+    """(b, count) float32 in (0, 1) from seeds (2, b) in [0, 1): a counter, hashed with both (lowbias32).
 
     An image's numbers depend on its seeds alone: no generator, and the same however a batch is divided.
     """
@@ -461,7 +461,7 @@ def hash_uniform(seeds, count):
 
 # --- frozen features of patches: what K-means clusters, what MaskFeat predicts ----------------------------
 
-IMAGENET = (.485, .456, .406), (.229, .224, .225)  # mean, std on the scale 0..1: DINO, DeiT and MAE want these
+IMAGENET = (.485, .456, .406), (.229, .224, .225)  # mean, std on the scale 0..1, of DINO, DeiT and MAE
 CLIP = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
 SYMMETRIC = (.5, .5, .5), (.5, .5, .5)             # pixels in -1..1, for VQ-KD
 ENCODERS = {"dino": "dino_vits16", "deit": "deit_small", "mae": "mae_vitb16"}
@@ -475,7 +475,7 @@ def to_channels(values, device):
 
 
 def to_device(x, device):
-    """x on the device; from the CPU to a GPU through pinned memory, so that the CPU does not wait for the copy."""
+    """x on the device; to a GPU through pinned memory, so that the CPU does not wait for the copy."""
     if torch.device(device).type == "cuda" and not x.is_cuda:
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
@@ -503,9 +503,9 @@ def hog(images, p):
     images = F.pad(images, (1, 1, 1, 1), mode="reflect")
     smooth = lambda x, dim: sum(part * w for part, w in zip(x.unfold(dim, 3, 1).unbind(-1), (1, 2, 1)))
     change = lambda x, dim: x.unfold(dim, 3, 1)[..., 0] - x.unfold(dim, 3, 1)[..., 2]
-    gx, gy = change(smooth(images, 2), 3), change(smooth(images, 3), 2)   # Sobel; a convolution could be TF32's
+    gx, gy = change(smooth(images, 2), 3), change(smooth(images, 3), 2)   # Sobel; a convolution may be TF32
     bins = (torch.atan2(gx, gy) / math.pi * 9).floor() % 9              # x first: measured from the y axis
-    magnitude = torch.linalg.vector_norm(torch.stack([gx, gy]), dim=0)  # its gradient at 0 is 0, hypot's is NaN
+    magnitude = torch.linalg.vector_norm(torch.stack([gx, gy]), dim=0)  # its gradient at 0: 0, hypot's: NaN
     add_up = lambda x: reduce(x, "b c (y i) (x j) -> b c y x", "sum", i=cell, j=cell)
     cells = F.normalize(torch.stack([add_up(magnitude * (bins == o)) for o in range(9)], 2), dim=2)
     return rearrange(cells, "b c o (y i) (x j) -> b (y x) (c o i j)", i=p // cell, j=p // cell)
@@ -573,14 +573,14 @@ def load_clip():
 
 
 def make_projection(width, size):
-    """From a ViT's patch tokens to the codes of a learned tokenizer, the shape of VQ-KD's (BEiT v2's code)."""
+    """From a ViT's patch tokens to the codes of a learned tokenizer, of VQ-KD's shape (BEiT v2's code)."""
     return nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, size))
 
 
 class PatchFeatures(nn.Module):
     """Normalised images (b, 3, S, S) -> (b, n, d) float32, a row a patch, by what is never trained (here).
 
-    name      pixel, pixel-norm (each patch standardised), hog, clip, dino, deit, mae, or what from_weights takes
+    name      pixel, pixel-norm (standardised patches), hog, clip, dino, deit, mae, or what from_weights takes
     weights   of a learned tokenizer, whose name is then only a name: {encoder.KEY of a ViT, project.KEY}
     """
 
@@ -627,7 +627,7 @@ class PatchFeatures(nn.Module):
         Of a ViT, after 3, 6, 9 and 11 of 12 blocks (PeCo), or as many of its own; of all else, its features.
         """
         if self.name == "clip":
-            raise ValueError("--features clip: a perceptual loss takes hog, pixel-norm or a ViT (dino, mae, ours)")
+            raise ValueError("--features clip: a perceptual loss takes hog, pixel-norm or a ViT (dino, mae)")
         rows, vit = [], self.encoder
         with torch.autocast("cuda", torch.bfloat16, enabled=images.is_cuda and vit is not None):
             if vit is None:
@@ -684,10 +684,10 @@ def exit_on_error(script):
         if isinstance(error, KeyboardInterrupt):                    # before the first step; see catch_signals
             code, line = 130, f"interrupted; {again}"
         elif isinstance(error, (ConnectionError, EOFError)) or first.startswith("DataLoader worker"):
-            line = f"a loading process was lost ({first}); short of memory, of /dev/shm? Fewer --workers; {again}"
+            line = f"a loading process was lost ({first}); no memory, no /dev/shm? Fewer --workers; {again}"
         elif isinstance(error, (ValueError, OSError)):
             code, line = 2, first
-            if "worker process" in first:                           # a loader's whole traceback: its last line
+            if "worker process" in first:  # a loader's whole traceback: its last line
                 line = re.sub(r"^\w+: ", "", others[-1])
         elif isinstance(error, torch.OutOfMemoryError):
             line = f"the device is out of memory; --micro-batch: fewer images at once, the same result; {again}"
@@ -731,7 +731,7 @@ def save_picture(picture, path):
 
 
 def draw_grid(rows, path, labels=(), times=None):
-    """PNG of rows of images (b, 3, S, S) in 0..1, labels to the left of them; a pixel becomes times x times."""
+    """PNG of rows of images (b, 3, S, S) in 0..1, labels to the left; a pixel becomes times x times."""
     side = rows[0].shape[-1]
     times = times or math.ceil(900 / (len(rows[0]) * side))             # to a picture of 900 pixels or more
     images = repeat(torch.cat(list(rows)).float().cpu(), "m c y x -> m c (y i) (x j)", i=times, j=times)
@@ -745,7 +745,7 @@ def draw_grid(rows, path, labels=(), times=None):
     save_picture(picture, path)
 
 
-COLORS = ("#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #000000 #999999 "       # Okabe and Ito: for all eyes
+COLORS = ("#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #000000 #999999 "  # Okabe and Ito: for all eyes
           "#7b3f00 #6a3d9a #8fbc5a #b00000").split()
 
 
