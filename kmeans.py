@@ -3,9 +3,10 @@
     t(x) = argmin_k ||f(x) - c_k||^2        f: raw pixels, HOG, a frozen encoder (DINO, DeiT, MAE, CLIP, ours)
          = argmax_k f(x).c_k - ||c_k||^2/2  ||f(x)||^2 is the same for every k: one product and an argmax
 
-`lloyd` is all of K-means, in eight lines; the rest is the same for any number of rows, on any device, in one
-process or many. Rows are read block by block and a block's scores are gone after its argmax: memory beyond
-the data is O(block K + K d). Several codebooks (restarts, axis r) are fitted at once to the same rows.
+`lloyd` is all of K-means, in seven lines, to be read. What runs is `KMeans.fit`: the same for any number of
+rows, on any device, in one process or many; and empty clusters get new centroids. Rows are read block by block
+and a block's scores are gone after its argmax: memory beyond the data is O(block K + K d). Several codebooks
+(restarts, axis r) are fitted at once to the same rows.
 
 Read down to the ruled line: K-means, its seeding, the tokenizer. Below it, to be skipped at first: the rest
 of the fit, processes, reading rows, CUDA kernels, tokenizer.pt and tokens.npy, pictures, commands.
@@ -91,56 +92,53 @@ def score_weights(c, origin, scale, shift):
 class Clusters:
     """Which of k clusters each row is in, from pass to pass, and their float64 sums and counts; of r codebooks at once.
 
-    Only rows that change their cluster change a sum. Once few do, the CPU looks only at rows that can: `own` is at least
-    a row's distance to its centroid, `others` at most that to any other, and both move with the centroids (Hamerly
-    2010); where they nearly meet, the row is looked at, too: nothing is approximate. Of little use they are left for a while.
+    Only rows that change their cluster change a sum. `Candidates` are the rows that can: all, or what bounds leave.
     """
 
     def __init__(self, data, r, k, n, origin):
-        self.data, self.origin, self.n = data, origin, n                   # n: rows of this process
-        self.labels = torch.full((r, n), k, device=data.device)         # k: of none yet
+        self.data, self.origin = data, origin
+        self.labels = torch.full((r, n), k, device=data.device)         # n rows of this process; k: of none yet
         self.sums = torch.zeros(r, k + 1, data.d, dtype=torch.float64, device=data.device)
         self.counts = torch.zeros(r, k + 1, dtype=torch.float64, device=data.device)
-        self.bounds, self.few_change, self.wait, self.pause = None, False, 0, 2
+        self.part, self.added = torch.zeros_like(self.sums, dtype=torch.float32), 0
+        self.candidates = Candidates(data, self.labels, origin)
 
     def run_pass(self, c):
         """Rows to the nearest of the centroids c (r, k, d): sums (r, k, d), counts (r, k) of all processes."""
         w, bias = score_weights(c, self.origin, self.data.scale, self.data.shift)
-        moving, self.wait = self.bounds is not None, self.wait - 1
-        if moving:
-            self.bounds.move(c, self.labels)
-        elif self.few_change and self.wait < 0 and self.data.device.type == "cpu":
-            self.bounds = Bounds(self.data, c, self.n, self.origin)
-        part, added = torch.zeros_like(self.sums, dtype=torch.float32), 0
-        changed, looked_at, start, first = 0, 0, 0, not self.counts.any()
+        self.candidates.begin_pass(c)
+        start, changed = 0, 0
         for block in self.data:
             here = slice(start, start + len(block))
             start = here.stop
             for r, labels in enumerate(self.labels[:, here]):
-                if self.bounds:
-                    at, x, new = self.bounds.find_nearest(r, here, block, w[r], bias[r])
-                else:
-                    new = find_nearest(block, w[r:r + 1], bias[r:r + 1])[0][0]
-                    at, x = torch.arange(len(block), device=new.device), block
+                at, x, new = self.candidates.find_nearest(r, here, block, w[r], bias[r])
                 old = labels[at]
                 moved = (new != old).nonzero()[:, 0]
                 labels[at[moved]] = new[moved]
-                changed, looked_at = changed + len(moved), looked_at + len(at)
-                for rows in moved.split(1 << 16):
-                    if added + len(rows) > 1 << 16:  # float32 adds 65536 uint8 values exactly (below 2^24)
-                        self.sums += part
-                        part, added = torch.zeros_like(part), 0
-                    added += len(rows)
-                    for where, sign in ((new, 1), (old, -1))[:1 if first else 2]:
-                        add_rows(part[r], where[rows], x if len(rows) == len(x) else x[rows], sign)
-                        self.counts[r] += sign * torch.bincount(where[rows], minlength=part.shape[1])
-        self.sums += part
-        self.few_change = changed < .05 * self.labels.numel()
-        if moving and looked_at > .7 * self.labels.numel():
-            self.bounds, self.wait, self.pause = None, self.pause, 2 * self.pause
+                self.move_rows(r, x, moved, old, new)
+                changed += len(moved)
+        self.add_part()
+        self.candidates.end_pass(changed)
         sums, counts = self.sums[:, :-1].clone(), self.counts[:, :-1].clone()
         all_reduce(sums, counts)
         return sums, counts
+
+    def move_rows(self, r, x, moved, old, new):
+        """Rows x[moved] of codebook r leave their old cluster's sum and count and join their new one's."""
+        for rows in moved.split(1 << 16):
+            if self.added + len(rows) > 1 << 16:  # float32 adds 65536 uint8 values exactly (below 2^24)
+                self.add_part()
+            self.added += len(rows)
+            for labels, sign in ((new, 1), (old, -1)):
+                if sign > 0 or self.candidates.n_passes > 1:            # at first they leave none
+                    add_rows(self.part[r], labels[rows], x if len(rows) == len(x) else x[rows], sign)
+                    self.counts[r] += sign * torch.bincount(labels[rows], minlength=self.counts.shape[1])
+
+    def add_part(self):
+        self.sums += self.part
+        self.part.zero_()
+        self.added = 0
 
 
 def kmeans_plusplus(x, u):
@@ -176,7 +174,7 @@ class KMeans:
     mean, std   of uint8 pixels, see Rows; device: where arrays and streams are worked on; rows: block size
 
     Afterwards: centroids (k, d) float32, counts (k,) int64 (0: a dead code), inertia (sum of squared
-    distances), n_iter, history (the inertia at each iteration). With torch.distributed initialised every
+    distances), n_iter, history (the inertia at each iteration). With torch.distributed initialized every
     process passes its own rows and ends with the centroids of one process on all rows.
     """
 
@@ -194,22 +192,22 @@ class KMeans:
 
     def fit(self, x):
         data = Rows(x, self.k, **self.input)
-        n, mine, start, mean, scatter = compute_statistics(data)
+        n, n_own, start, center, scatter = compute_statistics(data)
         if self.k > n:
             raise ValueError(f"{self.k} clusters of {n} rows: at least as many rows as clusters are wanted")
         # Cosine: the rows have unit length, and centroids must get it back, or the longest would win.
         unit = F.normalize if self.metric == "cosine" else lambda c, dim: c
         c = unit(seed_centroids(data, self.k, self.init, self.restarts, self.seed, n, start), dim=-1)
-        clusters = Clusters(data, self.restarts, self.k, mine, mean)
+        clusters = Clusters(data, self.restarts, self.k, n_own, center)
         history, n_iter = [], torch.zeros(self.restarts, dtype=torch.long, device=c.device)
         done = n_iter > 0
         for _ in track(range(self.max_iter), "K-means", self.max_iter, "passes"):
             sums, counts = clusters.run_pass(c)
             sums = data.scale * sums + data.shift * counts[..., None]      # were of rows as stored
-            history.append(compute_inertia(scatter, sums, counts, c, mean))
-            new = torch.where(counts[..., None] > 0, sums / counts[..., None], c.double())
+            history.append(compute_inertia(scatter, sums, counts, c, center))
+            new = torch.where(counts[..., None] > 0, sums / counts[..., None], c.double())      # update
             if (counts == 0).any():
-                new = reseed(data, c, new, counts == 0, mean, start)
+                new = reseed(data, c, new, counts == 0, center, start)
             new = torch.where(done[:, None, None], c, unit(new, dim=-1).float())     # what is done stays
             moved = (new - c).double().square().sum((-1, -2))
             c, n_iter = new, n_iter + ~done
@@ -217,7 +215,7 @@ class KMeans:
             if done.all():
                 break
         counts, inertia = torch.zeros_like(counts), torch.zeros_like(history[0])
-        for labels, distances in measure_distances(data, c, mean):
+        for labels, distances in measure_distances(data, c, center):
             counts.scatter_add_(-1, labels, torch.ones_like(labels, dtype=counts.dtype))
             inertia += distances.sum(-1)
         all_reduce(counts, inertia)
@@ -245,10 +243,10 @@ def assign(x, centroids, metric="euclidean", mean=None, std=None, device=None, r
 
 
 class KMeansTokenizer(nn.Module):
-    """images (b, 3, S, S) -> tokens (b, n) int64. uint8 images are normalised here, float images already are.
+    """images (b, 3, S, S) -> tokens (b, n) int64. uint8 images are normalized here, float images already are.
 
     S is image_size; for clip also twice that, which spares it the blur of enlarging (`input_size`: the best).
-    It belongs beside a model, never inside: MAE's weight initialisation would wipe it.
+    It belongs beside a model, never inside: MAE's weight initialization would wipe it.
 
     encoder   of a learned tokenizer (dvae, vq, peco, vqkd): the weights of f, see PatchFeatures
     """
@@ -382,26 +380,44 @@ def compute_statistics(data):
     return total, n, sum(sizes[:rank_and_world()[0]]), origin.double() + sums / total, scatter.clamp(min=0)
 
 
-class Bounds:
-    """See Clusters: own, others (r, n) float32, for centroids c; norms (n,) are ||x - origin||^2."""
+class Candidates:
+    """The rows that can change their cluster in a pass: all; on the CPU, once few change, those that bounds leave.
 
-    def __init__(self, data, c, n, origin):
-        self.own, self.others = (torch.full((len(c), n), value) for value in (math.inf, 0.))     # look at all
-        self.norms, self.data, self.origin, self.c = torch.empty(n), data, origin.float(), c
+    own (r, n) is at least a row's distance to its centroid, others (r, n) at most that to any other; both move with
+    the centroids, and where they nearly meet the row is looked at: nothing is approximate (Hamerly 2010). Bounds that
+    leave more than 70 % of the rows are dropped, for 2 passes, then for 4, 8, ...
+    """
 
-    def move(self, c, labels):
-        """The centroids have moved to c: by so much all bounds may be wrong."""
-        drift = F.pad((c - self.c).norm(dim=-1), (0, 1))       # one more, for k = 1
-        most, of = drift.topk(2)
-        for r, label in enumerate(labels):
-            self.own[r] += drift[r][label]
-            self.others[r] -= torch.where(label == of[r, 0], most[r, 1], most[r, 0])
+    def __init__(self, data, labels, origin):
+        self.data, self.labels, self.origin, self.c = data, labels, origin.float(), None
+        self.own = None                                        # no bounds
+        self.n_passes, self.few_change, self.wait, self.pause = 0, False, 0, 2
+
+    def begin_pass(self, c):
+        """The centroids c (r, k, d) of this pass: by as much as they moved all bounds may be wrong."""
+        self.looked_at, self.n_passes, self.wait = 0, self.n_passes + 1, self.wait - 1
+        self.moving = self.own is not None
+        if self.moving:
+            drift = F.pad((c - self.c).norm(dim=-1), (0, 1))   # one more, for k = 1
+            most, of = drift.topk(2)
+            for r, label in enumerate(self.labels):
+                self.own[r] += drift[r][label]
+                self.others[r] -= torch.where(label == of[r, 0], most[r, 1], most[r, 0])
+        elif self.few_change and self.wait < 0 and self.data.device.type == "cpu":
+            self.own = torch.full(self.labels.shape, math.inf)          # look at all
+            self.others = torch.zeros(self.labels.shape)
+            self.norms = torch.empty(self.labels.shape[1])     # ||x - origin||^2
         self.c = c
 
     def find_nearest(self, r, here, block, w, bias):
-        """Of the rows `here`, a block, those that can have changed: where (m,), rows (m, d), labels (m,)."""
+        """Of a block, the rows `here`, those that can have changed: where (m,), rows (m, d), labels (m,)."""
+        if self.own is None:
+            new = find_nearest(block, w[None], bias[None])[0][0]
+            self.looked_at += len(block)
+            return torch.arange(len(block), device=new.device), block, new
         own, others, norms = self.own[r, here], self.others[r, here], self.norms[here]
         at = (own >= others).nonzero()[:, 0]
+        self.looked_at += len(at)
         if len(at) == 0:
             return at, block[:0], at
         x = block
@@ -416,6 +432,12 @@ class Bounds:
         own[at] = (1.0001 * norms[at] - 2 * best).clamp(min=0).sqrt()
         others[at] = (.9999 * norms[at] - 2 * second).clamp(min=0).sqrt()
         return at, x, labels
+
+    def end_pass(self, changed):
+        """So many rows changed."""
+        self.few_change = changed < .05 * self.labels.numel()
+        if self.moving and self.looked_at > .7 * self.labels.numel():
+            self.own, self.wait, self.pause = None, self.pause, 2 * self.pause
 
 
 # --- processes --------------------------------------------------------------------------------------------
@@ -723,13 +745,13 @@ def load_batches(ds, indices, batch_size, workers=0, device="cpu", what=None):
     if what:
         batches = track(batches, f"{what} of {ds.name}", sum(map(len, indices)), "images", lambda batch: len(batch[0]))
     for wanted, (images, labels, read) in batches:
-        if hasattr(ds, "note_unreadable"):                    # a neighbour may stand in for a damaged picture
+        if hasattr(ds, "note_unreadable"):                    # a neighbor may stand in for a damaged picture
             ds.note_unreadable(wanted, read)
         yield images.to(device, non_blocking=True), labels, read
 
 
 def derive_seed(*numbers):
-    """One seed from several, as different from its neighbours' as a random number."""
+    """One seed from several, as different from its neighbors' as a random number."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 

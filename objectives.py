@@ -7,15 +7,16 @@
     cae          visible patches only                   a regressor, then a decoder  tokens, and latents (MSE)
     mim, beit    visible patches and mask tokens        the encoder                  tokens
     pim          patches before the target in order z   the encoder's query stream   tokens
-    mapet        the same and mask tokens of all others the encoder's query stream   tokens
-    dvae, vq     all patches: what is learned is a      a decoder, from tokens       pixels, MSE
-    peco, vqkd   tokenizer, for the others' tokens      the same                     pixels and features; features
+    mapet        the same and mask tokens of the rest   the encoder's query stream   tokens
+    dvae, vq     all patches                            a decoder, from codes        pixels, MSE
+    peco         all patches                            a decoder, from codes        pixels and features, MSE
+    vqkd         all patches                            a decoder, from codes        a teacher's features, cosine
 
-Rows 1 to 3 are one class, `MaskedAutoencoder`, the last four another, `LearnedTokenizer`. MIM, BEiT, PIM and
-MaPeT are a third, `MaPeT`: take one of its two ideas away and its parents appear:
+Rows 1 to 3 are one class, `MaskedAutoencoder`; the last three another, `LearnedTokenizer`: its codes are tokens for
+the others. MIM, BEiT, PIM and MaPeT are a third, `MaPeT`: take one of its two ideas away and its parents appear:
     PIM    max E_x E_z  sum_{i >= c} log p(t_{z_i} | x_{z_<i})                      (MaPeT Eq. 1)
     MaPeT  max E_x E_z  sum_{i >= c} log p(t_{z_i} | x_{z_<i}, m_{z_>=i})           (MaPeT Eq. 2)
-    MaPeT - positions of what is not seen yet (m) = PIM;  MaPeT - content of targets that were predicted = MIM
+    MaPeT without positions of what is not seen yet (m) is PIM, without content of predicted targets MIM.
 x_j is a patch, t_j its token, z an order of the patches, visible ones first, c the cutting point, and
 m_j = mask token + position j: "there is a patch at j", without its content. c counts the class token (MaPeT
 Table 6): c = 50 of 197 tokens leaves 49 visible patches and 147 targets, 75 %. `beit` and `cae` hide blocks of
@@ -157,7 +158,7 @@ class Objective(nn.Module):
         return order[:, :self.cut - 1], order[:, self.cut - 1:]
 
     def forward(self, images, tokens=None, order=None, noise=None):
-        """images (b, 3, S, S) normalised, tokens (b, n) or what `needs` says -> loss, dict of 0-d logs."""
+        """images (b, 3, S, S) normalized, tokens (b, n) or what `needs` says -> loss, dict of 0-d logs."""
         return self.loss(*self.predict(images, tokens, order, noise))
 
     def loss(self, logits, tokens):
@@ -263,7 +264,7 @@ class MaPeT(Objective):
     Two parts of MaPeT look at nothing outside themselves: {cls, visible, mask tokens} is MIM's sequence above,
     which never learns a target's content; {cls, visible, targets, mask tokens} is the content stream, which
     never sees a query. So the queries are an autoregressive layer on top that reads a MIM forward: the first
-    query equals the first mask token in every layer, the k-th is MIM with k - 1 masked patches revealed.
+    query equals the first mask token in every layer, the k-th asks like one with k - 1 patches revealed.
     """
 
     def __init__(self, vit, cut, vocab_size, permute=True, positions=True, smoothing=0., blockwise=False):
@@ -301,7 +302,7 @@ class RegressorBlock(nn.Module):
     """Cross-attention of CAE's regressor: hidden rows ask, visible and hidden rows answer.
 
     Positions are added to what queries and keys are made of, before the norms. CAE's quirk: after the attention
-    the *normalised* sum, norm2(x + ...), goes on, to the MLP and beside it; in a ViT block the sum itself.
+    the *normalized* sum, norm2(x + ...), goes on, to the MLP and beside it; in a ViT block the sum itself.
     """
 
     def __init__(self, width, heads, layer_scale=None, drop=0.):
@@ -579,7 +580,7 @@ def make(name, vit, vocab_size=None, cut=None, mask_ratio=None, target=None, lab
 
     vocab_size       codebook size K; of maskfeat with target="features" the values a patch
     cut, mask_ratio  how much is hidden: the cutting point, class token included, or a share of the patches
-    target           mae: "pixel" or "pixel-norm" (each patch standardised); maskfeat: "hog" or "features"
+    target           mae: "pixel" or "pixel-norm" (each patch standardized); maskfeat: "hog" or "features"
     decoder_depth    of mae, maskfeat, clustermim (8 blocks), tokenizers (3); of cae's two parts (4 each)
     values           of vqkd: a patch's, of its teacher
     """
@@ -702,7 +703,7 @@ def picture_codes(model, images, x, given, unscale):
 def picture_predictions(model, images, mean, std, tokens=None, patch_pictures=None, seed=0):
     """Rows of images (b, 3, S, S) in 0..1 for draw_grid, and their labels: image, visible, predicted, target.
 
-    images (b, 3, S, S) in 0..1; mean, std (3,) of the normalisation; tokens as in forward, None: not known
+    images (b, 3, S, S) in 0..1; mean, std (3,) of the normalization; tokens as in forward, None: not known
     (then no target is drawn); patch_pictures (K, 3 p^2) in 0..1: of each code; seed: of the order.
     """
     p, mean, std = model.encoder.patch_size, images.new_tensor(mean), images.new_tensor(std)

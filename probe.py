@@ -51,7 +51,7 @@ from vit import (MODELS, ViT, draw_grid, drop_rates, exit_on_error, from_weights
 
 @torch.inference_mode()
 def knn(train_x, train_y, test_x, test_y, k=20, temperature=.07, chunk=None):
-    """Top-1 accuracy (0..1) of weighted k-nearest neighbours under cosine similarity (Wu et al. 2018).
+    """Top-1 accuracy (0..1) of weighted k-nearest neighbors under cosine similarity (Wu et al. 2018).
 
     x features (n, d), y labels (n,) int64. The processes share the test images; chunk of them at once
     (default: a similarity matrix of at most a gigabyte).
@@ -913,7 +913,7 @@ def report(args, line):
         print(f"    best of {line['heads']} heads: {line['chosen']}")
 
 
-HELP = {"knn": "weighted k-nearest neighbours on frozen features", "linear": "a linear layer on frozen features",
+HELP = {"knn": "weighted k-nearest neighbors on frozen features", "linear": "a linear layer on frozen features",
         "finetune": "train the whole network on labels", "tokens": "classify from the tokens alone",
         "show": "draw the attention of the class token, and the features",
         "compare": "curves of several runs in one picture; their accuracies, mean and deviation over seeds"}
@@ -922,7 +922,7 @@ ALL, TRAINING = ("knn", "linear", "finetune", "tokens", "show"), ("linear", "fin
 FLAGS = {
     "random-init": (("knn", "linear", "finetune", "show"), None, False, "untrained weights: the floor alone"),
     "no-floor": (("knn", "linear", "finetune"), None, False, "do not measure the untrained network as well"),
-    "k": (("knn",), int, 20, "neighbours that vote"),
+    "k": (("knn",), int, 20, "neighbors that vote"),
     "protocol": (("linear",), ["fast", *PROTOCOLS], "fast", "fast: a grid on stored features; or the papers'"),
     "memory": (("linear",), float, 8, "GB; features of fast beyond go into a file"),
     "recipe": (("finetune",), list(RECIPES), None, "default: the data's, else that of the run's objective"),

@@ -150,7 +150,7 @@ def assignment(tokenizer, groups):
     named = {"mae": range(len(points)),                                      # every point its own
              "classwise": [owners[i * len(owners) // size] for owners, size, i in points],  # overlaps: halves
              "crossclass": [i % 2 for _, _, i in points],                    # two, each half of every group
-             "pairs": [j - i % 2 for j, (_, _, i) in enumerate(points)]}     # neighbours, two by two
+             "pairs": [j - i % 2 for j, (_, _, i) in enumerate(points)]}     # neighbors, two by two
     if isinstance(tokenizer, str):
         if tokenizer not in named:
             raise ValueError(f"no tokenizer {tokenizer!r}: {', '.join(named)}, or a list of tokens")
@@ -177,7 +177,7 @@ def mask_graph(z, graph="complete", width=1):
 
 
 def augmentation_graph(mask, tokens):
-    """Mask graph M(x, S) (Eq. 4), augmentation graph A(x, x') (Sec. 2.1), A normalised (Eqs. 9, 16): D^-1/2 A D^-1/2.
+    """Mask graph M(x, S) (Eq. 4), augmentation graph A(x, x') (Sec. 2.1), A normalized (Eqs. 9, 16): D^-1/2 A D^-1/2.
 
     mask M(x1, x2) (points, points), tokens (points,) int64: K of them, all used -> (points, K), twice (points, points).
     """
@@ -233,7 +233,7 @@ def closed_form(n, overlap, tokenizer="mae", classes=2):
     With p_c(S) the points of token S that are in class c, A depends on the tokens through the matrix
     T_cd = 1/n sum_S p_c p_d / sum_e p_e only: mu I + (1 - mu) / C for the three tokenizers, or any if C = 2
     (Eqs. 10-15); from mu = 1, no confusion of classes, to mu = 0, nothing but confusion. kappa, from the overlap
-    alone: the eigenvalues of A, normalised, are 1, C - 1 times mu kappa, and 0. A list of tokens: ValueError if C > 2.
+    alone: the eigenvalues of A, normalized, are 1, C - 1 times mu kappa, and 0. A list of tokens: ValueError if C > 2.
     """
     kappa = 1 - classes * overlap / (2 * n)
     if isinstance(tokenizer, str):
@@ -373,7 +373,7 @@ Merging tokens cannot lower w_x nor raise an eigenvalue, so the order of the bou
 classes, class-wise < MAE needs c2/c1 < 2 (1 - r)(2 - r), r = overlap/n, Theorem 1 c2/c1 >= 4 - 2/n: never both.
 Every tail is 0, as all points of a class are linked already: see --graph ring.""",
        "ring": """
-Each point meets its neighbours only. Class-wise tokens link pairs that MAE leaves apart: tail and alpha are 0, the
+Each point meets its neighbors only. Class-wise tokens link pairs that MAE leaves apart: tail and alpha are 0, the
 least bound for any c1, c2. So tokens "raise intra-class connectivity"; "pairs", a local tokenizer, in part."""}
 
 

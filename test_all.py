@@ -578,7 +578,7 @@ def test_ties_go_to_the_smallest_code():
 
 
 @pytest.mark.parametrize("n,d,k", [(60, 2, 3), (500, 8, 7), (1500, 30, 20)])
-def test_eight_lines_are_kmeans(n, d, k):
+def test_seven_lines_are_kmeans(n, d, k):
     """What the file opens with ends where the real one does; an empty cluster stays where it is."""
     x = rows_of(n, d)
     start = x[torch.randperm(n, generator=torch.Generator().manual_seed(3))[:k]]
@@ -690,7 +690,7 @@ def test_streams_and_memory_maps_are_the_tensor(tmp_path, metric, init):
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-def test_uint8_pixels_are_standardised_on_the_fly(metric):
+def test_uint8_pixels_are_standardized_on_the_fly(metric):
     x, mean, std = rows_of(700, 12, kind=torch.uint8), torch.tensor([.4, .5, .6]), torch.tensor([.2, .3, .25])
     values = ((x.view(700, 4, 3) / 255 - mean) / std).flatten(1)
     a = KMeans(8, metric, mean=mean.tolist(), std=std.tolist()).fit(x)
@@ -844,7 +844,7 @@ def test_foreign_and_damaged_tokenizers_are_refused_in_one_line(tmp_path):
     (tmp_path / "text.pt").write_text("hello")
     torch.save({"model": 1}, tmp_path / "other.pt")
     torch.save({**state, "vocab_size": 8}, tmp_path / "mismatch.pt")
-    torch.save({**state, "colour": 8}, tmp_path / "more.pt")
+    torch.save({**state, "color": 8}, tmp_path / "more.pt")
     for name in ("cut.pt", "text.pt", "other.pt", "mismatch.pt", "more.pt", "missing.pt"):
         with pytest.raises(ValueError, match=name) as error:
             kmeans.load_tokenizer(str(tmp_path / name))
@@ -1508,7 +1508,7 @@ def dots(tmp_path_factory):
             pixels = np.kron(rng.integers(*((0, 160), (96, 256))[i % 2], (4, 4)), np.ones((4, 4)))
             Image.fromarray(pixels.astype(np.uint8)).convert("RGB").save(folder / f"{i}.png")
     for k in (2, 4, 8):
-        gray = ((torch.arange(k) + .5) * 256 / k / 255 - .5) / .5   # normalised with mean and deviation 0.5
+        gray = ((torch.arange(k) + .5) * 256 / k / 255 - .5) / .5   # normalized with mean and deviation 0.5
         tokenizer = kmeans.KMeansTokenizer("pixel", gray[:, None].expand(-1, 48), "euclidean", 4, 16, [.5] * 3, [.5] * 3)
         tokenizer.save(str(root / f"k{k}.pt"))
     return root
@@ -1709,7 +1709,7 @@ def literal_blocks(rng, n, grid=14, least=16):
 
 
 def boundary(mask):
-    """How many neighbouring pairs of patches are parted by the edge of the mask (m, g, g): few, if it is made of blocks."""
+    """How many neighboring pairs of patches are parted by the edge of the mask (m, g, g): few, if it is made of blocks."""
     return float(((mask[:, 1:] != mask[:, :-1]).sum() + (mask[:, :, 1:] != mask[:, :, :-1]).sum()) / len(mask))
 
 
@@ -1737,7 +1737,7 @@ def test_block_masks_are_exact_on_every_grid():
 
 
 def test_exact_block_masks_only_add_a_few_patches():
-    """What is missing after the blocks is added one by one, so an edge grows by 4 pairs of neighbours at most."""
+    """What is missing after the blocks is added one by one, so an edge grows by 4 pairs of neighbors at most."""
     blocks = objectives.blockwise_mask(3000, 14, 75, exact=False, generator=torch.Generator().manual_seed(1))
     exact = objectives.blockwise_mask(3000, 14, 75, generator=torch.Generator().manual_seed(2))
     missing = float(75 - blocks.sum(1).float().mean())
@@ -2312,7 +2312,7 @@ def test_uniform_numbers_by_hashing():
     assert torch.equal(u[7:9], V.hash_uniform(seeds[:, 7:9], 400))        # an image's own, in any batch
     counts = torch.histc(u, 20) / 6000
     assert (counts - 1).abs().max() < .06                                 # flat: 4.5 standard deviations
-    for a, b in ((u[:, 1:], u[:, :-1]), (u[1:], u[:-1])):                 # neighbours have nothing to do with each other
+    for a, b in ((u[:, 1:], u[:, :-1]), (u[1:], u[:-1])):                 # neighbors have nothing to do with each other
         assert torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].abs() < .015
     assert len(u[0].unique()) > 395 and not torch.equal(u[0], V.hash_uniform(seeds.flip(0), 400)[0])
 
@@ -2430,7 +2430,7 @@ def test_codes_follow_and_are_reseeded_as_in_a_literal_loop(name):
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_tokens_of_a_learned_tokenizer_are_nearest_centroids(name, tmp_path):
-    """Also the dVAE's argmax over logits, of random weights; through tokenizer.pt, of uint8 and of normalised images."""
+    """Also the dVAE's argmax over logits, of random weights; through tokenizer.pt, of uint8 and of normalized images."""
     model, *_ = tokenizer_example(name, k=40)
     if name == "dvae":
         nn.init.normal_(model.classify.weight)
@@ -2663,7 +2663,7 @@ def test_center_squares_are_decoded_once(tmp_path, monkeypatch, capsys):
         reads.clear()
         train.main([str(a) for a in (*argv, "--out", tmp_path / name, "--cache", cache)])
         assert len(set(reads)) == {"plain": 8, "kept": 8, "again": 3}[name]                # three are compared
-        assert name == "plain" or len(reads) <= 16                         # once, and twice the three and the neighbours
+        assert name == "plain" or len(reads) <= 16                         # once, and twice the three and the neighbors
         assert same_encoder(str(tmp_path / "plain"), str(tmp_path / name))
     path, = (tmp_path / "cache").iterdir()
     assert f"center squares are kept in {path}" in capsys.readouterr().out
@@ -3063,7 +3063,7 @@ def test_every_objective_from_pictures_to_table(folder, tmp_path, capsys, name):
 
 
 def seen_by_the_model(monkeypatch):
-    """A list that fills with (normalised images, tokens or features) of each training step."""
+    """A list that fills with (normalized images, tokens or features) of each training step."""
     seen, forward = [], objectives.Objective.forward
     def noting(self, images, tokens=None, *rest, **how):
         seen.append((images, tokens))
@@ -3102,7 +3102,7 @@ def test_crops_are_a_function_of_seed_epoch_and_image(folder):
 
 
 def test_features_of_a_teacher(folder, small_run, tmp_path, monkeypatch):
-    """maskfeat with continuous features: the teacher's, of the crop, with its own normalisation; unit length in the loss."""
+    """maskfeat with continuous features: the teacher's, of the crop, with its own normalization; unit length in the loss."""
     seen, out, teacher = seen_by_the_model(monkeypatch), str(tmp_path / "run"), os.path.join(small_run, "encoder.pt")
     lines = small(folder, out, "maskfeat", "--crop", .3, "--no-probe", "--features", teacher)
     assert lines[-1]["explained"] > lines[0]["explained"]
@@ -3362,7 +3362,7 @@ def test_damaged_picture_is_named_and_replaced(tmp_path, capsys):
     lines = run_small(root, str(tmp_path / "run"), "--epochs", 1, "--no-probe")
     assert capsys.readouterr().err.count(victim) == 1 and len(lines) == 15
     tokens = np.load(tmp_path / "run" / "tokens.npy")
-    assert np.array_equal(tokens[67], tokens[68])                          # the neighbour's
+    assert np.array_equal(tokens[67], tokens[68])                          # the neighbor's
     for name in ("001.png", "002.png"):
         open(os.path.join(root, "train", "ant", name), "wb").close()
     argv = ["--data", root, "--out", tmp_path / "run2", *SMALL_RUN, "--no-probe"]
@@ -4315,7 +4315,7 @@ FILES = "vit", "kmeans", "tcas", "objectives", "train", "probe"
 Exercise = collections.namedtuple("Exercise", "title minutes points functions tests sheet")
 EXERCISES = {
     1: Exercise("K-means: assignment and update", 20, 1, ["kmeans.lloyd"],
-                ["test_lloyd_by_hand", "test_eight_lines_are_kmeans"], """
+                ["test_lloyd_by_hand", "test_seven_lines_are_kmeans"], """
 ClusterMIM Sec. 3.2. Each row is assigned to its nearest centroid, then each centroid moves to the mean of its
 rows:
 
@@ -4414,7 +4414,7 @@ here, there = model.encode(model.embed(images)), model.encode(model.embed(images
 print((here[:, 1:][:, order[0]] - there[:, 1:]).abs().max(), (here[:, 0] - there[:, 0]).abs().max())
 ```
 
-1. Which neighbours does the first print call alike, and what changes with `10000` made 10 or 1e8?
+1. Which neighbors does the first print call alike, and what changes with `10000` made 10 or 1e8?
 2. The second print: the patches, each with its position, come in another order. Why are both numbers nearly
    0? Find the pixels of two patches in `images` and swap them: what now?
 """),
@@ -4595,7 +4595,7 @@ x2). A tokenizer S joins points into tokens, and views that may lead to the same
 
     M(x, S)  = sum of M(x, x2) over x2 in S            d(S) = sum_x M(x, S)
     A(x, x') = sum_S M(x, S) M(x', S) / d(S)
-    normalised A(x, x') / sqrt(d(x) d(x'))             d(x) = sum_x2 M(x, x2)
+    normalized A(x, x') / sqrt(d(x) d(x'))             d(x) = sum_x2 M(x, x2)
 
 Sec. 2.2 says that tokens of classes, S^class, raise the weights between points of one class above those of
 MAE, where each point is its own token. You will show that they do not.
@@ -4623,7 +4623,7 @@ python tcas.py toy --graph ring --n 12 --width 1
 
 1. Is there any tokenizer at all with larger weights inside a class than MAE's? Draw 1000 at random with
    `tcas.toy_model`.
-2. In the ring, views are neighbours only. Which claims about class-wise tokens hold there and not in the first
+2. In the ring, views are neighbors only. Which claims about class-wise tokens hold there and not in the first
    graph, and why? Does a wider ring (`--width 3`) decide otherwise?
 """),
     10: Exercise("A run that goes on exactly", 120, 4, ["train.schedule", "train.collect_state", "train.restore_state"],

@@ -60,7 +60,7 @@ except ImportError:                         # torchvision 0.29 says that it will
 # digits of the cutting point for ViT-T, S and B (B gets Table 6's best, 70 % hidden, T and S the released code's
 # 75 %), PIM's cutting point (MaPeT's), MIM's hidden share (BEiT's), positions and weights of its CAE (CAE's code).
 # ClusterMIM: Sec. 4.1, ViT-S, B and L alike. Not stated: base learning rate and warm-up (MAE's), and whether its
-# MAE row standardised the pixels (the released code's default: no).
+# MAE row standardized the pixels (the released code's default: no).
 # textures: ours, for two CPU cores; learning rate, cut and K were compared on its third stream.
 SETTINGS = {            # MaPeT, ClusterMIM, textures
     "model":            ("vit_base", "vit_base", "vit_micro", "size of the ViT"),
@@ -174,7 +174,7 @@ def make_optimizer(model, args):
 
 
 def build(args, size):
-    """The objective around a new ViT, initialised by the seed; size: of its codebook, or of its features."""
+    """The objective around a new ViT, initialized by the seed; size: of its codebook, or of its features."""
     torch.manual_seed(args.seed)
     vit = MODELS[args.model](image_size=args.image_size, patch_size=args.patch_size, drop_path=args.drop_path,
                              layer_scale=args.layer_scale or None, pos=args.pos, init=args.init)
@@ -188,12 +188,12 @@ def build(args, size):
 
 class Targets:
     """What an objective is given besides images. Tokenizer and teacher stay outside the model: no gradient, no
-    weight decay, no room in checkpoints, no initialisation that wipes them (a trap in ClusterMIM's code).
+    weight decay, no room in checkpoints, no initialization that wipes them (a trap in ClusterMIM's code).
 
     stored  tokens (images, n) of the center squares, extracted once (MaPeT); or None
     make    function of uint8 images, as augmented: tokens (b, n), or features (b, n, size); or None
     size    codebook size, or values a patch
-    layers  of images normalised as for the model: what a perceptual loss compares; or None
+    layers  of images normalized as for the model: what a perceptual loss compares; or None
     """
 
     def __init__(self, stored=None, make=None, size=None, layers=None):
@@ -313,7 +313,7 @@ def render_textures(seed, indices, size=48):
     label = 5 * period + orientation of the stripes that fill the object. All else is nuisance: its shape and
     pose, stripe phase, contrast and bending, colors, a fainter striped background (the class is what the
     *object* is made of) and pixel noise (raw pixels are weak). The phase of bent stripes cannot be told from
-    their neighbours, orientation and period can: a mean-squared prediction of a hidden patch is nearly flat,
+    their neighbors, orientation and period can: a mean-squared prediction of a hidden patch is nearly flat,
     a distribution over tokens still says which texture it is.
     """
     rngs = [np.random.default_rng([seed, int(index)]) for index in indices]  # and on nothing else
@@ -387,7 +387,7 @@ class Pictures(Dataset):
              would be copied page by page; or None with `source`, whose items begin with a PIL image
     labels   (n,) int64 or None; classes: their names or None
     squares  Squares or None: center squares that were decoded before
-    A neighbour stands in for a damaged picture, because a run of days must not die of one file.
+    A neighbor stands in for a damaged picture, because a run of days must not die of one file.
     """
     mean, std = (.485, .456, .406), (.229, .224, .225)           # of ImageNet, on the scale 0..1
 
@@ -425,14 +425,14 @@ class Pictures(Dataset):
         for j in [(i + k) % len(self) for k in range(100)]:
             with contextlib.suppress(Exception):                 # decoders raise half a dozen kinds
                 return self.open(j), -1 if self.labels is None else int(self.labels[j]), j
-        raise OSError(f"{self.path(i)} and its neighbours cannot be read: is the folder still there?")
+        raise OSError(f"{self.path(i)} and its neighbors cannot be read: is the folder still there?")
 
     def note_unreadable(self, wanted, read):
-        """Name the pictures for which a neighbour stood in; more than 1 % is an error. Indices (b,)."""
+        """Name the pictures for which a neighbor stood in; more than 1 % is an error. Indices (b,)."""
         for i in set(wanted[wanted != read].tolist()) - self.unreadable:
             self.unreadable.add(i)
             count = f"{len(self.unreadable)} of {len(self)}"
-            tqdm.write(f"cannot read {self.path(i)}: its neighbour stands in ({count} so far)", sys.stderr)
+            tqdm.write(f"cannot read {self.path(i)}: its neighbor stands in ({count} so far)", sys.stderr)
             if len(self.unreadable) > .01 * len(self):
                 raise ValueError(f"{count} pictures cannot be read, more than 1 %: the first is "
                                  f"{self.path(min(self.unreadable))}; replace or remove them")

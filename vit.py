@@ -1,12 +1,12 @@
 """The Vision Transformer (ViT): patches, positions, attention with optional mask and query-only rows.
 
-    x_0     = [cls ; E patch_1 ; ... ; E patch_n] + pos                     (Dosovitskiy et al. 2021, Eq. 1)
-    x'_l    = x_{l-1} + LayerScale(Attention(LN(x_{l-1})))                  (Eq. 2)
-    x_l     = x'_l + LayerScale(MLP(LN(x'_l)))                              (Eq. 3),   output = LN(x_L)
+    x_0     = [cls ; E patch_1 ; ... ; E patch_n] + pos              (ViT Eq. 1: Dosovitskiy et al. 2021)
+    x'_l    = x_{l-1} + LayerScale(Attention(LN(x_{l-1})))           (ViT Eq. 2)
+    x_l     = x'_l + LayerScale(MLP(LN(x'_l)))                       (ViT Eq. 3),   output = LN(x_L)
 
 One encoder serves every objective, as the methods differ only in who may look at whom. `encode` takes rows that
 were embedded, a boolean mask (rows x keys, True = may attend) and `n_keys`: rows from n_keys on only ask, they are
-never looked at. That is MaPeT's query stream (Eq. 3); see `two_stream_mask` in objectives.py.
+never looked at. That is the query stream of MaPeT (MaPeT Eq. 3); see `two_stream_mask` in objectives.py.
 
 Axes, the same letters in every file: b image, n patch, d width, h head, k token id (codebook size K), p patch
 side, c class, t target. In an attention: q rows that ask, s rows that are looked at. Parameter names, shapes
@@ -87,7 +87,7 @@ def drop_path(x, rate, noise):
 
 
 class LayerScale(nn.Module):
-    """A factor gamma for each channel, at first `init`; None: without. Blocks apply it by `fold_scale`."""
+    """A factor gamma for each channel, at first `init`; None: without. Blocks do the same by `fold_scale`."""
 
     def __init__(self, width, init):
         super().__init__()
@@ -183,7 +183,7 @@ class PatchEmbed(nn.Module):
 
 
 class ViT(nn.Module):
-    """Normalised images (b, 3, S, S) -> (b, prefix + n, d) after the final norm; the class token is first.
+    """Normalized images (b, 3, S, S) -> (b, prefix + n, d) after the final norm; the class token is first.
 
     pos          "learned" (MaPeT, BEiT, timm) or "sincos" (MAE, ClusterMIM, CAE: fixed, never trained)
     init         "timm" (MaPeT, timm: truncated normal, std 0.02) or "mae" (MAE, ClusterMIM: Xavier-uniform)
@@ -257,14 +257,14 @@ class ViT(nn.Module):
 
 
 def init_weights(module):
-    """timm's and MaPeT's initialisation of a linear layer: truncated normal, std 0.02, bias 0."""
+    """timm's and MaPeT's initialization of a linear layer: truncated normal, std 0.02, bias 0."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=.02)
         nn.init.zeros_(module.bias)
 
 
 def mae_init(module):
-    """MAE's initialisation: Xavier-uniform, bias 0; the patch projection counts as a linear layer."""
+    """MAE's initialization: Xavier-uniform, bias 0; the patch projection counts as a linear layer."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
@@ -488,13 +488,13 @@ def normalize(images, source):
 
 
 def standardize_patches(images, p):
-    """`patchify`, each patch by its own mean and (unbiased) variance: MAE's normalised target, eps 1e-6."""
+    """`patchify`, each patch by its own mean and (unbiased) variance: MAE's normalized target, eps 1e-6."""
     x = patchify(images, p)
     return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-6).sqrt()
 
 
 def hog(images, p):
-    """Histograms of oriented gradients as in MaskFeat's code: (b, 3, S, S) normalised -> (b, n, 27 m^2).
+    """Histograms of oriented gradients as in MaskFeat's code: (b, 3, S, S) normalized -> (b, n, 27 m^2).
 
     9 hard bins of unsigned orientation over m x m cells in a patch, 8 pixels a side (or the largest divisor of
     p below it); the 9 bins of each cell and channel have unit length. Order: channel, bin, cell row and column.
@@ -511,7 +511,7 @@ def hog(images, p):
     return rearrange(cells, "b c o (y i) (x j) -> b (y x) (c o i j)", i=p // cell, j=p // cell)
 
 
-# What describes a patch without any network: function(images normalised, p) -> (b, n, values).
+# What describes a patch without any network: function(images normalized, p) -> (b, n, values).
 PATCH_FEATURES = {"pixel": patchify, "pixel-norm": standardize_patches, "hog": hog}
 
 
@@ -578,9 +578,9 @@ def make_projection(width, size):
 
 
 class PatchFeatures(nn.Module):
-    """Normalised images (b, 3, S, S) -> (b, n, d) float32, a row a patch, by what is never trained (here).
+    """Normalized images (b, 3, S, S) -> (b, n, d) float32, a row a patch, by what is never trained (here).
 
-    name      pixel, pixel-norm (standardised patches), hog, clip, dino, deit, mae, or what from_weights takes
+    name      pixel, pixel-norm (standardized patches), hog, clip, dino, deit, mae, or what from_weights takes
     weights   of a learned tokenizer, whose name is then only a name: {encoder.KEY of a ViT, project.KEY}
     """
 
@@ -622,7 +622,7 @@ class PatchFeatures(nn.Module):
         return self.project(x.float())
 
     def layers(self, images):
-        """What a perceptual loss compares: [(b, rows, d)], each row standardised; gradients reach the images.
+        """What a perceptual loss compares: [(b, rows, d)], each row standardized; gradients reach the images.
 
         Of a ViT, after 3, 6, 9 and 11 of 12 blocks (PeCo), or as many of its own; of all else, its features.
         """
