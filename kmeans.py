@@ -498,13 +498,13 @@ def all_reduce(*tensors):
             dist.all_reduce(tensor)
 
 
-def all_gather(tensor):
-    """The tensors of all processes, side by side in the last dimension."""
+def all_gather(tensor, dim=-1):
+    """The tensors of all processes, side by side in dimension `dim`; by default the last."""
     if rank_and_world()[1] == 1:
         return tensor
     parts = [torch.empty_like(tensor) for _ in range(rank_and_world()[1])]
     dist.all_gather(parts, tensor)
-    return torch.cat(parts, -1)
+    return torch.cat(parts, dim)
 
 
 def setup(device=None):

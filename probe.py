@@ -30,7 +30,6 @@ import zlib
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import einsum, rearrange, repeat
@@ -41,7 +40,7 @@ from torchvision.transforms import InterpolationMode, v2
 import kmeans
 import objectives
 import train
-from kmeans import (all_reduce, barrier, catch_signals, derive_seed, load_batches, make_loader, print0,
+from kmeans import (all_gather, all_reduce, barrier, catch_signals, derive_seed, load_batches, make_loader, print0,
                     rank_and_world, setup, track)
 from vit import (MODELS, ViT, draw_grid, drop_rates, exit_on_error, from_weights, normalize, patchify, principal_colors,
                  read_checkpoint, save, save_plots)
@@ -73,7 +72,7 @@ def knn(train_x, train_y, test_x, test_y, k=20, temperature=.07, chunk=None):
 # --- linear probe: one head, and many at once on the same features ----------------------------------------
 
 def pool_features(vit, images, final_norm=True):
-    """images (b, 3, S, S), normalized -> (b, layers, 2, d) float32: class token, if any, and patch mean.
+    """images (b, 3, S, S), normalized -> (b, depth, s, d) float32, s: class token, if any, and patch mean.
 
     final_norm: the last block's are the encoder's output, after the final norm (not so in BEiT's probe).
     """
@@ -97,8 +96,8 @@ def standardize(x, rows, moments):
 class HeadGrid:
     """Linear heads for every (lr, weight decay) of `grid`, layer and pooling, trained on the same batches.
 
-    Features x (b, l, s, d), s pooled tokens -> logits (b, l, G, c), G = grid x poolings. A pooling, a row of
-    0 and 1, hides the other tokens from its head as zeros: ONE matrix product per layer does all.
+    Features x (b, l, s, d), see pool_features -> logits (b, l, h, c), h = grid x poolings. A pooling is a row of
+    s zeros and ones, by which a head's weights are multiplied: ONE matrix product per layer does all.
     """
 
     def __init__(self, grid, layers, pools, d, classes, device="cpu"):
@@ -115,7 +114,7 @@ class HeadGrid:
         weight = rearrange(weight, "g l p s d c -> l (s d) (g p c)")
         bias = rearrange(torch.stack(self.biases), "g l p c -> l 1 (g p c)")
         out = torch.baddbmm(bias, rearrange(x, "b l s d -> l b (s d)"), weight)
-        return rearrange(out, "l b (g c) -> b l g c", c=self.biases[0].shape[-1])
+        return rearrange(out, "l b (h c) -> b l h c", c=self.biases[0].shape[-1])
 
     def fit(self, x, y, rows, moments, epochs, batch_size, seed):
         """x (n, l, s, d), y (n,); reads x[rows] only. Cosine to 0; an epoch's last, small batch is left out."""
@@ -213,9 +212,9 @@ def token_vit(name, vocab_size, n, classes, drop_path):
 # --- their optimizers and recipes -------------------------------------------------------------------------
 
 def layer_groups(model, weight_decay, layer_decay):
-    """Parameter groups: the learning rate is multiplied by scale = layer_decay ^ (L + 1 - id) (BEiT, MAE).
+    """Parameter groups: the learning rate is multiplied by scale = layer_decay ^ (L + 1 - layer) (BEiT, MAE).
 
-    id 0: class token, positions, patch embedding; i + 1: block i; L + 1: the rest. No weight decay on biases,
+    layer 0: class token, positions, patch embedding; i + 1: block i; L + 1: the rest. No weight decay on biases,
     norms, LayerScale, positions, class token.
     """
     groups = {}
@@ -255,11 +254,11 @@ class LARS(torch.optim.Optimizer):
                 p.sub_(group["lr"] * v)
 
 
-# An explicit flag beats the recipe. blr is the learning rate per 256 images: lr = blr * batch / 256.
-ADAMW = dict(optimizer="adamw", lr=None, blr=None, min_lr=0., warmup_lr=0., warmup_epochs=0., cosine="warmup",
+# An explicit flag beats the recipe. base_lr: per 256 images, lr = base_lr * batch / 256.
+ADAMW = dict(optimizer="adamw", lr=None, base_lr=None, min_lr=0., warmup_lr=0., warmup_epochs=0., cosine="warmup",
              layer_decay=1., test_crop=.875, beta2=.999, smoothing=0., mixup=0., cutmix=0., drop_path=0.)
 # Linear probes. mae: He et al. 2022, App. A.1, as in ClusterMIM. beit: MaPeT Sec. D; lr and decay are BEiT's.
-PROTOCOLS = {"mae": dict(ADAMW, optimizer="lars", blr=.1, weight_decay=0., batch_size=16384, epochs=90.,
+PROTOCOLS = {"mae": dict(ADAMW, optimizer="lars", base_lr=.1, weight_decay=0., batch_size=16384, epochs=90.,
                          warmup_epochs=10.),
              "beit": dict(ADAMW, lr=4e-3, weight_decay=1e-4, batch_size=1024, epochs=50.)}
 # Fine-tuning of ViT-B. mapet: Table 8; mae: App. A.1. RandAugment 9 is timm's m9 of 10.
@@ -269,11 +268,11 @@ STRONG = dict(ADAMW, batch_size=1024, weight_decay=.05, layer_decay=.65, epochs=
 TEXTURES = dict(STRONG, lr=2e-3, layer_decay=1., epochs=10., batch_size=64, warmup_epochs=1., mixup=0.,
                 cutmix=0., erase=0., randaugment=0., drop_path=0.)
 RECIPES = {"mapet": dict(STRONG, lr=5e-4, warmup_epochs=20., warmup_lr=1e-6, cosine="start", test_crop=.9),
-           "mae": dict(STRONG, blr=5e-4, warmup_epochs=5., head_std=2e-5),
+           "mae": dict(STRONG, base_lr=5e-4, warmup_epochs=5., head_std=2e-5),
            "textures": TEXTURES}
 BY_WIDTH = {("mapet", 192): dict(lr=2.5e-4, epochs=300., layer_decay=1.),
             ("mapet", 384): dict(lr=5e-3, epochs=200.),
-            ("mae", 1024): dict(blr=1e-3, epochs=50., layer_decay=.75, drop_path=.2)}
+            ("mae", 1024): dict(base_lr=1e-3, epochs=50., layer_decay=.75, drop_path=.2)}
 
 
 # ==========================================================================================================
@@ -449,18 +448,10 @@ def compute_loss(logits, y, smoothing):
     return sum(F.cross_entropy(head, y, label_smoothing=smoothing) for head in logits.float().unbind(1))
 
 
-def gather_rows(x):
-    """x (b, ...) of every process, one below the other: the global batch in its order."""
-    rows = x.new_empty(rank_and_world()[1] * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(rows, x)
-    return rows
-
-
 def backward_heads(model, micro_batches, smoothing):
     """Gradients on a frozen encoder: every process trains the same heads on features of the whole batch."""
-    features, labels = map(torch.cat, zip(*[(model.encode(x), y) for x, y in micro_batches]))
-    if rank_and_world()[1] > 1:
-        features, labels = gather_rows(features), gather_rows(labels)
+    parts = map(torch.cat, zip(*[(model.encode(x), y) for x, y in micro_batches]))
+    features, labels = (all_gather(part, dim=0) for part in parts)          # the global batch in its order
     with torch.autocast(features.device.type, torch.bfloat16, enabled=features.is_cuda):
         logits = model.classify(features)
     compute_loss(logits, labels, smoothing).backward()
@@ -514,7 +505,7 @@ def fit(model, ds, rows, recipe, args, name, classes=None, **identity):
     per_epoch = len(rows) // batch
     steps, warmup = max(1, round(recipe.epochs * per_epoch)), round(recipe.warmup_epochs * per_epoch)
     stop_at = min(steps, args.steps or steps)
-    peak = recipe.blr * batch / 256 if recipe.lr is None else recipe.lr
+    peak = recipe.base_lr * batch / 256 if recipe.lr is None else recipe.lr
 
     settings = argparse.Namespace(**vars(recipe), **identity, images=len(rows), seed=args.seed)
     model = model.to(device).train()

@@ -3,10 +3,10 @@
     R[k, c] = patches with token k in images of class c;  R' = R, rows of norm 1;  C = R' R'^T      (Sec. 3.1)
     TCAS    = 1/K sum_i (1 - C_ii)^2 + 1/K^2 sum_{i != j} C_ij^2                     0 is best      (Eq. 8)
 
-Is each token of one class (first term), are two tokens of different ones (second)? The text divides rows by
-their sum (norm "l1"); the published values fit rows of unit length only ("l2", the default; first term 0). So
-l2 is 0 if and only if all patches of a class have the same token. Whole classes may share it, and one token
-for everything scores 0: compare tokenizers of equal K.
+First term: is each token of one class? Second: do two tokens share a class? The text divides rows by their
+sum (norm "l1"); the published values fit rows of unit length only ("l2", the default). Then C_ii = 1, the
+second term is left, and TCAS is 0 if and only if all patches of a class have the same token. One token for
+everything scores 0, too: compare tokenizers of equal K.
 
 Read down to the ruled line: the score, the toy model point by point, the same by algebra, Theorem 1. Below
 it, to be skipped at first: words, pictures and the two commands.
@@ -29,7 +29,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import repeat
-from torchvision.utils import save_image
+from torchvision.transforms.functional import to_pil_image
 
 EPS = 1e-12                                         # two numbers of the toy model that are closer are equal
 TOKENIZERS = ("mae", "classwise", "crossclass")     # Sec. 2.2: S^MAE, S^class, S^cross
@@ -38,10 +38,10 @@ TOKENIZERS = ("mae", "classwise", "crossclass")     # Sec. 2.2: S^MAE, S^class, 
 # --- token-class alignment similarity (Sec. 3.1) ----------------------------------------------------------
 
 def cooccurrence(tokens, labels, k, c, chunk=1 << 22):
-    """R[k, c], the number of patches with token k in images of class c: (k, c) int64, where `tokens` are.
+    """R (k, c) int64: how many patches have each of k tokens, in images of each of c classes (Sec. 3.1).
 
-    tokens (m, n) integers in 0..k-1, a row per image: a tensor, array or memory map, read `chunk` patches at a
-    time; labels (m,) in 0..c-1. Counts of parts (of images, of processes) add up. ValueError if they do not fit.
+    tokens (m, n) integers in 0..k-1, a row per image: a tensor (R is on its device), array or memory map, read
+    `chunk` patches at a time; labels (m,) in 0..c-1. R of parts of the data add up. ValueError if they do not fit.
     """
     m, n = tokens.shape
     device = tokens.device if torch.is_tensor(tokens) else "cpu"
@@ -128,8 +128,8 @@ def bag_accuracy(tokens, labels, k, c, held=None, epochs=20, batch=256, lr=.01, 
 # --- the toy model (Sec. 2.2, App. B and C), brute force --------------------------------------------------
 
 def populations(n, overlap, classes):
-    """Classes of n points, any two share `overlap` -> groups [(classes they are in, number of points)], in order,
-    and membership Z (points, classes) float64: is the point in the class?"""
+    """Classes of n points, any two share `overlap` -> groups [(classes they are in, number of points)], and
+    membership z (points, classes) float64, in the same order: 1 where the point is in the class."""
     own = n - (classes - 1) * overlap
     if classes < 2 or overlap < 0 or own < 1 or classes * n > 2000:
         raise ValueError(f"--classes {classes} --n {n} --overlap {overlap}: needs 2 classes, 2000 points at most, "
@@ -154,8 +154,8 @@ def assignment(tokenizer, groups):
     if isinstance(tokenizer, str):
         if tokenizer not in named:
             raise ValueError(f"no tokenizer {tokenizer!r}: {', '.join(named)}, or a list of tokens")
-        halved = {"classwise": 2, "crossclass": 1}.get(tokenizer, math.inf)  # groups of this many classes
-        if any(size % 2 for owners, size in groups if len(owners) >= halved):
+        odd = [owners for owners, size in groups if size % 2]
+        if tokenizer == "crossclass" and odd or tokenizer == "classwise" and max(map(len, odd), default=0) > 1:
             raise ValueError(f"{tokenizer} tokens halve groups, {name_groups(groups)}: other --n, --overlap")
         tokenizer = named[tokenizer]
     if len(tokenizer) != len(points):
@@ -188,20 +188,20 @@ def augmentation_graph(mask, tokens):
 
 
 def describe(mask, z, tokens):
-    """The numbers of `toy_model`, but for the bounds, and the tensors behind them (M(x, S) is "mask")."""
+    """The numbers of `toy_model`, but for the bounds, and the tensors behind them: to_token M(x, S), graph A."""
     to_token, a, normalized = augmentation_graph(mask, tokens)
     classes = z.shape[1]
     label = z / z.sum(1, keepdim=True)                                       # shared points: evenly
     only = z * (z.sum(1, keepdim=True) == 1)                                 # the points of one class only
-    between = only.T @ a @ only / torch.outer(only.sum(0), only.sum(0))      # mean weight, class by class
+    weight = only.T @ a @ only / torch.outer(only.sum(0), only.sum(0))       # mean weight, class by class
     spectrum = torch.linalg.eigvalsh(normalized).flip(0)
-    return {"w_in": between.trace().item() / classes,
-            "w_x": (between.sum() - between.trace()).item() / (classes * (classes - 1)),
+    return {"w_in": weight.trace().item() / classes,
+            "w_x": (weight.sum() - weight.trace()).item() / (classes * (classes - 1)),
             "sum": normalized.square().sum().item(),                         # sum lambda^2 (Eq. 17)
             "alpha": abs(1 - (label.T @ a @ label).trace().item()),          # P(y(x) != y(x')) (Eq. 18)
             "tail": spectrum[classes:].square().sum().item(),
             "linked": (a[z @ z.T > 0] > EPS).double().mean().item(),
-            "spectrum": spectrum, "tokens": tokens, "mask": to_token, "graph": a, "normalized": normalized}
+            "spectrum": spectrum, "tokens": tokens, "to_token": to_token, "graph": a}
 
 
 def toy_model(n, overlap, tokenizer="mae", classes=2, graph="complete", width=1, c1=1., c2=None):
@@ -210,8 +210,8 @@ def toy_model(n, overlap, tokenizer="mae", classes=2, graph="complete", width=1,
     tokenizer   "mae", "classwise", "crossclass", "pairs", or a list with the token of every point
     w_in, w_x   mean edge weight of two points of one class only, of the same or of different classes
     linked      fraction of the pairs of one class that have an edge at all
-    sum, tail   of all squared eigenvalues (Eq. 17), of those beyond the first one per class (usual theory)
-    alpha       labelling error, the edges between classes (Eq. 18)
+    sum, tail   of squared eigenvalues: of all (Eq. 17); of all but the `classes` largest (HaoChen et al. 2021)
+    alpha       labelling error P(y(x) != y(x')) (Eq. 18)
     bound       c1 sum + c2 alpha (Eq. 3), less is better, c2 = `classes` by default; bound_tail: tail for sum
     """
     groups, z = populations(n, overlap, classes)
@@ -230,10 +230,10 @@ def toy_model(n, overlap, tokenizer="mae", classes=2, graph="complete", width=1,
 def closed_form(n, overlap, tokenizer="mae", classes=2):
     """w_in, w_x, sum and alpha of `toy_model` on the complete graph, by algebra.
 
-    With p_c(S) the points of token S that are in class c, A depends on the tokens through the matrix
-    T_cd = 1/n sum_S p_c p_d / sum_e p_e only: mu I + (1 - mu) / C for the three tokenizers, or any if C = 2
-    (Eqs. 10-15); from mu = 1, no confusion of classes, to mu = 0, nothing but confusion. kappa, from the overlap
-    alone: the eigenvalues of A, normalized, are 1, C - 1 times mu kappa, and 0. A list of tokens: ValueError if C > 2.
+    p_c(S): points of class c with token S; C classes. The tokens enter A only through the matrix (Eqs. 10-15)
+        T_cd = 1/n sum_S p_c p_d / sum_e p_e = mu [c = d] + (1 - mu) / C,
+    so for the three tokenizers, and for any if C = 2. mu = 1: classes are never confused; mu = 0: always.
+    A normalized has the eigenvalues 1 (once), mu kappa (C - 1 times) and 0. ValueError: a list of tokens and C > 2.
     """
     kappa = 1 - classes * overlap / (2 * n)
     if isinstance(tokenizer, str):
@@ -251,7 +251,7 @@ def closed_form(n, overlap, tokenizer="mae", classes=2):
 
 
 def window(better, worse, spectrum="sum", tie=False):
-    """(low, high): the c2/c1 for which `better` has the smaller c1 sum + c2 alpha; (0, 0) = for none."""
+    """(low, high): the c2/c1 for which `better` has the smaller (tie: or equal) c1 sum + c2 alpha; (0, 0): none."""
     d_sum, d_alpha = (better[key] - worse[key] for key in (spectrum, "alpha"))
     if abs(d_alpha) < EPS:
         return (0., math.inf) if d_sum < (EPS if tie else -EPS) else (0., 0.)
@@ -272,7 +272,7 @@ def partitions(points):
 def theorem1(mask, z):
     """Theorem 1 by trying every tokenizer of at most 8 points, where M(x1, x2) > 0 only inside a class.
 
-    -> {"sum": (low, high), "tail": ...}, c2/c1 for which none has a smaller bound than the labels; how many
+    -> {"sum": (low, high), "tail": ...}, the c2/c1 where no bound is below the labels'; tokenizers tried
     """
     labels = describe(mask, z, z.argmax(1))
     rivals = [describe(mask, z, torch.tensor(tokens)) for tokens in partitions(len(z))]
@@ -399,9 +399,7 @@ def toy(args, vit):
     for claim, limits in claims(toys, *theorem1(mask_graph(z, args.graph), z)):
         print(f"{verdict(*limits):28} {claim}")
     print(WHY[args.graph])
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    with vit.write_atomically(args.out) as temporary:
-        save_image(draw(toys, groups), temporary, format="png")
+    vit.save_picture(to_pil_image(draw(toys, groups)), args.out)
     print(f"\n{args.out}: the graphs, panels from left to right: {', '.join(toys)}")
 
 

@@ -1312,7 +1312,7 @@ def test_mask_graph_is_the_drawing_of_app_b():
     toy = tcas.toy_model(n, overlap, "classwise", classes)
     assert np.allclose(tcas.mask_graph(z), mask, atol=1e-15) and np.allclose(toy["graph"], a, atol=1e-15)
     to_token = np.stack([mask[:, tokens.numpy() == s].sum(1) for s in range(classes)], 1)
-    assert np.allclose(toy["mask"], to_token, atol=1e-15)
+    assert np.allclose(toy["to_token"], to_token, atol=1e-15)
     d = mask.sum(1)
     eigenvalues = np.linalg.eigvalsh(a / np.sqrt(np.outer(d, d)))
     assert np.allclose(toy["spectrum"], eigenvalues[::-1], atol=1e-12)
@@ -3751,7 +3751,7 @@ def test_layer_decay_by_hand():
 def test_recipes_of_the_papers_for_probes():
     """MaPeT Table 8 and Sec. D, by BEiT; MAE App. A.1, which ClusterMIM follows."""
     mae, beit = probe.PROTOCOLS["mae"], probe.PROTOCOLS["beit"]
-    assert [mae[key] for key in ("optimizer", "blr", "batch_size", "epochs", "warmup_epochs", "weight_decay")] == \
+    assert [mae[key] for key in ("optimizer", "base_lr", "batch_size", "epochs", "warmup_epochs", "weight_decay")] == \
         ["lars", .1, 16384, 90, 10, 0]
     assert (beit["optimizer"], beit["lr"], beit["batch_size"], beit["epochs"], beit["weight_decay"]) == \
         ("adamw", 4e-3, 1024, 50, 1e-4)
@@ -3761,8 +3761,8 @@ def test_recipes_of_the_papers_for_probes():
         assert (recipe["lr"], recipe["epochs"], recipe["layer_decay"]) == (lr, epochs, decay)
         assert [recipe[key] for key in ("warmup_epochs", "warmup_lr", "min_lr", "batch_size")] == [20, 1e-6, 1e-6, 1024]
     base, large = row("mae", 768), row("mae", 1024)
-    assert [base[key] for key in ("blr", "epochs", "layer_decay", "drop_path", "warmup_epochs")] == [5e-4, 100, .65, .1, 5]
-    assert (large["blr"], large["epochs"], large["layer_decay"], large["drop_path"]) == (1e-3, 50, .75, .2)
+    assert [base[key] for key in ("base_lr", "epochs", "layer_decay", "drop_path", "warmup_epochs")] == [5e-4, 100, .65, .1, 5]
+    assert (large["base_lr"], large["epochs"], large["layer_decay"], large["drop_path"]) == (1e-3, 50, .75, .2)
     for recipe in (base, large, recipe):
         assert (recipe["mixup"], recipe["cutmix"], recipe["smoothing"], recipe["erase"], recipe["randaugment"],
                 recipe["weight_decay"]) == (.8, 1, .1, .25, 9, .05)
@@ -3924,8 +3924,8 @@ def test_probes_of_two_processes_equal_one(folder, small_run, tmp_path):
                 ["linear", small_run, *base, "--protocol", "mae", "--batch-size", 16, "--epochs", 3],
                 ["finetune", small_run, *base, *FINETUNE]]
     driver = tmp_path / "driver.py"
-    driver.write_text(f"import sys; sys.path.insert(0, {HERE!r}); import probe\n"
-                      "probe.dist.destroy_process_group = lambda: None    # one group for all the commands\n"
+    driver.write_text(f"import sys; sys.path.insert(0, {HERE!r}); import probe, torch.distributed as dist\n"
+                      "dist.destroy_process_group = lambda: None    # one group for all the commands\n"
                       f"for argv in {[[str(a) for a in argv] for argv in commands]!r}:\n"
                       f"    probe.main(argv + ['--out', {str(tmp_path / 'two')!r}])\n")
     process = Background(driver, processes=2)
@@ -4349,7 +4349,7 @@ for start in range(5):
 """),
     2: Exercise("K-means: seeds by k-means++", 45, 2, ["kmeans.kmeans_plusplus"],
                 ["test_kmeans_plusplus_is_the_slow_loop"], """
-Arthur & Vassilvitskii 2007; ClusterMIM Sec. 3.2 starts from it. Seeds should be far apart, but not outliers:
+Arthur & Vassilvitskii 2007; ClusterMIM starts from it. Seeds should be far apart, but not outliers:
 
     D_i = distance of row i to the nearest seed so far
     P(the next seed is row i) = D_i^2 / sum_j D_j^2
@@ -4378,16 +4378,16 @@ for trials in (1, 2, 4):
     print(trials, sum(found(kmeans.kmeans_plusplus(x, torch.rand(6, trials))) for _ in range(1000)))
 ```
 
-1. Bring the groups nearer: 5 instead of 100 between their centres. Which of the two loses more, and what do
-   more trials do?
+1. Bring the groups nearer: centers 5 apart (both 100s become 5). Which loses more, random rows or k-means++?
+   And what do more trials do?
 2. Put one row at 10,000. How often is it a seed with 1 trial, and how often with 4? Is that good?
 """),
     3: Exercise("Patches and positions", 40, 2, ["vit.patchify", "vit.unpatchify", "vit.sincos_positions"],
                 ["test_patchify", "test_unpatchify", "test_sincos_positions",
                  "test_sincos_positions_value_by_value"], """
 Dosovitskiy et al. 2021, Eq. 1; MAE's released code. An image is cut into squares of p x p pixels, read line
-by line; a patch is its p p 3 values. Attention does not know where a patch was, so a position is added to it,
-half of it for the column, half of it for the row; of each:
+by line; a patch is its p p 3 values. Attention does not know where a patch was, so a position is added to it.
+Its first half encodes the column i, its second half the row i, each by
 
     sin(i w_j), then cos(i w_j),   w_j = 10000^(-j / J),   j = 0 .. J - 1,   J = width / 4
 
@@ -4427,7 +4427,7 @@ Vaswani et al. 2017, Eq. 1; MaPeT Eq. 3. Each row asks (q), and is looked at (k,
 Two things are added to a plain ViT. `mask` says which keys a row may attend to. And rows from `n_keys` on are
 not looked at by any row: they only ask. MaPeT's second stream is made of such rows.
 
-**Predict first.** Take a row that only asks away. Do the outputs of the others change? And one of the keys?
+**Predict first.** Remove a row that only asks. Do the outputs of the others change? And if you remove a key?
 
 **Steps.**
 1. q, k and v with no mask: split the weights and the bias of `qkv` in three, then each into heads.
@@ -4448,8 +4448,8 @@ for rows in (250, 500, 1000, 2000):
         with torch.no_grad(): print(rows, n_keys, min(timeit.repeat(lambda: attention(x, n_keys=n_keys), number=1)))
 ```
 
-1. How does the time grow with the rows if all are keys, and if 125 are? From how many rows on is it the
-   larger part?
+1. How does the time grow with the rows if all are keys, and if 125 are? From how many rows on do scores and
+   softmax take most of it?
 2. A row may attend to nothing: its line of the mask is all False. What comes out, and what is its gradient?
    Compare `softmax` of your own with torch's. How do the masks of MaPeT and PIM make sure that it never
    happens?
@@ -4459,12 +4459,12 @@ for rows in (250, 500, 1000, 2000):
 MaPeT Eq. 3 and Fig. 2. Patches were put into the order z before, visible ones first. So who may look at whom
 depends on the place in the order only, and one mask serves all images:
 
-    content of target i    sees the visible patches, targets up to i, and where the later ones are
-    query of target i      sees the visible patches, targets before i, and where the others are, i among them
-    all others             see what MIM shows: the visible patches, and where all targets are
+    content of target i    sees the visible patches, the content of targets <= i, the positions of targets > i
+    query of target i      sees the visible patches, the content of targets < i, the positions of targets >= i
+    all others             see what MIM shows: the visible patches, and the positions of all targets
 
 **Predict first.** On paper: 2 visible rows (the class token, a patch), 3 targets; MaPeT has 11 rows and 8
-keys. Fill in all of it. Two of the lines are equal: which? How many keys does each row see, and why is it the
+keys. Fill in all of it. Which lines are equal, and why? How many keys does each row see, and why is it the
 same number?
 
 **Steps.**
@@ -4567,7 +4567,7 @@ patch the same token?
 1. R' in float64, by the norm that is asked for; codes that no patch has are dropped. K is the number of those
    that are left.
 2. Both terms, with the matrix C.
-3. `weighted`: each code counts by its share of the patches.
+3. `weighted`: w_i for 1/K and w_i w_j for 1/K^2, where w is a code's share of the patches.
 4. Now without C, which has 268 million entries for K = 16384: C has the same sum of squares as R'^T R', which
    is (c, c).
 
@@ -4582,8 +4582,8 @@ for k in 16 64 256; do python kmeans.py fit --k $k --fraction .05 --out runs/k$k
 python tcas.py score --tokenizer runs/k16/tokenizer.pt runs/k64/tokenizer.pt runs/k256/tokenizer.pt
 ```
 
-1. The first tokens are random. Why is TCAS low when a token has few patches of a class (p)? What does that
-   mean for K?
+1. The first tokens are random, p is the mean count in a cell of R. Why is TCAS low where p is small, and what
+   does that mean for K?
 2. Does TCAS fall because a larger codebook is better, or for another reason? Find a number in the table that
    tells.
 """),
@@ -4591,7 +4591,7 @@ python tcas.py score --tokenizer runs/k16/tokenizer.pt runs/k64/tokenizer.pt run
                 ["test_mask_graph_is_the_drawing_of_app_b", "test_algebra_equals_brute_force", "test_ring",
                  "test_any_tokenizer_and_what_merging_tokens_does", "test_claims_in_words"], """
 ClusterMIM Eq. 4, Secs. 2.1 and 2.2, App. B. Two views x1, x2 of an image are drawn with probability M(x1,
-x2). A tokenizer S joins points into tokens, and views that may lead to the same token are linked:
+x2). A tokenizer joins points into tokens S, and views that may lead to the same token are linked:
 
     M(x, S)  = sum of M(x, x2) over x2 in S            d(S) = sum_x M(x, S)
     A(x, x') = sum_S M(x, S) M(x', S) / d(S)
@@ -4607,8 +4607,8 @@ tokens? Through what?
 1. `augmentation_graph`: a matrix product and a division. All of A adds up to 1.
 2. `closed_form`, an hour with pencil and paper. The points that two classes share are the same number for
    every two: A(x, x') = T_cd / (C n^2) for x of class c only, x' of class d only, with T as in the docstring.
-   Find mu for MAE's tokens (kappa = 1 - C overlap / (2 n)), for labels as tokens (of a shared point: one of
-   its two labels, half and half), and for cross-class tokens, half of every class in each.
+   Find mu for MAE's tokens (kappa = 1 - C overlap / (2 n)), for labels as tokens (half of the shared points get one
+   label, half the other), and for cross-class tokens, half of every class in each.
 3. From mu: w_in, w_x; sum = the sum of squared eigenvalues; alpha = P(two linked views have different
    labels), where a shared point has each of its labels with probability 1/2. For two classes, also for any
    list of tokens (`assignment`).

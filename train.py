@@ -56,12 +56,12 @@ except ImportError:                         # torchvision 0.29 says that it will
 
 # --- recipes: an explicit flag beats the recipe -----------------------------------------------------------
 
-# MaPeT: Table 7, for ImageNet and every other folder of images; the rows of MaPeT's own tables. Not stated: the
-# digits of the cutting point for ViT-T, S and B (B gets Table 6's best, 70 % hidden, T and S the released code's
-# 75 %), PIM's cutting point (MaPeT's), MIM's hidden share (BEiT's), positions and weights of its CAE (CAE's code).
+# MaPeT: Table 7, for ImageNet and every other folder of images; the rows of MaPeT's own tables. Lost in our text:
+# the cutting points of ViT-T, S and B (B gets Table 6's best, 70 % hidden, T and S the released code's 75 %). Not
+# stated: PIM's (MaPeT's), MIM's hidden share (BEiT's), positions and weights of its CAE (CAE's code).
 # ClusterMIM: Sec. 4.1, ViT-S, B and L alike. Not stated: base learning rate and warm-up (MAE's), and whether its
 # MAE row standardized the pixels (the released code's default: no).
-# textures: ours, for two CPU cores; learning rate, cut and K were compared on its third stream.
+# textures: ours, for two CPU cores; learning rate, cut and K were chosen on its split "val".
 SETTINGS = {            # MaPeT, ClusterMIM, textures
     "model":            ("vit_base", "vit_base", "vit_micro", "size of the ViT"),
     "image_size":       (224, 224, 48, "pixels a side"),
@@ -132,8 +132,8 @@ def recipe(objective, data, model=None):
 def schedule(n, batch, seed, start, stop, rows, accumulate):
     """Yields, for each micro-batch of this process, its items (epoch, i); steps start..stop-1.
 
-    An epoch is a permutation of the n images, cut into global batches; the rest is dropped. It depends on
-    (seed, epoch) and on nothing else, differs for different pairs, and is drawn once an epoch, not at each step.
+    An epoch is a permutation of the n images, cut into global batches; the rest is dropped. It is a function of
+    (seed, epoch) alone, different for different pairs, and drawn once an epoch, not at each step.
     `rows` is this process's slice of the global batch, handed out in `accumulate` equal micro-batches.
     """
     per_epoch, order = n // batch, None
@@ -193,14 +193,14 @@ class Targets:
     stored  tokens (images, n) of the center squares, extracted once (MaPeT); or None
     make    function of uint8 images, as augmented: tokens (b, n), or features (b, n, size); or None
     size    codebook size, or values a patch
-    layers  of images normalized as for the model: what a perceptual loss compares; or None
+    layers  normalized images -> [(b, rows, d), ...]: what a perceptual loss compares (PeCo); or None
     """
 
     def __init__(self, stored=None, make=None, size=None, layers=None):
         self.stored, self.make, self.size, self.layers = stored, make, size, layers
 
     def of(self, images, indices=None):
-        """Of uint8 images (b, 3, S, S), at `indices` of the training set if they are its; None: not known."""
+        """Tokens or features of uint8 images (b, 3, S, S); indices: theirs in the training set, or None."""
         if self.stored is not None and indices is not None:
             return to_device(torch.from_numpy(self.stored[indices].astype(np.int64)), images.device)
         return self.make(images) if self.make else None
@@ -217,7 +217,7 @@ def train(args, ds, targets, state, device, lap=lambda phase: None):
     per_epoch = len(ds) // args.batch_size
     steps, warmup = max(1, round(args.epochs * per_epoch)), round(args.warmup_epochs * per_epoch)
     stop_at = min(steps, args.steps or steps)
-    share, micro = divide_batch(args, world)                   # of each global batch: this process's; at once
+    share, micro = divide_batch(args, world)                   # images of this process: a step; at once
     accumulate, mine = share // micro, slice(rank * share, (rank + 1) * share)
 
     # --- model, optimizer, where we are, images
@@ -228,7 +228,8 @@ def train(args, ds, targets, state, device, lap=lambda phase: None):
     if state:
         restore_state(state, model, optimizer)
         print0(f"going on from {args.out}/last.pt at step {step}")
-    start_codebook(args, model, ds, device, step)
+    if step == 0 and args.objective in ("vq", "peco", "vqkd"):
+        start_codebook(args, model, ds, device, mine, micro)
     log = Log(args, model, targets, state, device)
     print0(f"{describe(model, args)}. {steps} steps of {args.batch_size} images ({world} processes x {accumulate} x "
            f"{micro}), lr {args.lr:g}, {'bfloat16' if device.type == 'cuda' else 'float32'} on {device}")
@@ -249,7 +250,7 @@ def train(args, ds, targets, state, device, lap=lambda phase: None):
             for group in optimizer.param_groups:
                 group["lr"] = lr
             order = model.draw_order(args.batch_size, derive_seed(args.seed, step), device, mine)
-            generator.manual_seed(derive_seed(args.seed, step, 1))
+            generator.manual_seed(derive_seed(args.seed, step, 1))      # for stochastic depth
             noise = torch.rand(model.noise_rows, args.batch_size, device=device, generator=generator)[:, mine]
             for m in range(accumulate):
                 lap("targets")
@@ -275,8 +276,8 @@ def train(args, ds, targets, state, device, lap=lambda phase: None):
             log_due = (step + 1) % args.log_every == 0 or step + 1 in (1, stop_at)
             late = rank == 0 and time.time() > saved_at + 60 * args.save_minutes  # rank 0 saves
             save_due = (step + 1) % args.save_every == 0 or step + 1 == stop_at or stopping or late
-            # The norm is the same on every process, and not finite if any loss anywhere is not. To look at it makes the
-            # CPU wait for the GPU, so there only before it matters: no broken weights are saved.
+            # The norm is the same on every process, and not finite if any loss is not. To read it, the CPU must wait
+            # for the GPU: there only before a log or a save, so that no broken weights are saved.
             if (device.type == "cpu" or log_due or save_due) and not torch.isfinite(norm + log.sums[0]):
                 kept = f"{args.out}/last.pt keeps step {saved}" if saved else "No checkpoint was written yet"
                 raise ValueError(f"step {step + 1}: the loss or its gradient is not finite. {kept}; "
@@ -915,13 +916,8 @@ def make_targets(args, ds, tokenizer, device):
     return Targets(tokens, tokenizer, tokenizer.vocab_size)
 
 
-def start_codebook(args, model, ds, device, step):
+def start_codebook(args, model, ds, device, mine, micro):
     """Hard codes start as K-means of the new encoder's z of the first batch (VQ-KD's code; 10 iterations)."""
-    if step or args.objective not in ("vq", "peco", "vqkd"):
-        return
-    rank, world = rank_and_world()
-    share, micro = divide_batch(args, world)
-    mine = slice(rank * share, (rank + 1) * share)
     first = [i for _, i in next(schedule(len(ds), args.batch_size, args.seed, 0, 1, mine, 1))]
     model.eval()                                               # without stochastic depth
     with torch.no_grad():
@@ -1226,10 +1222,9 @@ def run(args):
 
     # --- everything that can be checked was checked: now files may change
     barrier()
-    if args.fresh and rank == 0:
-        start_over(args)
-    barrier()
     if rank == 0:
+        if args.fresh:
+            start_over(args)
         os.makedirs(args.out, exist_ok=True)
     barrier()
     if not os.path.isdir(args.out):
