@@ -19,6 +19,7 @@ python kmeans.py bench                           time of a Lloyd iteration over 
 """
 import argparse
 import contextlib
+import datetime
 import hashlib
 import itertools
 import math
@@ -328,8 +329,8 @@ def measure_distances(data, c, origin):
     w, bias = score_weights(c, origin, data.scale, data.shift)
     for block in data:
         labels, _ = find_nearest(block, w, bias)
-        own = torch.stack([c[r, labels[r]] for r in range(len(c))])
-        yield labels, (data.standardize(block) - own).square_().sum(-1)
+        x = data.standardize(block)
+        yield labels, torch.stack([(x - c[r, own]).square_().sum(-1) for r, own in enumerate(labels)])
 
 
 def compute_inertia(scatter, sums, counts, c, mean):
@@ -486,6 +487,17 @@ def first_on_machine():
             barrier()
 
 
+def wait_for(path, seconds=60):
+    """Is `path` there? A network disk may show another machine's file late: it is asked for a minute."""
+    for _ in range(seconds if rank_and_world()[1] > 1 else 1):
+        with contextlib.suppress(OSError):
+            os.listdir(os.path.dirname(path) or ".")  # a fresh answer, none remembered
+        if os.path.exists(path):
+            return True
+        time.sleep(1)
+    return False
+
+
 def barrier():
     if rank_and_world()[1] > 1:
         dist.barrier()
@@ -518,34 +530,40 @@ def setup(device=None):
         raise ValueError(f"--device {device}: {str(error)[:70].splitlines()[0]}") from None
     if device.type == "cuda":
         device = torch.device("cuda", local if device.index is None else device.index)
+        if device.index >= torch.cuda.device_count():            # said by each process that it strikes
+            raise OSError(f"process {local} of this machine finds {torch.cuda.device_count()} GPUs: --nproc_per_node")
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)  # its backward with a mask is wrong for some shapes
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Others wait while the first process of a machine downloads, or lists a million files.
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     return rank, world, device
 
 
 @contextlib.contextmanager
 def catch_signals():
-    """Yields a function: did any process get SIGTERM or SIGINT? All get the same answer in the same step."""
+    """Yields a function: what does any process want? 2: to stop, it got SIGTERM or SIGINT; 1: to save, as it is
+    `late`; 0: neither. All get the same answer in the same step."""
     received, asked, calls, wait = torch.zeros(1), time.time(), 0, 1
     # A side group on the CPU: to ask through NCCL would wait for the GPU in every step.
     group = dist.new_group(backend="gloo") if dist.is_initialized() else None
 
-    def received_anywhere():
+    def ask_all(late=False):
         nonlocal asked, calls, wait
         calls += 1
+        own = max(received.item(), float(late))
         if group is None or calls % wait:
-            return group is None and received.item() > 0
+            return own if group is None else 0
         # Many processes do not ask in every step, but about once a second, all in the same steps.
-        flags = torch.tensor([received.item(), (time.time() - asked) / wait])
+        flags = torch.tensor([own, (time.time() - asked) / wait])
         dist.all_reduce(flags, dist.ReduceOp.MAX, group)
         asked, calls, wait = time.time(), 0, max(1, min(100, int(1 / flags[1].item())))
-        return flags[0].item() > 0
+        return flags[0].item()
     numbers = signal.SIGTERM, signal.SIGINT
-    before = [signal.signal(number, lambda *_: received.fill_(1)) for number in numbers]
+    before = [signal.signal(number, lambda *_: received.fill_(2)) for number in numbers]
     try:
-        yield received_anywhere
+        yield ask_all
     finally:
         for number, handler in zip(numbers, before):
             signal.signal(number, handler)
@@ -588,6 +606,8 @@ class Rows:
                 block = part[start:start + self.rows]
                 if not torch.is_tensor(block):
                     block = torch.from_numpy(np.array(block))   # a copy: memory maps may be read-only
+                if block.dtype not in (torch.uint8, torch.float16, torch.bfloat16):
+                    block = block.float()                       # the kernels know no float64, no int64
                 block = to_device(block, self.device)
                 if self.before_unit:
                     scale, shift = self.before_unit
@@ -783,7 +803,10 @@ def available_memory(device):
     """Bytes that one process may fill: 80 % of what CUDA has free, or its share of half the RAM."""
     if device.type == "cuda":
         return .8 * torch.cuda.mem_get_info(device)[0]
-    return .5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / rank_and_world()[1]
+    memory = 1 << 34                                           # on Windows nothing says it
+    if hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return .5 * memory / rank_and_world()[1]
 
 
 def blank_tokenizer(ds, features, patch_size, image_size=None, k=1, metric="euclidean"):
@@ -909,8 +932,10 @@ def tokenize(tokenizer, ds, path, batch_size=64, workers=0, device="cpu"):
     if rank == 0:
         parts = [load_tokens(os.path.join(folder, name)) for name in shards]
         write_rows(path, (len(ds), n), parts)
-        shutil.rmtree(folder)
+        del parts                                              # a network disk keeps files that are mapped
+        shutil.rmtree(folder, ignore_errors=True)
     barrier()
+    wait_for(path)
     return load_tokens(path)
 
 

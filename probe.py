@@ -475,8 +475,10 @@ def load_micro_batches(ds, rows, batch, mine, micro, start, stop, recipe, args, 
     device, accumulate = args.torch_device, (mine.stop - mine.start) // micro
     keys = train.schedule(len(rows), batch, args.seed, start, stop, mine, accumulate)
     keys = ([(epoch, int(rows[i])) for epoch, i in some] for some in keys)
-    # The papers mix within one GPU's share; here within eighths of the batch: the processes do not matter.
-    group = math.gcd(micro, max(2, recipe.batch_size // 8))
+    # The papers mix within one GPU's share; here within 64ths of the batch: up to 64 processes do not matter.
+    group = max(2, batch // 64)
+    if (recipe.mixup or recipe.cutmix) and micro < batch and micro % group:
+        raise ValueError(f"--micro-batch: {micro} images at once, but MixUp takes groups of {group}")
     for number, (x, y, wanted, read) in enumerate(make_loader(ds, keys, args.workers, device)):
         ds.note_unreadable(wanted, read)
         step, m = divmod(number, accumulate)
@@ -497,6 +499,8 @@ def fit(model, ds, rows, recipe, args, name, classes=None, **identity):
     """
     (rank, world), device, step = rank_and_world(), args.torch_device, 0
     path, frozen = os.path.join(args.run, name), isinstance(model, LinearProbe)
+    if recipe.batch_size % world:
+        raise ValueError(f"--batch-size {recipe.batch_size} is not a multiple of {world} processes")
     share = min(recipe.batch_size, len(rows)) // world                  # of a global batch: this process's
     if share == 0:
         raise ValueError(f"a batch of {min(recipe.batch_size, len(rows))} is too small for {world} processes")
@@ -527,7 +531,7 @@ def fit(model, ds, rows, recipe, args, name, classes=None, **identity):
     if device.type == "cuda" and not frozen:
         model.compile()                                  # in place, so that parameter names stay
     generator = torch.Generator(device)
-    with catch_signals() as received_anywhere:
+    with catch_signals() as ask_all:
         for step in track(range(step, stop_at), name, stop_at - step, "steps"):
             lr = train.learning_rate(step, steps, warmup, peak, recipe.warmup_lr, recipe.min_lr, recipe.cosine)
             for group in optimizer.param_groups:
@@ -542,7 +546,7 @@ def fit(model, ds, rows, recipe, args, name, classes=None, **identity):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
-            stopping = received_anywhere()
+            stopping = ask_all() == 2
             if stopping or step == stop_at or step % max(200, per_epoch) == 0:
                 if not nn.utils.parameters_to_vector(model.parameters()).isfinite().all():
                     raise ValueError(f"step {step}: weights are not finite; try a lower --lr ({peak:g})")
@@ -631,7 +635,7 @@ def draw_predictions(args, model, ds, test, targets, device):
     print0(f"drawn in {path}: {'training' if held_out is ds else 'held-out'} images; rows {', '.join(labels)}")
 
 
-def print_table(args, vit, step, ds, test, device, started):
+def print_table(args, vit, step, steps, ds, test, device, started):
     """k-NN and linear probe of the trained and of the random encoder; the summary line of metrics.jsonl."""
     path = os.path.join(args.out, "metrics.jsonl")
     done = [line for line in train.read_metrics(path) if line.get("summary") and line["step"] == step]
@@ -641,7 +645,7 @@ def print_table(args, vit, step, ds, test, device, started):
         trained, random = (evaluate(net, ds, test, device, args.workers, args.seed) for net in (vit, floor))
         done = [dict(summary=True, step=step, linear=trained["linear"], linear_random=random["linear"],
                      knn=trained["knn"], knn_random=random["knn"], seconds=round(time.time() - started, 1),
-                     objective=args.objective, seed=args.seed, tokens=args.tokens)]
+                     objective=args.objective, seed=args.seed, tokens=args.tokens, data=args.data, steps=steps)]
         train.append_metrics(path, **done[-1])
     print0(f"\n{'':<18}{'k-NN':>8}{'linear probe':>15}   top-1 % on {test.name}, {len(test)} images")
     for name, suffix in (("random encoder", "_random"), ("trained encoder", "")):
@@ -666,20 +670,28 @@ def paired_test(a, b):
 def compare(args):
     """compare.png: the curves of runs. Printed: accuracies, mean and deviation over seeds, and differences.
 
-    Runs whose folders differ only in a number at the end (runs/mim-0, runs/mim-1; runs/mim-textures and
-    runs/mim-textures-seed1) are one group: seeds of one another. All others are compared with the first group.
+    Runs whose folders differ only in their seed at the end (runs/mim-0, runs/mim-1; runs/mim-textures and
+    runs/mim-textures-seed1) are one group. All others are compared with the first group. Unfinished runs have
+    a curve only.
     """
     groups, results = {}, {}
     for folder in dict.fromkeys(map(os.path.normpath, args.encoder)):  # once, however often it is named
         lines = train.read_metrics(os.path.join(folder, "metrics.jsonl"))
         if not lines:
             raise ValueError(f"{folder}: no metrics.jsonl of train.py in it")
-        name = re.sub(r"-(seed)?\d+$", "", os.path.basename(folder))
+        end, why = train.read_summary(folder)
+        name = re.sub(rf"-(seed)?{end['seed'] if end else '[0-9]+'}$", "", folder)
         groups.setdefault(name, []).append(lines)
-        for line in [line for line in lines if line.get("summary")][-1:]:
-            if line["seed"] in results.setdefault(name, {}):
-                raise ValueError(f"{folder}: another run of {name} has seed {line['seed']}, too: rename one")
-            results[name][line["seed"]] = [100 * line["knn"], 100 * line["linear"]]
+        if why:
+            print(f"{folder}: a curve only, {why}")
+            continue
+        if end["seed"] in results.setdefault(name, {}):
+            raise ValueError(f"{folder}: another run of {name} has seed {end['seed']}, too: rename one")
+        results[name][end["seed"]] = [100 * end["knn"], 100 * end["linear"]]
+    # Groups are named by the end of their folders' names, where that tells them apart.
+    ends = [os.path.basename(name) for name in groups]
+    label = lambda name: os.path.basename(name) if ends.count(os.path.basename(name)) == 1 else name
+    groups, results = ({label(name): group for name, group in kind.items()} for kind in (groups, results))
     path = os.path.join(args.out or "runs", "compare.png")
     save_plots(train.plot_metrics(groups), path)
     columns = max(map(len, groups)) + 2

@@ -403,25 +403,26 @@ def toy(args, vit):
     print(f"\n{args.out}: the graphs, panels from left to right: {', '.join(toys)}")
 
 
-def read_runs(folders, train, vit):
-    """[(folder, its tokens, linear-probe accuracy 0..1, objective)] of train.py's finished runs.
+def read_runs(folders, data, train, vit):
+    """[(folder, its tokens, linear-probe accuracy 0..1, objective and steps)] of finished runs on `data`.
 
-    Its tokens: a tokenizer.pt, or the token file it was given. Runs on one tokenizer are one: their mean.
+    Its tokens: a tokenizer.pt, or the token file it was given. Equal runs on one tokenizer are one: their mean.
     """
-    runs = {}
-    for folder in map(Path, folders):
-        tokenizer, lines = folder / "tokenizer.pt", train.read_metrics(folder / "metrics.jsonl")
-        found = [line for line in lines if line.get("summary") and line.get("linear") is not None]
-        tokens = str(tokenizer) if tokenizer.is_file() else found and found[-1]["tokens"]
-        if found and tokens:
-            state = {} if tokens.endswith(".npy") else vit.read_checkpoint(tokens)  # no network is built yet
-            key = state["centroids"].numpy().tobytes() if "centroids" in state else tokens
-            run = runs.setdefault((found[-1]["objective"], key), (str(folder), tokens, []))
-            run[2].append(found[-1]["linear"])
-        elif folder.is_dir():
-            print(f"{folder}: left out, no {'tokens' if found else 'linear accuracy in metrics.jsonl'}")
+    runs, name = {}, lambda data: os.path.basename(os.path.normpath(data))
+    for folder in filter(Path.is_dir, map(Path, folders)):
+        tokenizer, (end, why) = folder / "tokenizer.pt", train.read_summary(folder)
+        tokens = str(tokenizer) if tokenizer.is_file() else end and end["tokens"]
+        if why is None and name(end["data"]) != name(data):
+            why = f"its data are {end['data']}"
+        if why or not tokens:
+            print(f"{folder}: left out, {why or 'no tokens'}")
+            continue
+        state = {} if tokens.endswith(".npy") else vit.read_checkpoint(tokens)  # no network is built yet
+        key = state["centroids"].numpy().tobytes() if "centroids" in state else tokens
+        objective = f"{end['objective']}, {end['steps']} steps"
+        runs.setdefault((objective, key), (str(folder), tokens, []))[2].append(end["linear"])
     if folders and max(Counter(objective for objective, _ in runs).values(), default=0) < 3:
-        raise ValueError("--probes: needs 3 tokenizers or more, with probed runs of one objective")
+        raise ValueError("--probes: needs 3 tokenizers or more with runs of one objective")
     return [(folder, tokens, float(np.mean(linear)), objective)
             for (objective, _), (folder, tokens, linear) in runs.items()]
 
@@ -473,7 +474,7 @@ def score(args, kmeans, train, vit):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("score is one process: torchrun kmeans.py tokenize, then score --tokens")
     sources = [(path, path, None, None) for path in args.tokenizer + args.tokens]
-    sources += read_runs(args.probes, train, vit)
+    sources += read_runs(args.probes, args.data, train, vit)
     of_runs = [path for _, path, linear, _ in sources if linear is not None]
     token_files = args.tokens + [path for path in of_runs if path.endswith(".npy")]
     if not sources:

@@ -1517,7 +1517,7 @@ def dots(tmp_path_factory):
 def table(out):
     """[(name, [K, used, perplexity, TCAS l2, TCAS l1, bag])] of the table that `score` prints."""
     rows = [line.split() for line in out.splitlines() if line and line.split()[-1].replace(".", "").isdigit()]
-    return [(" ".join(row[:-6]), [float(value) for value in row[-6:]]) for row in rows if len(row) > 6]
+    return [(" ".join(row[:-6]), [float(value) for value in row[-6:]]) for row in rows if len(row) > 6 and "left" not in row]
 
 
 def test_score_command(dots, tmp_path):
@@ -1545,7 +1545,8 @@ def write_run(folder, tokenizer, linear, objective="mapet", **summary):
     folder.mkdir()
     if tokenizer:
         (folder / "tokenizer.pt").write_bytes(tokenizer.read_bytes())
-    given = dict(summary=True, linear=linear, knn=.3, objective=objective, seed=0, tokens=None)
+    data = str(tokenizer.parent) if tokenizer else None
+    given = dict(summary=True, linear=linear, knn=.3, objective=objective, seed=0, tokens=None, step=9, steps=9, data=data)
     lines = [{"step": 1, "loss": 2.}, {**given, **summary}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -1555,12 +1556,16 @@ def test_probes(dots, tmp_path):
     np.save(tmp_path / "given.npy", np.arange(640, dtype=np.uint16).reshape(40, 16) % 3)
     for i, (k, linear) in enumerate(((2, .5), (4, .7), (8, .9), (8, .7))):
         write_run(tmp_path / f"run{i}", dots / f"k{k}.pt", linear)
-    write_run(tmp_path / "run4", None, .6, tokens=str(tmp_path / "given.npy"))
+    write_run(tmp_path / "run4", None, .6, tokens=str(tmp_path / "given.npy"), data=f"{dots}/")
+    write_run(tmp_path / "stopped", dots / "k2.pt", .1, step=5)
+    write_run(tmp_path / "other", dots / "k2.pt", .1, data="textures")
     (tmp_path / "run5").mkdir()
     runs, picture = [tmp_path / f"run{i}" for i in range(6)], tmp_path / "pictures" / "tcas.png"
-    code, out, err = command("score", "--data", dots, "--probes", *runs[:4], runs[5], "--out", picture)
+    runs += [tmp_path / "stopped", tmp_path / "other"]
+    code, out, err = command("score", "--data", dots, "--probes", *runs[:4], *runs[5:], "--out", picture)
     assert code == 0, err
-    assert "run5: left out" in out and "\nmapet: linear probe = " in out and f"drawn in {picture}" in out
+    assert "run5: left out" in out and "\nmapet, 9 steps: linear probe = " in out and f"drawn in {picture}" in out
+    assert "stopped: left out, it stopped at step 5 of 9" in out and "other: left out, its data are textures" in out
     assert Image.open(picture).size[0] == 900
     x = [row[3] for name, row in table(out) if "run" in name]
     r = np.corrcoef(x, [50, 70, 80])[0, 1]
@@ -1586,7 +1591,7 @@ def test_probes_of_different_objectives_have_their_own_lines(dots, tmp_path):
     code, out, err = command("score", "--data", dots, "--images", 20, "--probes", *sorted(tmp_path.iterdir()),
                              "--out", picture)
     assert code == 0, err
-    said = {line.split(":")[0]: line for line in out.splitlines() if re.match("(mapet|mae|cae|mim): ", line)}
+    said = {line.split(",")[0]: line for line in out.splitlines() if re.match("(mapet|mae|cae|mim), 9 steps: ", line)}
     assert "left out" in said["cae"] and "2 tokenizers" in said["cae"] and "left out" in said["mim"]
     score = np.array([row[3] for name, row in table(out) if "mapet" in name])             # as printed, three digits
     for name, linear in (("mapet", [30, 40, 50]), ("mae", [90, 80, 70])):
@@ -3331,6 +3336,26 @@ def test_two_processes_equal_one(folder, tmp_path):
     assert one[-1]["linear"] == pytest.approx(lines[-1]["linear"], abs=.051)
 
 
+def test_losses_of_all_processes_outlive_a_checkpoint(tmp_path):
+    """A checkpoint between two lines of the log: the next line is the mean over both processes, before and after."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(f"""
+import sys; sys.path.insert(0, {HERE!r})
+import torch, kmeans, train
+from argparse import Namespace
+rank, _, device = kmeans.setup("cpu")
+given = Namespace(out={str(tmp_path)!r}, batch_size=2), Namespace(logs=("accuracy",), needs="tokens"), train.Targets(size=5)
+log = train.Log(*given, None, device)
+log.add(torch.tensor(1. + rank), {{"accuracy": torch.tensor(.5)}})
+log = train.Log(*given, dict(sums=log.add_up(), step=1), device)
+log.add(torch.tensor(5. + rank), {{"accuracy": torch.tensor(1.)}})
+log.write(2, .5, .1, 4)
+""")
+    finished(Background(driver, processes=2))
+    line, = train.read_metrics(tmp_path / "metrics.jsonl")
+    assert (line["loss"], line["accuracy"]) == (3.5, .75)                  # of 1, 2, 5, 6
+
+
 def test_accumulation_equals_one_batch(folder, tmp_path):
     one = run_small(folder, str(tmp_path / "one"), "--no-probe", "--drop-path", .2)
     four = run_small(folder, str(tmp_path / "four"), "--no-probe", "--drop-path", .2, "--micro-batch", 2)
@@ -3889,7 +3914,7 @@ def test_a_stopped_training_says_how_it_goes_on(small_run, tmp_path, monkeypatch
     assert probed(*command, "--steps", 3) is None
     printed = capsys.readouterr().out
     assert "stopped at step 3 of 8 by --steps" in printed and "same command" not in printed
-    monkeypatch.setattr(probe, "catch_signals", lambda: contextlib.nullcontext(lambda: True))
+    monkeypatch.setattr(probe, "catch_signals", lambda: contextlib.nullcontext(lambda: 2))
     assert probed(*command) is None
     assert "finetune.pt: stopped at step 4 of 8 by a signal; the same command goes on" in capsys.readouterr().out
     monkeypatch.undo()
@@ -4008,18 +4033,21 @@ def test_paired_test_is_students():
 def test_compare(tmp_path, capsys):
     """Runs that differ in a number at the end are seeds; differences are paired by seed, not by place."""
     for name, seed, linear in (("mim-0", 0, .5), ("mim-1", 1, .7), ("pim-cut11-seed1", 1, .8), ("pim-cut11", 0, .58),
-                               ("mae-2", 2, .4), ("new-7", None, None)):
+                               ("mae-2", 2, .4), ("new-7", None, None), ("cut-4", 4, .9), ("lr1e-05", 0, .3)):
         (tmp_path / name).mkdir()
         log = "explained" if name == "mae-2" else "accuracy"
         lines = [{"step": i, "epoch": i / 2, "lr": 1., "loss": 3. - i, log: .1 * i, "images_per_second": 9.} for i in (1, 2)]
-        lines += [dict(summary=True, seed=seed, linear=linear, knn=.25)] * (seed is not None)
+        lines += [dict(summary=True, step=2, steps=3 if name == "cut-4" else 2, seed=seed, linear=linear, knn=.25)
+                  ] * (seed is not None)
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    names = ["mim-0", "mim-1", "pim-cut11-seed1", "pim-cut11", "mae-2", "new-7", "mim-1/"]
+    names = ["mim-0", "mim-1", "pim-cut11-seed1", "pim-cut11", "mae-2", "new-7", "mim-1/", "cut-4", "lr1e-05"]
     probe.main(["compare", *[str(tmp_path / name) for name in names], "--out", str(tmp_path)])
-    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:] if line[:3] != "min"}
+    out = capsys.readouterr().out
+    assert "cut-4: a curve only, it stopped at step 2 of 3" in out and "new-7: a curve only, no accuracies" in out
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()[3:] if line[:3] != "min"}
     assert rows["mim"] == "2 25.0 ± 0.0 60.0 ± 14.1".split() and rows["new"] == ["0", "-", "-"]
     assert rows["pim-cut11"] == "2 +0.0 (p 1.000) +9.0 (p 0.070)".split()           # 8 and 10: t = 9
-    assert rows["mae"][:3] == ["0", "too", "few"]
+    assert rows["mae"][:3] == ["0", "too", "few"] and rows["cut"] == ["0", "-", "-"] and rows["lr1e-05"][0] == "1"
     assert Image.open(tmp_path / "compare.png").size[0] == 900
     plots = []
     with pytest.MonkeyPatch.context() as patch:
@@ -4027,8 +4055,11 @@ def test_compare(tmp_path, capsys):
         metrics = lambda *names: [train.read_metrics(tmp_path / name / "metrics.jsonl") for name in names]
         train.plot_metrics({"mim": metrics(*names[:2]), "mae": metrics("mae-2")})
     assert plots == [("loss", {"mae": 1}), ("loss on tokens", {"mim": 2}), ("accuracy", {"mim": 2}), ("explained", {"mae": 1})]
-    shutil.copytree(tmp_path / "mim-0", tmp_path / "mim-2")
-    refused(probe.main, ["compare", tmp_path / "mim-0", tmp_path / "mim-2"], capsys, "mim-2", "seed 0")
+    shutil.copytree(tmp_path / "mim-0", tmp_path / "mim-seed0")
+    refused(probe.main, ["compare", tmp_path / "mim-0", tmp_path / "mim-seed0"], capsys, "mim-seed0", "seed 0")
+    shutil.copytree(tmp_path / "mim-1", tmp_path / "longer" / "mim-1")     # of the same name elsewhere: another group
+    probe.main(["compare", *[str(tmp_path / name) for name in ("mim-0", "longer/mim-1")], "--out", str(tmp_path)])
+    assert "longer/mim" in (out := capsys.readouterr().out) and "too few seeds" in out
     refused(probe.main, ["compare", tmp_path / "mim-0", tmp_path / "gone"], capsys, "gone", "metrics.jsonl")
 
 

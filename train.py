@@ -243,7 +243,7 @@ def train(args, ds, targets, state, device, lap=lambda phase: None):
     loader = iter(make_loader(images_of, keys, args.workers, device))
 
     generator, saved_at = torch.Generator(device), time.time()
-    with catch_signals() as received_anywhere:
+    with catch_signals() as ask_all:
         while step < stop_at:
             # --- one step: a function of (seed, step) and the parameters
             lr = learning_rate(step, steps, warmup, args.lr, args.warmup_lr, args.min_lr, args.cosine)
@@ -272,10 +272,9 @@ def train(args, ds, targets, state, device, lap=lambda phase: None):
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm or math.inf)
 
             # --- is it due to log, to save, to stop?
-            stopping = received_anywhere()
+            request = ask_all(late=time.time() > saved_at + 60 * args.save_minutes)     # 1: to save, 2: to stop
             log_due = (step + 1) % args.log_every == 0 or step + 1 in (1, stop_at)
-            late = rank == 0 and time.time() > saved_at + 60 * args.save_minutes  # rank 0 saves
-            save_due = (step + 1) % args.save_every == 0 or step + 1 == stop_at or stopping or late
+            save_due = (step + 1) % args.save_every == 0 or step + 1 == stop_at or request > 0
             # The norm is the same on every process, and not finite if any loss is not. To read it, the CPU must wait
             # for the GPU: there only before a log or a save, so that no broken weights are saved.
             if (device.type == "cpu" or log_due or save_due) and not torch.isfinite(norm + log.sums[0]):
@@ -292,11 +291,11 @@ def train(args, ds, targets, state, device, lap=lambda phase: None):
                 log.write(step, step / per_epoch, lr, steps)
             if save_due:
                 saved, saved_at = step, time.time()
+                state = collect_state(model, optimizer, args, step, epoch=step // per_epoch, sums=log.add_up())
                 if rank == 0:
-                    save(collect_state(model, optimizer, args, step, epoch=step // per_epoch, sums=log.sums),
-                         f"{args.out}/last.pt")
+                    save(state, f"{args.out}/last.pt")
             lap("log, save")
-            if stopping:
+            if request == 2:
                 return print0(f"stopped at step {step} by a signal; the same command goes on from there")
     if rank == 0:
         save({key: value.cpu() for key, value in model.encoder.state_dict().items()}, f"{args.out}/encoder.pt")
@@ -435,8 +434,8 @@ class Pictures(Dataset):
             count = f"{len(self.unreadable)} of {len(self)}"
             tqdm.write(f"cannot read {self.path(i)}: its neighbor stands in ({count} so far)", sys.stderr)
             if len(self.unreadable) > .01 * len(self):
-                raise ValueError(f"{count} pictures cannot be read, more than 1 %: the first is "
-                                 f"{self.path(min(self.unreadable))}; replace or remove them")
+                raise OSError(f"{count} pictures cannot be read, more than 1 %: the first is "      # its own
+                              f"{self.path(min(self.unreadable))}; replace or remove them")
 
 
 def read_rgb(path):
@@ -487,8 +486,10 @@ class Squares:
         return (int(row[:-8].view(np.uint64).sum()) + 1) % 2 ** 64
 
     def read(self, i):
-        row = np.empty(self.row, np.uint8)
-        if os.preadv(open_file(self.path, os.getpid()), [row], i * self.row) < self.row:
+        row, read = np.empty(self.row, np.uint8), 0
+        with contextlib.suppress(OSError):                       # the disk fails: it is decoded again
+            read = os.preadv(open_file(self.path, os.getpid()), [row], i * self.row)
+        if read < self.row:
             return None
         whole = row[-8:].view(np.uint64)[0] == self.checksum(row)
         return torch.from_numpy(row[:self.bytes]).view(3, self.size, self.size) if whole else None
@@ -715,6 +716,17 @@ def read_metrics(path):
     return [json.loads(line) for line in open(path) if line.endswith("}\n")] if os.path.exists(path) else []
 
 
+def read_summary(folder):
+    """(the last line of a run that came to its end, None), or (None, why there is none)."""
+    found = [line for line in read_metrics(os.path.join(folder, "metrics.jsonl")) if line.get("summary")]
+    if not found:
+        return None, "no accuracies in metrics.jsonl"
+    end = found[-1]
+    if end["step"] < end["steps"]:
+        return None, f"it stopped at step {end['step']} of {end['steps']}"
+    return end, None
+
+
 def append_metrics(path, **line):
     """One JSON object a line, on rank 0."""
     if rank_and_world()[0] == 0:
@@ -759,10 +771,11 @@ class Log:
 
     def __init__(self, args, model, targets, state, device):
         self.path, self.names = os.path.join(args.out, "metrics.jsonl"), ("loss", *model.logs)
-        self.sums = state["sums"].to(device) if state else torch.zeros(len(self.names) + 1, device=device)
+        rank, zeros = rank_and_world()[0], torch.zeros(len(self.names) + 1, device=device)
+        self.sums = state["sums"].to(device) if state and rank == 0 else zeros  # of all processes: count once
         self.step, self.time, self.batch_size = state["step"] if state else 0, time.time(), args.batch_size
         self.ln_k = f" (ln K {math.log(targets.size):.3f})" if model.needs == "tokens" else ""
-        if rank_and_world()[0] == 0:
+        if rank == 0:
             kept = [line for line in read_metrics(self.path) if line.get("step", math.inf) <= self.step]
             with write_atomically(self.path) as temporary, open(temporary, "w") as file:
                 file.writelines(json.dumps(line) + "\n" for line in kept)
@@ -772,9 +785,15 @@ class Log:
         others = [logs[name] for name in self.names[1:]]
         self.sums += torch.stack([loss.detach(), *others, torch.ones_like(loss)])
 
+    def add_up(self):
+        """The sums of all processes."""
+        sums = self.sums.clone()
+        all_reduce(sums)
+        return sums
+
     def write(self, step, epoch, lr, steps):
-        all_reduce(self.sums)
-        means = dict(zip(self.names, (self.sums[:-1] / self.sums[-1]).tolist()))
+        sums = self.add_up()
+        means = dict(zip(self.names, (sums[:-1] / sums[-1]).tolist()))
         self.sums.zero_()
         speed = (step - self.step) * self.batch_size / (time.time() - self.time)
         self.step, self.time = step, time.time()
@@ -877,11 +896,12 @@ def keep_squares(args, ds):
             print0(f"center squares are kept in {squares.path}: {size}")
         except OSError as error:
             with contextlib.suppress(OSError):
-                os.remove(squares.path)
+                if not isinstance(error, PermissionError):     # another user's file stays
+                    os.remove(squares.path)
             why = error.strerror or error
             print0(f"pictures are decoded in every epoch: no room for squares in {args.cache}, {size} ({why})")
     barrier()
-    if not os.path.exists(squares.path):
+    if not os.access(squares.path, os.R_OK | os.W_OK):
         return
     for i in sorted({0, len(ds) // 2, len(ds) - 1}):
         square = squares.read(i)
@@ -1227,7 +1247,7 @@ def run(args):
             start_over(args)
         os.makedirs(args.out, exist_ok=True)
     barrier()
-    if not os.path.isdir(args.out):
+    if not kmeans.wait_for(args.out):
         raise OSError(f"--out {args.out}: not seen by rank {rank}; machines must share this folder")
     classes = f"{len(ds.classes)} classes" if ds.classes else "no labels"
     print0(f"{ds.name}: {len(ds)} images, {classes}; run in {args.out}")
@@ -1253,7 +1273,7 @@ def run(args):
     if args.probe and test is None:
         print0("no labels, or no test split: no k-NN and no linear probe")
     elif args.probe:
-        probe.print_table(args, model.encoder, step, ds, test, device, started)
+        probe.print_table(args, model.encoder, step, steps, ds, test, device, started)
         if step < steps:
             print0(f"--steps stopped this run at {step} of {steps} steps, before the learning rate came down: this "
                    "is not what the recipe gives. Without --steps the same command goes on.")
