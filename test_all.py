@@ -1052,6 +1052,8 @@ for n, d, k, kind in ((1, 3, 2, torch.float32), (130, 17, 33, torch.float32), (1
     c = (values[torch.randint(n, (k,), generator=torch.Generator().manual_seed(0))] + .1 * torch.randn(k, d)).float()
     labels, distances = assign(x, c)
     check_labels(values, c, labels, distances)
+x = 1e5 * rows_of(60, 260, kind=torch.float64)                           # beyond float16
+check_labels(x, x[:9].float(), assign(x, x[:9].float())[0])
 x = rows_of(40, 4)
 assert (assign(x, x.repeat(5, 1))[0] < 40).all()                        # ties between codes of different tiles
 x = rows_of(140, 4)
@@ -2710,6 +2712,17 @@ def test_squares_on_a_disk_that_fails(tmp_path, monkeypatch, capsys):
         assert "decoded in every epoch" in out and why in out and out.count("\n") == 1
     assert ds.squares is None and not any((tmp_path / "full").iterdir())
 
+    def denied(*_):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.undo()
+    theirs = argparse.Namespace(crop=0, cache=str(tmp_path / "theirs"))
+    train.keep_squares(theirs, ds)
+    monkeypatch.setattr(train.Squares, "reserve", denied)                   # another user's file is not removed
+    train.keep_squares(theirs, ds)
+    assert "Permission denied" in capsys.readouterr().out and len(list((tmp_path / "theirs").iterdir())) == 1
+    monkeypatch.setattr(os, "preadv", denied)
+    assert squares.read(1) is None
+
 
 def test_plan_and_benchmark(tmp_path, monkeypatch, capsys):
     """Numbers that follow from each other; nothing is written, but squares where --cache says so."""
@@ -4142,6 +4155,14 @@ def test_gpu_kmeans_is_the_slow_reference(n, d, k, kind):
     if k <= n // 3:
         a, b = (KMeans(k, init=c, max_iter=3, tol=0).fit(part) for part in (x.cuda(), x))
         assert a.inertia == pytest.approx(b.inertia, rel=1e-3) and a.centroids.is_cuda
+
+
+@on_gpu
+@pytest.mark.parametrize("kind", [torch.float64, torch.int64])
+def test_gpu_kmeans_of_other_types(kind):
+    x = (1e5 * rows_of(3000, 300, kind=torch.float64)).to(kind)
+    a, b = (KMeans(9, init=x[:9], max_iter=3, tol=0).fit(part) for part in (x.cuda(), x))
+    assert a.inertia == pytest.approx(b.inertia, rel=1e-3)
 
 
 @on_gpu
