@@ -311,7 +311,7 @@ def describe_codebook(tokens, labels, k, seed=0):
 def fit_line(x, y):
     """Least squares y = intercept + slope x -> Pearson r, slope, intercept. App. E's "r-value" is r^2."""
     if len(x) < 3 or np.std(x) < EPS or np.std(y) < EPS:
-        raise ValueError(f"no line through {len(x)} tokenizers: it takes 3, of unequal TCAS and accuracy")
+        raise ValueError(f"no line through {len(x)} tokenizers: at least 3, of unequal TCAS and accuracy")
     slope, intercept = np.polyfit(x, y, 1)
     return float(np.corrcoef(x, y)[0, 1]), float(slope), float(intercept)
 
