@@ -101,7 +101,7 @@ class Clusters:
         self.labels = torch.full((r, n), k, device=data.device)         # n rows of this process; k: of none yet
         self.sums = torch.zeros(r, k + 1, data.d, dtype=torch.float64, device=data.device)
         self.counts = torch.zeros(r, k + 1, dtype=torch.float64, device=data.device)
-        self.part, self.added = torch.zeros_like(self.sums, dtype=torch.float32), 0
+        self.part, self.added, self.first = torch.zeros_like(self.sums, dtype=torch.float32), 0, True
         self.candidates = Candidates(data, self.labels, origin)
 
     def run_pass(self, c):
@@ -121,6 +121,7 @@ class Clusters:
                 changed += len(moved)
         self.add_part()
         self.candidates.end_pass(changed)
+        self.first = False
         sums, counts = self.sums[:, :-1].clone(), self.counts[:, :-1].clone()
         all_reduce(sums, counts)
         return sums, counts
@@ -132,7 +133,7 @@ class Clusters:
                 self.add_part()
             self.added += len(rows)
             for labels, sign in ((new, 1), (old, -1)):
-                if sign > 0 or self.candidates.n_passes > 1:            # at first they leave none
+                if sign > 0 or not self.first:                          # in the first pass they leave none
                     add_rows(self.part[r], labels[rows], x if len(rows) == len(x) else x[rows], sign)
                     self.counts[r] += sign * torch.bincount(labels[rows], minlength=self.counts.shape[1])
 
@@ -392,11 +393,11 @@ class Candidates:
     def __init__(self, data, labels, origin):
         self.data, self.labels, self.origin, self.c = data, labels, origin.float(), None
         self.own = None                                        # no bounds
-        self.n_passes, self.few_change, self.wait, self.pause = 0, False, 0, 2
+        self.few_change, self.wait, self.pause = False, 0, 2
 
     def begin_pass(self, c):
         """The centroids c (r, k, d) of this pass: by as much as they moved all bounds may be wrong."""
-        self.looked_at, self.n_passes, self.wait = 0, self.n_passes + 1, self.wait - 1
+        self.looked_at, self.wait = 0, self.wait - 1
         self.moving = self.own is not None
         if self.moving:
             drift = F.pad((c - self.c).norm(dim=-1), (0, 1))   # one more, for k = 1

@@ -198,7 +198,7 @@ class MaskedAutoencoder(Objective):
         loss       = MSE(prediction, target)                             MAE, MaskFeat
                    = CE(prediction, t(x))                                ClusterMIM (Sec. 3.2)
 
-    target   "tokens": ClusterMIM, t(x) of a codebook of `size`; "pixel", "pixel-norm": MAE;
+    target   "tokens": ClusterMIM, t(x) of a codebook of `size`; "pixel", "pixel-norm" (standardized): MAE;
              "hog": MaskFeat; "features": MaskFeat, rows of `size` values, brought to unit length
     depth    of the decoder; its width is 2/3 of the encoder's, at most MAE's 512, in heads of 32
     The rows stay in the order z: MAE puts them back into raster order first, which attention cannot notice.

@@ -899,14 +899,15 @@ def keep_squares(args, ds):
                 if not isinstance(error, PermissionError):     # another user's file stays
                     os.remove(squares.path)
             why = error.strerror or error
-            print0(f"pictures are decoded in every epoch: no room for squares in {args.cache}, {size} ({why})")
+            print0(f"pictures are decoded in every epoch: {args.cache} cannot keep "
+                   f"their squares, {size} ({why})")
     barrier()
     if not os.access(squares.path, os.R_OK | os.W_OK):
         return
     for i in sorted({0, len(ds) // 2, len(ds) - 1}):
         square = squares.read(i)
         with contextlib.suppress(OSError):
-            if square is not None and (square.float() - ds.open(i)).abs().mean() > 1:  # decoders: by less
+            if square is not None and (square.float() - ds.open(i)).abs().mean() > 1:  # decoders differ less
                 raise ValueError(f"{squares.path} is of other pictures than {ds.path(i)}: remove it")
     ds.squares = squares
 
@@ -959,7 +960,8 @@ def save_tokenizer(args, model, ds, device):
     found = [(tokenizer.to(device)(images).cpu(), labels) for images, labels, _ in
              kmeans.load_batches(ds, few, 64, args.workers, device)]
     tokens, labels = (torch.cat(parts).numpy() for parts in zip(*found))
-    if tokens.size < 20 * tokenizer.vocab_size * len(ds.classes or [0]):  # too few patches a cell
+    if tokens.size < 20 * tokenizer.vocab_size * len(ds.classes or [0]):
+        # TCAS of so few patches a cell would be too low.
         print0(f"TCAS: python tcas.py score --tokenizer {args.out}/tokenizer.pt")
         labels = None
     lines, _ = tcas.describe_codebook(tokens, labels if ds.classes else None, tokenizer.vocab_size, args.seed)
@@ -979,7 +981,8 @@ def count_step(args):
     Half of float32's bytes, as in bfloat16; scaled_dot_product_attention keeps no attention weights.
     """
     with torch.device("meta"):
-        size = {"vqkd": 1024, **dict.fromkeys(("dvae", "vq", "peco"))}  # of a teacher: about
+        # A teacher's features are about 1024 wide.
+        size = {"vqkd": 1024, **dict.fromkeys(("dvae", "vq", "peco"))}
         model = build(args, size.get(args.objective, args.vocab_size or 1024))
         n, heads, kept = model.encoder.n_patches, model.encoder.blocks[0].attn.heads, {}
         order = torch.zeros(1, n, dtype=torch.long)
@@ -1195,7 +1198,8 @@ def resolve_args(args, world, device):
         raise ValueError(f"--features {args.features}: to predict pixels is --objective mae; maskfeat predicts "
                          "hog or the features of an encoder")
     if args.objective in ("dvae", "vq") and args.features != "pixel":
-        raise ValueError(f"--features {args.features}: {args.objective} rebuilds pixels; peco, vqkd take it")
+        raise ValueError(f"--features {args.features}: {args.objective} rebuilds pixels; "
+                         "peco and vqkd want features")
     if args.tokens and args.crop:
         raise ValueError(f"--tokens {args.tokens}: a crop or a flip (--crop {args.crop:g}) moves the patches away "
                          "from their stored tokens; --crop 0, or --tokenizer for tokens of each crop")
@@ -1248,7 +1252,8 @@ def run(args):
         os.makedirs(args.out, exist_ok=True)
     barrier()
     if not kmeans.wait_for(args.out):
-        raise OSError(f"--out {args.out}: not seen by rank {rank}; machines must share this folder")
+        raise OSError(f"--out {args.out}: not seen by rank {rank}; "
+                      "machines must share this folder (not --cache)")
     classes = f"{len(ds.classes)} classes" if ds.classes else "no labels"
     print0(f"{ds.name}: {len(ds)} images, {classes}; run in {args.out}")
     keep_squares(args, ds)

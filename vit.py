@@ -183,7 +183,7 @@ class PatchEmbed(nn.Module):
 
 
 class ViT(nn.Module):
-    """Normalized images (b, 3, S, S) -> (b, prefix + n, d) after the final norm; the class token is first.
+    """Normalized images (b, 3, S, S) -> (b, prefix + n, d) after the final norm; class token first, if any.
 
     pos          "learned" (MaPeT, BEiT, timm) or "sincos" (MAE, ClusterMIM, CAE: fixed, never trained)
     init         "timm" (MaPeT, timm: truncated normal, std 0.02) or "mae" (MAE, ClusterMIM: Xavier-uniform)
@@ -288,7 +288,7 @@ MODELS = {"vit_micro": vit_micro, "vit_tiny": vit_tiny, "vit_small": vit_small, 
 # --- memory -----------------------------------------------------------------------------------------------
 
 class GELULinear(torch.autograd.Function):
-    """linear(gelu(x)) that keeps x alone for its backward pass, which computes gelu(x) again.
+    """linear(gelu(x)) that keeps x alone for its backward pass, which makes gelu(x) anew: the same numbers.
 
     Autograd keeps both: gelu needs x, the linear layer gelu(x), and in a ViT's MLP nothing else is as large.
     """
@@ -684,7 +684,8 @@ def exit_on_error(script):
         if isinstance(error, KeyboardInterrupt):                    # before the first step; see catch_signals
             code, line = 130, f"interrupted; {again}"
         elif isinstance(error, (ConnectionError, EOFError)) or first.startswith("DataLoader worker"):
-            line = f"a loading process was lost ({first}); no memory, no /dev/shm? Fewer --workers; {again}"
+            line = (f"a loading process was lost ({first}); short of memory, of /dev/shm? "
+                    f"Fewer --workers; {again}")
         elif isinstance(error, (ValueError, OSError)):
             code, line = 2, first
             if "worker process" in first:  # a loader's whole traceback: its last line
