@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw
 
-from vit import (MLP, PATCH_FEATURES, Block, LayerScale, drop_path, drop_rates, exit_on_error, fold_scale,
+from vit import (MLP, PATCH_FEATURES, Block, LayerScale, add_branch, drop_rates, exit_on_error, fold_scale,
                  gather_patches, hash_uniform, init_weights, make_projection, patchify, principal_colors,
                  save_picture, sincos_positions, split_noise, to_device, unpatchify)
 
@@ -316,15 +316,18 @@ class RegressorBlock(nn.Module):
 
     def forward(self, x, visible, pos, pos_visible, noise=(None, None)):
         """Hidden x (b, T, d), visible (b, v, d), their positions -> (b, T, d). Values carry no position."""
+        x = add_branch(x, self.attend, [x, visible, pos, pos_visible], self.drop, noise[0])
+        x = self.norm2(x)
+        return add_branch(x, lambda x: self.mlp(x, self.ls2.gamma), [x], self.drop, noise[1])
+
+    def attend(self, x, visible, pos, pos_visible):
         rows = torch.cat([visible, x], 1)
         q = self.q(self.norm_q(x + pos))
         k = self.k(self.norm_k(rows + torch.cat([pos_visible, pos], 1)))
         v = self.v(self.norm_v(rows))
         q, k, v = (rearrange(y, "b r (h d) -> b h r d", h=self.heads) for y in (q, k, v))
         y = rearrange(F.scaled_dot_product_attention(q, k, v), "b h r d -> b r (h d)")
-        y = F.linear(y, *fold_scale(self.proj, self.ls1.gamma))
-        x = self.norm2(x + drop_path(y, self.drop, noise[0]))
-        return x + drop_path(self.mlp(x, self.ls2.gamma), self.drop, noise[1])
+        return F.linear(y, *fold_scale(self.proj, self.ls1.gamma))
 
 
 class CAE(Objective):

@@ -384,13 +384,17 @@ def test_embed_in_an_order():
         vit.embed(torch.randn(1, 3, 32, 32))
 
 
-def test_drop_path():
-    x = torch.ones(1000, 3, 2)
-    noise = torch.rand(1000, generator=torch.Generator().manual_seed(0))
-    y = V.drop_path(x, .25, noise)
+def test_stochastic_depth():
+    x, noise = torch.zeros(1000, 3, 2), torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    seen = []
+    branch = lambda x, more: (seen.append(len(x)), x + more)[1]
+    y = V.add_branch(x, branch, [x, torch.ones(1000, 1, 1)], .25, noise)
     assert torch.equal(y.amin((1, 2)), y.amax((1, 2)))                    # one draw for all rows of a sample
     assert torch.equal(y[:, 0, 0] > 0, noise >= .25) and y.max() == 1 / .75
-    assert V.drop_path(x, .25, None) is x
+    assert seen == [(noise >= .25).sum()]                                 # the others are not computed
+    for rate, noise, wanted in ((.25, None, 1), (0, noise, 1), (.5, noise * 0, 0), (.5, noise * 0 + .5, 2)):
+        y = V.add_branch(x[:, :2], branch, [x[:, 1:], torch.ones(1000, 1, 1)], rate, noise)
+        assert torch.equal(y, torch.full((1000, 2, 2), float(wanted))), (rate, wanted)
     vit = tiny(drop_path=.5)
     assert [block.drop for block in vit.blocks] == [0, .5]
     images, fixed = torch.randn(4, 3, 24, 24), torch.tensor([[.9] * 4, [.9] * 4, [.1, .9, .1, .9], [.1, .9, .1, .9]])
@@ -398,6 +402,14 @@ def test_drop_path():
     vit.blocks[1].attn.proj.weight.data.fill_(9.)                         # samples 0 and 2 skip the second block
     changed = (vit.encode(vit.embed(images), noise=fixed) - x).abs().amax((1, 2)) > 1e-3
     assert changed.tolist() == [False, True, False, True]
+    gradients, vit, images = [], vit.double(), images.double()
+    for compiling in (False, True):                                       # in one graph, as on a GPU, all are computed
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+            vit.zero_grad()
+            vit.encode(vit.embed(images), noise=fixed, n_out=4).square().sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in vit.named_parameters()})
+    torch.testing.assert_close(*gradients)
 
 
 def test_weights_of_every_layout(tmp_path):

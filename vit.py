@@ -76,14 +76,19 @@ def sincos_positions(grid, width, prefix=1):
 
 # --- modules, small to large ------------------------------------------------------------------------------
 
-def drop_path(x, rate, noise):
-    """Stochastic depth: a sample whose noise (b,), uniform in [0, 1), is below `rate` loses this branch.
+def add_branch(x, branch, inputs, rate, noise):
+    """x + branch(*inputs) with stochastic depth: samples whose noise, uniform in [0, 1), is below `rate` stay x.
 
-    One draw per sample covers all its rows, hence both streams of MaPeT. Kept branches are scaled up.
+    noise (b,) or None. One draw per sample covers all its rows, hence both streams of MaPeT. Kept branches are
+    scaled up. On the CPU the others are not computed; a GPU would have to wait to learn which these are.
     """
     if noise is None or rate == 0:
-        return x
-    return x * rearrange((noise >= rate) / (1 - rate), "b -> b 1 1").to(x.dtype)
+        return x + branch(*inputs)
+    keep, scale = noise >= rate, 1 / (1 - rate)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling() and 0 < keep.sum() < len(x):
+        y = branch(*(rows[keep] for rows in inputs))
+        return x.index_add(0, keep.nonzero()[:, 0], y.to(x.dtype), alpha=scale)
+    return x + branch(*inputs) * rearrange(keep * scale, "b -> b 1 1").to(x.dtype)
 
 
 class LayerScale(nn.Module):
@@ -163,10 +168,10 @@ class Block(nn.Module):
         self.ls2 = LayerScale(width, layer_scale)
 
     def forward(self, x, mask=None, n_keys=None, n_out=None, noise=(None, None)):
-        y = self.attn(self.norm1(x), mask, n_keys, n_out, self.ls1.gamma)
-        x = x if n_out is None else x[:, -n_out:]
-        x = x + drop_path(y, self.drop, noise[0])
-        return x + drop_path(self.mlp(self.norm2(x), self.ls2.gamma), self.drop, noise[1])
+        attend = lambda x: self.attn(self.norm1(x), mask, n_keys, n_out, self.ls1.gamma)
+        mlp = lambda x: self.mlp(self.norm2(x), self.ls2.gamma)
+        x = add_branch(x if n_out is None else x[:, -n_out:], attend, [x], self.drop, noise[0])
+        return add_branch(x, mlp, [x], self.drop, noise[1])
 
 
 class PatchEmbed(nn.Module):
