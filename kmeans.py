@@ -399,7 +399,8 @@ class Candidates:
 
     def begin_pass(self, c):
         """The centroids c (r, k, d) of this pass: by as much as they moved all bounds may be wrong."""
-        self.bounded, self.looked_at, self.wait = 0, 0, self.wait - 1
+        self.wait -= 1
+        self.bounded = self.looked_at = 0                      # rows that had bounds, and those of them looked at
         if self.own is not None:
             drift = F.pad((c - self.c).norm(dim=-1), (0, 1))   # one more, for k = 1
             most, of = drift.topk(2)
