@@ -131,6 +131,8 @@ class Attention(nn.Module):
         kv = F.linear(x[:, :n_keys], self.qkv.weight[d:], self.qkv.bias[d:])
         q = rearrange(q, "b q (h d) -> b h q d", h=self.heads)
         k, v = rearrange(kv, "b s (two h d) -> two b h s d", two=2, h=self.heads)
+        # One call, one mask: rows without a mask in a call of their own, or targets in windows of the keys they
+        # see, would save 1 % of a step on the CPU (measured; on a GPU not).
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[ask])
         return F.linear(rearrange(x, "b h q d -> b q (h d)"), *fold_scale(self.proj, gamma))
 
