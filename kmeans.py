@@ -420,10 +420,11 @@ class Candidates:
             return torch.arange(len(block), device=new.device), block, new
         own, others, norms = self.own[r, here], self.others[r, here], self.norms[here]
         at = (own >= others).nonzero()[:, 0]
-        if not own.isinf().all():
-            self.bounded, self.looked_at = self.bounded + len(own), self.looked_at + len(at)
-        else:
+        if own.isinf().all():                                  # the first time
             norms.copy_((self.data.standardize(block) - self.origin).square().sum(-1))
+        else:
+            self.bounded += len(own)
+            self.looked_at += len(at)
         if len(at) == 0:
             return at, block[:0], at
         x = block

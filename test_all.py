@@ -1030,7 +1030,7 @@ def test_two_processes_are_one(tmp_path):
 @pytest.mark.parametrize("kind", [torch.uint8, torch.float32])
 def test_rows_that_are_not_looked_at_would_not_have_changed(kind, monkeypatch):
     """The bounds spare products and nothing else: every row has its nearest centroid, sums are as if added up anew."""
-    x = V.patchify(train.open_dataset("textures", "val").images[:200], 8).flatten(0, 1)
+    x = V.patchify(train.open_dataset("textures", "val").images[:100], 8).flatten(0, 1)
     x = x if kind == torch.uint8 else x.float() / 50
     data, looked_at, multiply = kmeans.Rows(x, 20, rows=1024), [], kmeans.multiply
     monkeypatch.setattr(kmeans, "multiply", lambda x, *w: looked_at.append(len(x)) or multiply(x, *w))
@@ -1044,12 +1044,12 @@ def test_rows_that_are_not_looked_at_would_not_have_changed(kind, monkeypatch):
         for r, labels in enumerate(clusters.labels if step % 7 in (0, 1) else []):
             check_labels(rows, c[r], labels)
             anew = torch.zeros(20, x.shape[1]).double().index_add_(0, labels, x.double())
-            torch.testing.assert_close(sums[r], anew, **(dict(rtol=0, atol=0) if kind == torch.uint8 else dict(rtol=1e-5, atol=1e-2)))
+            torch.testing.assert_close(sums[r], anew, rtol=0, atol=0 if kind == torch.uint8 else 1e-2)
             assert torch.equal(counts[r], labels.bincount(minlength=20).double())
         means = data.scale * sums / counts[..., None] + data.shift
         c = torch.where(counts[..., None] > 0, means, c.double()).float()
         shares.append(sum(looked_at) / clusters.labels.numel())
-    assert shares[0] == 1 and min(shares) < .7
+    assert shares[0] == 1 and min(shares) < .6
 
 
 def test_bounds_are_tried_on_a_part_of_the_rows():
