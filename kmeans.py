@@ -596,14 +596,14 @@ class Rows:
         self.device = first.device if resident else torch.empty(0, device=device).device    # cuda -> cuda:0
         # A block's scores, k a row, should fit a cache. Triton's kernels keep none: large blocks hide launches.
         cuda = self.device.type == "cuda"
-        most = (1 << 28) // self.d if cuda and triton is not None else (1 << 23) // k
+        most = (1 << 28) // self.d if cuda and use_triton(self.device) else (1 << 23) // k
         self.rows = rows or max(256, min(1 << 19 if cuda else 8192, most))
         unchanged = torch.ones(self.d, dtype=torch.float64), torch.zeros(self.d, dtype=torch.float64)
         is_uint8 = str(first.dtype).endswith("uint8")           # torch.uint8, or numpy's
         scale = pixel_scale(self.d, mean, std) if is_uint8 else unchanged
         self.before_unit = [v.to(self.device).float() for v in scale] if metric == "cosine" else None
         self.scale, self.shift = (v.to(self.device) for v in (unchanged if metric == "cosine" else scale))
-        self.half = metric != "cosine" and use_triton(self.device) and multiplies_half(first.dtype, self.d)
+        self.rounds = metric != "cosine" and use_triton(self.device) and one_product(is_uint8, self.d, k)
 
     def __iter__(self):
         for part in self.parts():
@@ -622,8 +622,11 @@ class Rows:
                 yield block
 
     def round(self, c):
-        """Centroids (r, k, d), less an origin, as they are multiplied."""
-        return round_to_half(c * self.scale) / self.scale if self.half else c
+        """Centroids (r, k, d), less an origin, as they are multiplied: see `find_nearest_fused`."""
+        if not self.rounds:
+            return c
+        high, _, unit = split_half(c * self.scale)
+        return high * unit / self.scale
 
     def standardize(self, block):
         """What is clustered, in float32."""
@@ -666,17 +669,21 @@ def multiply(x, w, bias):
 # --- the same two steps on CUDA: no score reaches memory, no two programs add to the same number ----------
 
 def use_triton(device):
-    return triton is not None and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
+    """On GPUs from Ampere on (older ones cannot hold the kernel's tiles), and in Triton's interpreter."""
+    if triton is None or device.type != "cuda":
+        return triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def multiplies_half(dtype, d):
-    """Whether `find_nearest_fused` multiplies rows of d such numbers, torch's or numpy's, in float16."""
-    return d >= 256 and str(dtype).removeprefix("torch.") in ("uint8", "float16", "bfloat16")
+def one_product(is_uint8, d, k):
+    """Whether float16 rows and weights are multiplied once, not twice: wide rows of pixels, few codes."""
+    return is_uint8 and d >= 256 and k <= 128
 
 
 if triton is not None:
     @triton.jit
-    def nearest_kernel(x, w, bias, labels, scores, m, k, d, center, shrink, unit, HALF: tl.constexpr,
+    def nearest_kernel(x, w, rest, bias, labels, scores, m, k, d, center, shrink, unit,
+                       HALF: tl.constexpr, TWICE: tl.constexpr,
                        ROWS: tl.constexpr, CODES: tl.constexpr, WIDTH: tl.constexpr):
         """One program: ROWS rows against all codes of a codebook, CODES at a time; scores stay in registers."""
         row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -686,16 +693,18 @@ if triton is not None:
         label = tl.zeros((ROWS,), tl.int32)
         for first in range(0, k, CODES):
             code = first + tl.arange(0, CODES)
-            w_row = w + (book * k + code[None, :]) * d
+            w_row = (book * k + code[None, :]) * d
             dot = tl.zeros((ROWS, CODES), tl.float32)
             for at in range(0, d, WIDTH):
                 column = at + tl.arange(0, WIDTH)
                 seen = (row[:, None] < m) & (column[None, :] < d)
                 xs = tl.load(x_row + column[None, :], seen, 0).to(tl.float32)
-                ws = tl.load(w_row + column[:, None], (code[None, :] < k) & (column[:, None] < d), 0)
+                at_w, is_w = w_row + column[:, None], (code[None, :] < k) & (column[:, None] < d)
                 if HALF:
                     xs = ((xs - center) * tl.load(shrink)).to(tl.float16)
-                dot = tl.dot(xs, ws, dot, input_precision="tf32x3")     # as precise as float32 where not HALF
+                dot = tl.dot(xs, tl.load(w + at_w, is_w, 0), dot, input_precision="tf32x3")     # if float32
+                if TWICE:
+                    dot = tl.dot(xs, tl.load(rest + at_w, is_w, 0), dot)
             score = dot * tl.load(unit) + tl.load(bias + book * k + code, code < k, float("-inf"))[None, :]
             top, arg = tl.max(score, 1, return_indices=True)
             label = tl.where(top > best, first + arg, label)
@@ -714,35 +723,39 @@ def power_of_two(x):
     return largest / (2 * torch.frexp(largest).mantissa)
 
 
-def round_to_half(w):
-    """w with float16's 11 bits, whatever its range."""
+def split_half(w):
+    """w = unit (high + low), both float16, 22 bits in all; unit (1,), a power of two, for any range."""
     unit = power_of_two(w)
-    return (w / unit).half() * unit
+    high = (w / unit).half()
+    return high, (w / unit - high).half(), unit
 
 
 def find_nearest_fused(x, w, bias):
-    """`find_nearest` without a matrix of scores; float16 products of wide uint8 and 16-bit rows, or tf32 x 3.
+    """`find_nearest` without a matrix of scores: float16 products of 8 and 16 bits, tf32 x 3 of float32.
 
     uint8 - 128 is exact in float16, and so are bfloat16's 8 bits once a power of two has moved them into
-    range. Only w is rounded, to 11 bits, before its bias is made (`Rows.round`): these are exact labels of
-    centroids beside the true ones. With the true ones' bias 0.2 % of a photo's patches went wrong (K = 4096).
+    range; w is split in two, and nothing is lost. Pixels and few codes, where a second product would take
+    longer than reading the rows, have one: `Rows.round` leaves 11 bits of the centroids before their bias is
+    made. (With the true ones' bias errors grow with the distance to the origin, not to the centroid.)
     """
     (r, k, d), m = w.shape, len(x)
-    x, half, center = x.contiguous(), multiplies_half(x.dtype, d), 0.
-    shrink = unit = torch.ones(1, device=x.device)
+    x, w, half, center = x.contiguous(), w.contiguous(), x.dtype != torch.float32, 0.
+    rest, shrink = w, torch.ones(1, device=x.device)
+    unit = shrink
     if half:
         if x.dtype == torch.uint8:
             center, bias = 128., bias + 128 * w.sum(-1)         # x.w = (x - 128).w + 128 sum(w)
         elif x.dtype == torch.bfloat16:
             shrink = 1 / power_of_two(x)
-        unit = power_of_two(w)
-        w = (w / unit).half()
+        w, rest, unit = split_half(w)
     labels = torch.empty(r, m, dtype=torch.int32, device=x.device)
     scores = torch.empty(r, m, device=x.device)
+    twice = half and not one_product(x.dtype == torch.uint8, d, k)
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():  # Triton's is the current
         nearest_kernel[triton.cdiv(m, 128), r](
-            x, w.contiguous(), bias.contiguous(), labels, scores, m, k, d, center, shrink, unit / shrink, half,
-            128, tile(k, 128), tile(d, 64 if half else 32), num_warps=8)
+            x, w, rest, bias.contiguous(), labels, scores, m, k, d, center, shrink, unit / shrink,
+            half, twice, 128, tile(k, 128), tile(d, 64 if half else 32),
+            num_warps=8, num_stages=2 if twice else 3)          # in 100 KB of shared memory
     return labels.long(), scores
 
 

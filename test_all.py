@@ -1081,7 +1081,7 @@ for n, d, k, kind in ((1, 3, 2, torch.float32), (130, 17, 33, torch.float32), (1
     x = rows_of(n, d, kind=kind)
     assert kmeans.use_triton(x.device)
     values = x.double() / 255 if kind == torch.uint8 else x.double()
-    c = (values[torch.randint(n, (k,), generator=torch.Generator().manual_seed(0))] + .1 * torch.randn(k, d)).float()
+    c = (values[torch.arange(k) % n] + .1 * torch.randn(k, d)).float()
     labels, distances = assign(x, c)
     check_labels(values, c, labels, distances)
 check_flat_patches("cpu")
@@ -2229,7 +2229,7 @@ def test_overfits_8_images(name, target):
     model, images, given, order = example(name, target, b=8, k=6, cut=cut, decoder_depth=1)
     kind = objectives.OBJECTIVES[name].kind
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3, fused=True)
-    for _ in range(300 if kind is not objectives.MaPeT else 120):              # decoders start from small weights
+    for _ in range(120 if kind is objectives.MaPeT else 500 if target == "hog" else 300):
         loss, logs = model(images, given, order)
         optimizer.zero_grad()
         loss.backward()
@@ -4170,7 +4170,7 @@ SHAPES = ((1, 3, 2, torch.float32), (130, 17, 33, torch.float32), (1029, 40, 150
 def test_gpu_kmeans_is_the_slow_reference(n, d, k, kind):
     x = rows_of(n, d, kind=kind)
     values = x.double() / 255 if kind == torch.uint8 else x.double()
-    c = (values[torch.randint(n, (k,), generator=torch.Generator().manual_seed(0))] + .1 * torch.randn(k, d)).float()
+    c = (values[torch.arange(k) % n] + .1 * torch.randn(k, d)).float()
     labels, distances = assign(x.cuda(), c.cuda())
     some = slice(0, 2000)
     check_labels(values[some], c, labels[some].cpu(), distances[some].cpu())
