@@ -536,6 +536,15 @@ def check_labels(x, c, labels, distances=None):
         torch.testing.assert_close(distances.double(), mine, rtol=1e-5, atol=1e-9)
 
 
+def check_scores(x, c):
+    """Whatever x is made of, its products with the weights are as precise as float32's."""
+    w, bias = kmeans.score_weights(c[None], c.double().mean(0), kmeans.Rows(x, len(c)))
+    _, scores = kmeans.find_nearest(x, w, bias)
+    x, w = x.double(), w[0].double()
+    error = scores[0] - (x @ w.T + bias[0].double()).max(1).values
+    assert (error.abs() / (x.norm(dim=1) * w.norm(dim=1).max())).max() < 5e-6
+
+
 def check_flat_patches(device):
     """As of sky: nearer to each other than to the mean, where rounded centroids with the true ones' bias go wrong."""
     g = torch.Generator().manual_seed(8)                                  # no near-tie: the next is 1.6 % farther
@@ -1084,6 +1093,7 @@ for n, d, k, kind in ((1, 3, 2, torch.float32), (130, 17, 33, torch.float32), (1
     c = (values[torch.arange(k) % n] + .1 * torch.randn(k, d)).float()
     labels, distances = assign(x, c)
     check_labels(values, c, labels, distances)
+    check_scores(x, c)
 check_flat_patches("cpu")
 x = 1e5 * rows_of(60, 260, kind=torch.float64)                           # beyond float16
 check_labels(x, x[:9].float(), assign(x, x[:9].float())[0])
@@ -4174,6 +4184,7 @@ def test_gpu_kmeans_is_the_slow_reference(n, d, k, kind):
     labels, distances = assign(x.cuda(), c.cuda())
     some = slice(0, 2000)
     check_labels(values[some], c, labels[some].cpu(), distances[some].cpu())
+    check_scores(x[some].cuda(), c.cuda())
     sums = torch.zeros(k, d, device="cuda")
     kmeans.add_rows(sums, labels, x.cuda(), 1)
     wanted = torch.zeros(k, d).double().index_add(0, labels.cpu(), x.double())
