@@ -30,6 +30,7 @@ import signal
 import sys
 import time
 import timeit
+import zlib
 
 import numpy as np
 import torch
@@ -263,6 +264,7 @@ class KMeansTokenizer(nn.Module):
         self.input_size = image_size * (2 if features == "clip" else 1)
         self.register_buffer("centroids", centroids.detach().float().clone())
         self.folded = None                                     # of `forward`: see fold
+        self.made = None                                       # how and of what: see fit_tokenizer
 
     @torch.no_grad()
     def rows(self, images):
@@ -296,7 +298,7 @@ class KMeansTokenizer(nn.Module):
         return self.folded[1:]
 
     def save(self, path):
-        keys = "features", "metric", "patch_size", "image_size", "mean", "std", "vocab_size"
+        keys = "features", "metric", "patch_size", "image_size", "mean", "std", "vocab_size", "made"
         state = {"centroids": self.centroids.cpu(), **{key: getattr(self, key) for key in keys}}
         if self.learned:
             state["encoder"] = {key: value.cpu() for key, value in self.extract.state_dict().items()}
@@ -699,12 +701,12 @@ if triton is not None:
                 column = at + tl.arange(0, WIDTH)
                 seen = (row[:, None] < m) & (column[None, :] < d)
                 xs = tl.load(x_row + column[None, :], seen, 0).to(tl.float32)
-                at_w, is_w = w_row + column[:, None], (code[None, :] < k) & (column[:, None] < d)
+                at_w, seen_w = w_row + column[:, None], (code[None, :] < k) & (column[:, None] < d)
                 if HALF:
                     xs = ((xs - center) * tl.load(shrink)).to(tl.float16)
-                dot = tl.dot(xs, tl.load(w + at_w, is_w, 0), dot, input_precision="tf32x3")     # if float32
+                dot = tl.dot(xs, tl.load(w + at_w, seen_w, 0), dot, input_precision="tf32x3")     # if float32
                 if TWICE:
-                    dot = tl.dot(xs, tl.load(rest + at_w, is_w, 0), dot)
+                    dot = tl.dot(xs, tl.load(rest + at_w, seen_w, 0), dot)
             score = dot * tl.load(unit) + tl.load(bias + book * k + code, code < k, float("-inf"))[None, :]
             top, arg = tl.max(score, 1, return_indices=True)
             label = tl.where(top > best, first + arg, label)
@@ -811,6 +813,13 @@ def derive_seed(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
+def identify(ds):
+    """The number of images and a checksum of their names and labels: what work that goes on must agree on."""
+    parts = getattr(ds, "names", None), getattr(ds, "labels", None)
+    found = b"".join(np.asarray(part).tobytes() for part in parts if part is not None)
+    return f"{len(ds)} ({zlib.crc32(found):08x})"
+
+
 def stream_patches(tokenizer, ds, keep, images, seed, batch_size, workers, device):
     """(function that starts a stream of this process's rows, their number): `keep` patches of each image.
 
@@ -870,8 +879,11 @@ def fit_tokenizer(ds, features="pixel", k=64, metric="euclidean", patch_size=16,
     if fraction > 1:
         raise ValueError(f"fraction is a share of an image's patches, above 0 and at most 1, not {fraction}")
     tokenizer = blank_tokenizer(ds, features, patch_size, image_size, k, metric).to(device)
+    tokenizer.made = dict(seed=seed, fraction=fraction, fit_images=images, images=identify(ds))
     keep = max(1, round(fraction * tokenizer.n_patches))
     images = min(len(ds), images or max(20000, -(-256 * k // keep)))
+    if images < rank_and_world()[1]:
+        raise ValueError(f"{images} images to fit on (--fit-images) are fewer than the processes")
     stream, n = stream_patches(tokenizer, ds, keep, images, seed, batch_size, workers, device)
     first = next(stream())
     kind = torch.float16 if device.type == "cuda" and first.dtype == torch.float32 else first.dtype
@@ -907,7 +919,10 @@ def load_tokenizer(path):
             state = select_vqkd(state["model"], path)
         if state.pop("vocab_size") != len(state["centroids"]):
             raise ValueError("vocab_size is not the number of centroids")
-        return KMeansTokenizer(**state)
+        made = state.pop("made", None)
+        tokenizer = KMeansTokenizer(**state)
+        tokenizer.made = made
+        return tokenizer
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a tokenizer of kmeans.py fit ({str(error).splitlines()[0]})") from None
 
@@ -953,8 +968,8 @@ def tokenize(tokenizer, ds, path, batch_size=64, workers=0, device="cpu"):
                 return tokens
         raise ValueError(f"{path} is of another tokenizer or of other images than {ds.name}: "
                          "remove it or choose another folder")
-    made_of = tokenizer.centroids.cpu().numpy().tobytes() + f"{ds.name} {len(ds)} {tokenizer.features}".encode()
-    folder = f"{path}.{hashlib.sha256(made_of).hexdigest()[:8]}"            # of no other tokenizer
+    made_of = f"{ds.name} {identify(ds)} {tokenizer.features}".encode() + tokenizer.centroids.cpu().numpy().tobytes()
+    folder = f"{path}.{hashlib.sha256(made_of).hexdigest()[:8]}"            # of no other tokenizer or images
     os.makedirs(folder, exist_ok=True)
     shards = {f"{start:09}.npy": range(start, min(start + SHARD, len(ds))) for start in range(0, len(ds), SHARD)}
     there = set(os.listdir(folder))
@@ -1111,8 +1126,8 @@ def name_folder(args, k):
     """runs/tokenizer-DATA-FEATURES-kK, and what else was asked for: no two tokenizers meet in one folder."""
     parts = ["tokenizer", os.path.basename(os.path.normpath(args.data)), args.features, f"k{k}"]
     usual = dict(metric="euclidean", tol=1e-4, seed=0)
-    others = "metric init max_iter tol restarts fraction fit_images image_size patch_size seed".split()
-    for key in others:
+    for key in ("metric init max_iter tol restarts fraction fit_images image_size patch_size seed "
+                "classes").split():
         if (value := getattr(args, key)) not in (None, usual.get(key)):
             parts.append(f"{key.replace('_', '')}{value}")
     return os.path.join("runs", re.sub(r"[^\w.-]+", "_", "-".join(parts)))

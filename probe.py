@@ -40,8 +40,8 @@ from torchvision.transforms import InterpolationMode, v2
 import kmeans
 import objectives
 import train
-from kmeans import (all_gather, all_reduce, barrier, catch_signals, derive_seed, load_batches, make_loader, print0,
-                    rank_and_world, setup, track)
+from kmeans import (all_gather, all_reduce, barrier, catch_signals, derive_seed, identify, load_batches, make_loader,
+                    print0, rank_and_world, setup, track)
 from vit import (MODELS, ViT, draw_grid, drop_rates, exit_on_error, from_weights, normalize, patchify, principal_colors,
                  read_checkpoint, save, save_plots)
 
@@ -501,17 +501,20 @@ def fit(model, ds, rows, recipe, args, name, classes=None, **identity):
     path, frozen = os.path.join(args.run, name), isinstance(model, LinearProbe)
     if recipe.batch_size % world:
         raise ValueError(f"--batch-size {recipe.batch_size} is not a multiple of {world} processes")
-    share = min(recipe.batch_size, len(rows)) // world                  # of a global batch: this process's
-    if share == 0:
-        raise ValueError(f"a batch of {min(recipe.batch_size, len(rows))} is too small for {world} processes")
+    batch = min(recipe.batch_size, len(rows))
+    if batch % world:
+        raise ValueError(f"{world} processes cannot share a batch of {batch}, all images there are: " +
+                         (f"--batch-size {batch - batch % world}" if batch > world else "fewer processes"))
+    share = batch // world                                              # of a global batch: this process's
     micro = math.gcd(share, args.micro_batch or (256 if frozen else share))              # images at once
-    batch, mine = share * world, slice(rank * share, (rank + 1) * share)
+    mine = slice(rank * share, (rank + 1) * share)
     per_epoch = len(rows) // batch
     steps, warmup = max(1, round(recipe.epochs * per_epoch)), round(recipe.warmup_epochs * per_epoch)
     stop_at = min(steps, args.steps or steps)
     peak = recipe.base_lr * batch / 256 if recipe.lr is None else recipe.lr
 
-    settings = argparse.Namespace(**vars(recipe), **identity, images=len(rows), seed=args.seed)
+    settings = argparse.Namespace(**vars(recipe), **identity, seed=args.seed,
+                                  images=f"{len(rows)} of {identify(ds.ds)}")
     model = model.to(device).train()
     groups = layer_groups(model, recipe.weight_decay, recipe.layer_decay)
     lars = recipe.optimizer == "lars"
@@ -788,6 +791,9 @@ def apply_flags(recipe, args):
     if "epochs" in given:                                   # a shorter run keeps the share of the warm-up
         share = min(1, given["epochs"] / recipe["epochs"])
         recipe = {**recipe, "warmup_epochs": recipe["warmup_epochs"] * share}
+    train.check_shares(args, "smoothing erase", "drop_path")
+    if given.get("randaugment", 0) > 10:
+        raise ValueError(f"--randaugment {given['randaugment']:g}: a magnitude from 0 to 10")
     return argparse.Namespace(**{**recipe, **given})
 
 

@@ -427,11 +427,16 @@ def read_runs(folders, data, train, vit):
             for (objective, _), (folder, tokens, linear) in runs.items()]
 
 
+def choose_images(n, args):
+    """The indices of --images of n: all, or a random part, in order."""
+    return np.sort(np.random.default_rng(args.seed).permutation(n)[:args.images])
+
+
 def encode(tokenizer, ds, args, kmeans, device):
     """(tokens (m, n) uint16, labels (m,)) of the images that were really read; None if there is no split."""
     if ds is None:
         return None
-    chosen = np.sort(np.random.default_rng(args.seed).permutation(len(ds))[:args.images])
+    chosen = choose_images(len(ds), args)
     batches = kmeans.load_batches(ds, chosen, args.batch_size, args.workers, device, "tokens")
     parts = [(tokenizer(images).to(torch.uint16).cpu().numpy(), labels) for images, labels, _ in batches]
     return tuple(np.concatenate(part) for part in zip(*parts))
@@ -487,8 +492,11 @@ def score(args, kmeans, train, vit):
     codebooks, points = set(), []
     for name, path, linear, objective in sources:
         if path in token_files:
-            tokens, held = loaded[path], None
-            k, fit = args.vocab_size or int(tokens.max()) + 1, (tokens, opened("train", None).labels)
+            tokens, labels, held = loaded[path], opened("train", None).labels, None
+            k, fit = args.vocab_size or int(tokens.max()) + 1, (tokens, labels)
+            if labels is not None and len(tokens) == len(labels):      # or else `print_row` says so
+                chosen = choose_images(len(labels), args)
+                fit = tokens[chosen], labels[chosen]
         else:
             tokenizer = loaded[path].to(device)
             k, size = tokenizer.vocab_size, tokenizer.input_size   # k-CLIP sees twice the pixels

@@ -1661,6 +1661,17 @@ def test_score_of_some_classes(dots, tmp_path):
     assert code == 2 and str(tmp_path / "k") in err and err.count("\n") == 1
 
 
+def test_score_of_a_part_of_the_images(dots, tmp_path):
+    """--images means the same ones for stored tokens as for a tokenizer."""
+    ds = train.open_dataset(str(dots), "train", 16)
+    kmeans.tokenize(kmeans.load_tokenizer(str(dots / "k8.pt")), ds, str(tmp_path / "tokens.npy"))
+    some = "score", "--data", dots, "--images", 10
+    (_, by_tokenizer), *_ = table(command(*some, "--tokenizer", dots / "k8.pt")[1])
+    (_, by_tokens), *_ = table(command(*some, "--tokens", tmp_path / "tokens.npy", "--vocab-size", 8)[1])
+    (_, by_all), *_ = table(command("score", "--data", dots, "--tokens", tmp_path / "tokens.npy", "--vocab-size", 8)[1])
+    assert by_tokens[:5] == by_tokenizer[:5] != by_all[:5]
+
+
 def test_score_reads_images_at_the_size_that_the_tokenizer_wants(dots, monkeypatch):
     """k-CLIP has image_size 224 and input_size 448; here a stand-in of 16 and 32 pixels."""
     class Wide(nn.Module):
@@ -3566,6 +3577,10 @@ def test_bad_input_is_one_line_and_writes_nothing(folder, tmp_path, capsys):
     no(["--data", folder, "--objective", "clustermim", "--tokens", tmp_path / "stored.npy"], "stored.npy", "--tokenizer")
     no(["--data", folder, "--objective", "mae"], "--vocab-size", "mae")
     no(["--data", folder, "--crop", 1.5], "--crop 1.5", "1")
+    no(["--data", folder, "--drop-path", 1], "--drop-path 1", "below 1")
+    no(["--data", folder, "--beta2", 1], "--beta2 1", "below 1")
+    no(["--data", folder, "--seed", 1 << 63], "--seed", "below 2^63")
+    no(["--data", folder, "--out", tmp_path / "half" / "train" / "dog" / "a.png"], "a.png", "a folder is wanted")
     no(["--data", folder, "--decoder-depth", 2], "--decoder-depth", "mapet has no decoder")
     no(["--data", folder, "--vocab-size", 70000], "70000", "16 bits")
     no(["--data", folder, "--tokens", tmp_path / "stored.npy", "--tokenizer", tmp_path / "t.pt"], "--tokenizer", "one of them")
@@ -3575,6 +3590,84 @@ def test_bad_input_is_one_line_and_writes_nothing(folder, tmp_path, capsys):
         argv += ["--batch-size", 8, "--device", "cpu", "--objective", name, "--features", features]
         refused(train.main, argv, capsys, features)
     assert not out.exists() or not os.listdir(out)
+
+
+def test_work_goes_on_with_the_same_pictures_only(folder, small_run, tmp_path, capsys):
+    """Not with as many others: a run without stored tokens, a probe, the pieces of a file of tokens."""
+    data, tokenizer = shutil.copytree(folder, tmp_path / "data"), toy_tokenizer()
+    small(data, str(tmp_path / "run"), "mae", "--no-probe", "--steps", 2)
+    probe_it = ["finetune", small_run, *FINETUNE, "--data", data, "--out", tmp_path / "probe", "--no-floor"]
+    assert probed(*probe_it, "--steps", 2) is None
+    before = kmeans.identify(train.open_dataset(str(data), "train", 24))
+    os.rename(data / "train" / "ant" / "005.png", data / "train" / "ant" / "5.png")
+    after = kmeans.identify(train.open_dataset(str(data), "train", 24))
+    assert before.startswith("40 (") and after.startswith("40 (") and before != after
+    again = [arg for arg in SMALL_RUN if arg not in ("--features", "pixel", "--vocab-size", 6)]
+    refused(train.main, ["--data", data, *again, "--objective", "mae", "--out", tmp_path / "run", "--no-probe"],
+            capsys, "last.pt", f"--images {before} there, {after} here")
+    refused(probe.main, [*probe_it, "--device", "cpu"], capsys, "finetune.pt", f"--images 40 of {before} there")
+
+    one, other = Toy(40), Toy(40)                                          # named alike, labelled otherwise
+    other.labels = np.zeros(40, dtype=np.int64)
+    folders = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kmeans, "write_rows", lambda path, *_: folders.append(os.path.dirname(path)))
+        patch.setattr(kmeans, "load_tokens", lambda path: None)
+        for ds in (one, other, one):
+            kmeans.tokenize(tokenizer, ds, str(tmp_path / "tokens.npy"))
+    pieces = [name for name in folders if name != str(tmp_path)]
+    assert len(pieces) == 3 and pieces[0] == pieces[2] != pieces[1]
+
+
+def test_a_run_goes_on_with_its_own_tokenizer_only(folder, tmp_path, capsys):
+    """Killed after K-means, before the first checkpoint, and started with other settings of K-means."""
+    out = tmp_path / "run"
+    run_small(folder, str(out), "--no-probe", "--steps", 1)
+    os.remove(out / "last.pt")
+    for flag, here, there in (("--seed", 1, 0), ("--fraction", .5, .05), ("--fit-images", 20, None)):
+        refused(train.main, ["--data", folder, *SMALL_RUN, "--out", out, flag, here], capsys, "tokenizer.pt",
+                f"is {there}, this run's is {here}", "--fresh")
+    run_small(folder, str(tmp_path / "b"), "--no-probe", "--steps", 1, "--seed", 1, "--tokenizer", out / "tokenizer.pt")
+    run_small(folder, str(out), "--no-probe", "--steps", 1)
+
+
+def test_stored_tokens_of_one_image():
+    """A tensor of one number passes for a number with NumPy: (n,) would come instead of (1, n)."""
+    targets = train.Targets(np.arange(12, dtype=np.uint16).reshape(3, 4), size=12)
+    assert targets.of(torch.zeros(1, 3, 8, 8), torch.tensor([2])).tolist() == [[8, 9, 10, 11]]
+
+
+def test_file_of_classes(tmp_path):
+    data = make_folder(tmp_path / "data", per_class=2, size=8, classes=("ant", "bee", "golden retriever"))
+    file = tmp_path / "keep.txt"
+    file.write_text("golden retriever\n\n  ant \ngolden retriever\n")
+    ds = train.open_dataset(data, "train", 8, str(file))
+    assert ds.classes == ["ant", "golden retriever"] and ds.labels.tolist() == [0, 0, 1, 1]
+    for content, words in ((b"\n", "names no folder"), (b"\xff\xfe\x00", "names no folder"), (b"cat", "no class folder cat")):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=f"keep.txt: .*{words}"):
+            train.open_dataset(data, "train", 8, str(file))
+
+
+def test_links_are_followed_but_not_upwards(tmp_path):
+    data = make_folder(tmp_path / "data", per_class=2, size=8)
+    os.symlink("..", tmp_path / "data" / "train" / "ant" / "up")
+    os.symlink(tmp_path / "data" / "val" / "bee", tmp_path / "data" / "train" / "bee" / "more")
+    names = [os.fsdecode(name) for name in train.open_dataset(data, "train", 8).names]
+    assert names == ["ant/000.png", "ant/001.png", "bee/000.png", "bee/001.png", "bee/more/000.png", "bee/more/001.png"]
+
+
+def test_fewer_images_than_processes(folder, small_run, monkeypatch, tmp_path):
+    """What N processes cannot share as one would use it is refused."""
+    monkeypatch.setattr(kmeans, "rank_and_world", lambda: (0, 3))
+    with pytest.raises(ValueError, match="2 images to fit on .*--fit-images.* fewer than the processes"):
+        kmeans.fit_tokenizer(Toy(15), k=5, patch_size=8, images=2)
+    monkeypatch.setattr(probe, "rank_and_world", lambda: (0, 3))
+    args, recipe = argparse.Namespace(torch_device="cpu", run=str(tmp_path)), argparse.Namespace(batch_size=48)
+    with pytest.raises(ValueError, match="3 processes cannot share a batch of 40, .*--batch-size 39"):
+        probe.fit(None, None, range(40), recipe, args, "a.pt")
+    with pytest.raises(ValueError, match="3 processes cannot share a batch of 2, .*fewer processes"):
+        probe.fit(None, None, range(2), recipe, args, "a.pt")
 
 
 def test_files_of_another_run_are_refused(folder, tmp_path, capsys):
@@ -4159,6 +4252,8 @@ def test_probes_refuse_in_one_line(folder, small_run, tmp_path, capsys):
     torch.save({"a": torch.zeros(2)}, tmp_path / "a.pt")
     refused(probe.main, ["linear", tmp_path / "a.pt", "--data", folder], capsys, "a.pt", "no ViT weights")
     refused(probe.main, ["linear", small_run, "--lr", "nan"], capsys, "--lr")
+    for flag, value in (("--smoothing", 1.5), ("--erase", 2), ("--drop-path", 1), ("--randaugment", 10.5)):
+        refused(probe.main, ["finetune", small_run, flag, value], capsys, f"{flag} {value:g}")
     refused(probe.main, ["knn", small_run, "--k", "0"], capsys, "--k")
     refused(probe.main, ["linear", small_run, "--protocol", "beit", "--lr", "1", "2"], capsys, "--lr", "fast")
     torch.save(tiny(cls_token=False).state_dict(), tmp_path / "plain.pt")

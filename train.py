@@ -202,7 +202,7 @@ class Targets:
     def of(self, images, indices=None):
         """Tokens or features of uint8 images (b, 3, S, S); indices: theirs in the training set, or None."""
         if self.stored is not None and indices is not None:
-            return to_device(torch.from_numpy(self.stored[indices].astype(np.int64)), images.device)
+            return to_device(torch.from_numpy(self.stored[indices.numpy()].astype(np.int64)), images.device)
         return self.make(images) if self.make else None
 
 
@@ -585,11 +585,23 @@ def open_folder(folder, split, image_size, classes_file=None):
     found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir()) if root != folder else []
     classes = found or None
     if classes_file:
-        classes = sorted(open(classes_file).read().split())
-        if missing := set(classes) - set(found):
-            raise ValueError(f"--classes {classes_file}: no class folder {min(missing)} in {root}")
+        classes = []
+        with contextlib.suppress(UnicodeDecodeError), open(classes_file, encoding="utf-8") as file:
+            classes = sorted({line.strip() for line in file} - {""})
+        if not classes or (missing := set(classes) - set(found)):
+            what = f"no class folder {min(missing)} in {root}" if classes else "it names no folder, one a line"
+            raise ValueError(f"--classes {classes_file}: {what}")
     names, labels = list_pictures(root, classes)
     return Pictures(f"{folder}/{split}", root, names, labels, classes, image_size)
+
+
+def walk(top):
+    """(folder, its files) of all folders from `top` down; links are followed, but to no folder above."""
+    for folder, below, files in os.walk(top, followlinks=True):
+        here = os.path.join(os.path.realpath(folder), "")
+        below[:] = [name for name in below
+                    if not here.startswith(os.path.join(os.path.realpath(os.path.join(folder, name)), ""))]
+        yield folder, files
 
 
 def list_pictures(root, classes):
@@ -609,7 +621,7 @@ def list_pictures(root, classes):
         names, labels, folders = [], [], []
         for label, top in enumerate([os.path.join(root, name) for name in classes] if classes else [root]):
             found = 0
-            for folder, _, files in sorted(os.walk(top, followlinks=True)):
+            for folder, files in sorted(walk(top)):
                 files = sorted(name for name in files if name.lower().endswith(IMG_EXTENSIONS))
                 paths = [os.fsencode(os.path.relpath(os.path.join(folder, name), root)) for name in files]
                 names.append(np.array(paths, dtype=bytes))
@@ -872,9 +884,10 @@ def read_inputs(args, ds, needs, device):
         return None, Targets(tokens, size=args.vocab_size or largest + 1)
     if args.tokenizer or os.path.exists(path) and not args.fresh:
         tokenizer = kmeans.load_tokenizer(path)
-        for key in ("patch_size", "image_size", "vocab_size", "features"):
-            here, there = getattr(args, key), getattr(tokenizer, key)
-            if here and here != there:
+        made = {} if args.tokenizer else tokenizer.made or {}          # a run's own: by its settings
+        for key in ("patch_size", "image_size", "vocab_size", "features", *made):
+            here, there = getattr(args, key), made[key] if key in made else getattr(tokenizer, key)
+            if here != there and (here or key in made):
                 raise ValueError(f"{path}: its {key.replace('_', ' ')} is {there}, this run's is {here}" +
                                  ("" if args.tokenizer else "; --fresh makes a new one"))
         return tokenizer.to(device), None
@@ -1147,10 +1160,19 @@ def check_numbers(parser, args, may_be_zero):
     """argparse takes any number: refuse, naming the flag, those that mean nothing."""
     for key, value in vars(args).items():
         for number in value if isinstance(value, list) else [value]:
-            fits = type(number) not in (int, float) or 0 < number < math.inf or number == 0 and key in may_be_zero
-            if not fits:
+            zero = number == 0 and key in may_be_zero
+            if type(number) in (int, float) and not zero and not 0 < number < 1 << 63:
                 least = "from 0 up" if key in may_be_zero else "above 0"
+                least += ", below 2^63," * (number >= 1 << 63)
                 parser.error(f"--{key.replace('_', '-')} {number}: a number {least} is wanted")
+
+
+def check_shares(args, shares, less_than_1):
+    """The flags of these names are at most 1, or less."""
+    for key in f"{shares} {less_than_1}".split():
+        value, below = getattr(args, key, None) or 0, key in less_than_1.split()
+        if value > 1 or value == 1 and below:
+            raise ValueError(f"--{key.replace('_', '-')} {value:g} is a share: from 0 to 1" + ", below 1" * below)
 
 
 def name_run(args, chosen):
@@ -1203,9 +1225,7 @@ def resolve_args(args, world, device):
     if args.tokens and args.crop:
         raise ValueError(f"--tokens {args.tokens}: a crop or a flip (--crop {args.crop:g}) moves the patches away "
                          "from their stored tokens; --crop 0, or --tokenizer for tokens of each crop")
-    for key in ("crop", "label_smoothing", "drop_path", "fraction"):
-        if getattr(args, key) > 1:
-            raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key):g} is a share: from 0 to 1")
+    check_shares(args, "crop label_smoothing fraction", "drop_path beta2")
     if not args.crop and (args.vocab_size or 0) > kmeans.MOST_CODES:
         raise ValueError(f"--vocab-size {args.vocab_size}: stored tokens have 16 bits, {kmeans.MOST_CODES} codes at "
                          "most; with --crop nothing is stored")
@@ -1235,6 +1255,7 @@ def run(args):
     ds, test = open_splits(args.data, args.image_size, args.classes)
     if args.batch_size > len(ds):
         raise ValueError(f"--batch-size {args.batch_size} is more than the {len(ds)} images of {ds.name}")
+    args.images = kmeans.identify(ds)                              # a run goes on with the same ones only
     if args.plan:
         return print_plan(args, ds, world)
     tokenizer, targets = read_inputs(args, ds, needs, device)

@@ -695,9 +695,11 @@ def exit_on_error(script):
                     f"Fewer --workers; {again}")
         elif isinstance(error, (ValueError, OSError)):
             code, line = 2, first
+            if isinstance(error, FileExistsError):
+                line = f"{error.filename}: a folder is wanted, and a file is there"
             if "worker process" in first:  # a loader's whole traceback: its last line
                 line = re.sub(r"^\w+: ", "", others[-1])
-        elif isinstance(error, torch.OutOfMemoryError):
+        elif isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in first:
             line = f"the device is out of memory; --micro-batch: fewer images at once, the same result; {again}"
         elif "WORLD_SIZE" in os.environ and re.search("gloo|nccl|connection|peer", str(error), re.I):
             line = f"another process of this run was lost; {again}"
