@@ -285,16 +285,15 @@ class KMeansTokenizer(nn.Module):
     def forward(self, images):
         rows = self.rows(images)
         block = rows.flatten(0, 1)
-        if self.metric == "cosine":                            # needs unit rows, at once
-            return self.assign(images)[0]
-        return find_nearest(block, *self.fold(block))[0].view(rows.shape[:2])
+        before_unit, w, bias = self.fold(block)
+        return find_nearest(to_unit(block, before_unit), w, bias)[0].view(rows.shape[:2])
 
     def fold(self, block):
         """The centroids as `find_nearest` wants them, kept: making them for each crop would wait for the GPU."""
         key = self.centroids.device, self.centroids._version, block.dtype, self.centroids.data_ptr()
         if self.folded is None or self.folded[0] != key:
-            data, c = Rows(block, len(self.centroids), mean=self.mean, std=self.std), self.centroids[None]
-            self.folded = key, *score_weights(c, c[0].double().mean(0), data)
+            data, c = Rows(block, len(self.centroids), self.metric, self.mean, self.std), self.centroids[None]
+            self.folded = key, data.before_unit, *score_weights(c, c[0].double().mean(0), data)
         return self.folded[1:]
 
     def save(self, path):
@@ -618,10 +617,7 @@ class Rows:
                 if block.dtype not in (torch.uint8, torch.float16, torch.bfloat16):
                     block = block.float()                       # the kernels know no float64, no int64
                 block = to_device(block, self.device)
-                if self.before_unit:
-                    scale, shift = self.before_unit
-                    block = F.normalize(block.float() * scale + shift, dim=-1)
-                yield block
+                yield to_unit(block, self.before_unit)
 
     def round(self, c):
         """Centroids (r, k, d), less an origin, as they are multiplied: see `find_nearest_fused`."""
@@ -643,6 +639,14 @@ class Rows:
             start += len(block)
         all_reduce(out)
         return out
+
+
+def to_unit(block, before_unit):
+    """Rows (m, d), for cosine as float32 of length 1; before_unit: scale, shift (d,) before that, or None."""
+    if before_unit is None:
+        return block
+    scale, shift = before_unit
+    return F.normalize(block.float() * scale + shift, dim=-1)
 
 
 def pixel_scale(d, mean, std):
@@ -888,7 +892,8 @@ def fit_tokenizer(ds, features="pixel", k=64, metric="euclidean", patch_size=16,
     first = next(stream())
     kind = torch.float16 if device.type == "cuda" and first.dtype == torch.float32 else first.dtype
     data = stream
-    if n * first.shape[1] * kind.itemsize < available_memory(device):
+    states = 48 * restarts * k * first.shape[1]                # float64 sums, their copies, the centroids
+    if n * first.shape[1] * kind.itemsize + states < available_memory(device):
         data, at = torch.empty(n, first.shape[1], dtype=kind, device=device), 0
         for x in stream():
             data[at:at + len(x)] = x
@@ -1079,7 +1084,7 @@ def bench_cuda(device):
         print0(f"n = {n}, d = {d}, K = {k}, {kind}: {t:.4f} s an iteration: "
                f"the data at {x.nbytes / t / bandwidth:.0%} of the copy bandwidth, "
                f"products at {2 * n * d * k / t / rate:.0%} of the bfloat16 rate")
-        del x, data
+        del x, data, clusters
 
 
 def parse(argv, check_numbers):
