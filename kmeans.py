@@ -819,9 +819,11 @@ def derive_seed(*numbers):
 
 def identify(ds):
     """The number of images and a checksum of their names and labels: what work that goes on must agree on."""
-    parts = getattr(ds, "names", None), getattr(ds, "labels", None)
-    found = b"".join(np.asarray(part).tobytes() for part in parts if part is not None)
-    return f"{len(ds)} ({zlib.crc32(found):08x})"
+    found = 0
+    for part in (getattr(ds, "names", None), getattr(ds, "labels", None)):
+        if part is not None:
+            found = zlib.crc32(np.ascontiguousarray(part).view(np.uint8), found)
+    return f"{len(ds)} ({found:08x})"
 
 
 def stream_patches(tokenizer, ds, keep, images, seed, batch_size, workers, device):
