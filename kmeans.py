@@ -253,9 +253,10 @@ class KMeansTokenizer(nn.Module):
     It belongs beside a model, never inside: MAE's weight initialization would wipe it.
 
     encoder   of a learned tokenizer (dvae, vq, peco, vqkd): the weights of f, see PatchFeatures
+    made      how and of which images it was fitted, see fit_tokenizer
     """
 
-    def __init__(self, features, centroids, metric, patch_size, image_size, mean, std, encoder=None):
+    def __init__(self, features, centroids, metric, patch_size, image_size, mean, std, encoder=None, made=None):
         super().__init__()
         self.features, self.metric, self.patch_size, self.image_size = features, metric, patch_size, image_size
         self.mean, self.std = (tuple(float(value) for value in values) for values in (mean, std))
@@ -263,8 +264,7 @@ class KMeansTokenizer(nn.Module):
         self.vocab_size, self.n_patches = len(centroids), (image_size // patch_size) ** 2
         self.input_size = image_size * (2 if features == "clip" else 1)
         self.register_buffer("centroids", centroids.detach().float().clone())
-        self.folded = None                                     # of `forward`: see fold
-        self.made = None                                       # how and of what: see fit_tokenizer
+        self.folded, self.made = None, made                    # folded: see fold
 
     @torch.no_grad()
     def rows(self, images):
@@ -285,15 +285,16 @@ class KMeansTokenizer(nn.Module):
     def forward(self, images):
         rows = self.rows(images)
         block = rows.flatten(0, 1)
-        before_unit, w, bias = self.fold(block)
-        return find_nearest(to_unit(block, before_unit), w, bias)[0].view(rows.shape[:2])
+        size, before_unit, w, bias = self.fold(block)
+        labels = [find_nearest(to_unit(part, before_unit), w, bias)[0] for part in block.split(size)]
+        return torch.cat(labels, 1).view(rows.shape[:2])
 
     def fold(self, block):
         """The centroids as `find_nearest` wants them, kept: making them for each crop would wait for the GPU."""
         key = self.centroids.device, self.centroids._version, block.dtype, self.centroids.data_ptr()
         if self.folded is None or self.folded[0] != key:
             data, c = Rows(block, len(self.centroids), self.metric, self.mean, self.std), self.centroids[None]
-            self.folded = key, data.before_unit, *score_weights(c, c[0].double().mean(0), data)
+            self.folded = key, data.rows, data.before_unit, *score_weights(c, c[0].double().mean(0), data)
         return self.folded[1:]
 
     def save(self, path):
@@ -676,9 +677,11 @@ def multiply(x, w, bias):
 
 def use_triton(device):
     """On GPUs from Ampere on (older ones cannot hold the kernel's tiles), and in Triton's interpreter."""
-    if triton is None or device.type != "cuda":
-        return triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    if triton is None:
+        return False
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def one_product(is_uint8, d, k):
@@ -746,8 +749,8 @@ def find_nearest_fused(x, w, bias):
     """
     (r, k, d), m = w.shape, len(x)
     x, w, half, center = x.contiguous(), w.contiguous(), x.dtype != torch.float32, 0.
-    rest, shrink = w, torch.ones(1, device=x.device)
-    unit = shrink
+    rest, twice = w, half and not one_product(x.dtype == torch.uint8, d, k)
+    shrink = unit = torch.ones(1, device=x.device)
     if half:
         if x.dtype == torch.uint8:
             center, bias = 128., bias + 128 * w.sum(-1)         # x.w = (x - 128).w + 128 sum(w)
@@ -756,7 +759,6 @@ def find_nearest_fused(x, w, bias):
         w, rest, unit = split_half(w)
     labels = torch.empty(r, m, dtype=torch.int32, device=x.device)
     scores = torch.empty(r, m, device=x.device)
-    twice = half and not one_product(x.dtype == torch.uint8, d, k)
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():  # Triton's is the current
         nearest_kernel[triton.cdiv(m, 128), r](
             x, w, rest, bias.contiguous(), labels, scores, m, k, d, center, shrink, unit / shrink,
@@ -926,10 +928,7 @@ def load_tokenizer(path):
             state = select_vqkd(state["model"], path)
         if state.pop("vocab_size") != len(state["centroids"]):
             raise ValueError("vocab_size is not the number of centroids")
-        made = state.pop("made", None)
-        tokenizer = KMeansTokenizer(**state)
-        tokenizer.made = made
-        return tokenizer
+        return KMeansTokenizer(**state)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a tokenizer of kmeans.py fit ({str(error).splitlines()[0]})") from None
 
