@@ -494,7 +494,7 @@ def score(args, kmeans, train, vit):
         if path in token_files:
             tokens, labels, held = loaded[path], opened("train", None).labels, None
             k, fit = args.vocab_size or int(tokens.max()) + 1, (tokens, labels)
-            if labels is not None and len(tokens) == len(labels):      # or else `print_row` says so
+            if args.images and labels is not None and len(tokens) == len(labels):      # else `print_row` errs
                 chosen = choose_images(len(labels), args)
                 fit = tokens[chosen], labels[chosen]
         else:
