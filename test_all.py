@@ -3602,9 +3602,8 @@ def test_work_goes_on_with_the_same_pictures_only(folder, small_run, tmp_path, c
     os.rename(data / "train" / "ant" / "005.png", data / "train" / "ant" / "5.png")
     after = kmeans.identify(train.open_dataset(str(data), "train", 24))
     assert before.startswith("40 (") and after.startswith("40 (") and before != after
-    again = [arg for arg in SMALL_RUN if arg not in ("--features", "pixel", "--vocab-size", 6)]
-    refused(train.main, ["--data", data, *again, "--objective", "mae", "--out", tmp_path / "run", "--no-probe"],
-            capsys, "last.pt", f"--images {before} there, {after} here")
+    refused(lambda _: small(data, str(tmp_path / "run"), "mae", "--no-probe"), [], capsys, "last.pt",
+            f"--images {before} there, {after} here")
     refused(probe.main, [*probe_it, "--device", "cpu"], capsys, "finetune.pt", f"--images 40 of {before} there")
 
     one, other = Toy(40), Toy(40)                                          # named alike, labelled otherwise
@@ -3652,9 +3651,15 @@ def test_file_of_classes(tmp_path):
 def test_links_are_followed_but_not_upwards(tmp_path):
     data = make_folder(tmp_path / "data", per_class=2, size=8)
     os.symlink("..", tmp_path / "data" / "train" / "ant" / "up")
+    for one, other in ("to", "fro"), ("fro", "to"):                        # and back by another link
+        os.makedirs(tmp_path / one, exist_ok=True)
+        os.symlink(tmp_path / other, tmp_path / one / other)
+    os.symlink(tmp_path / "to", tmp_path / "data" / "train" / "bee" / "to")
+    shutil.copy(tmp_path / "data" / "train" / "bee" / "000.png", tmp_path / "fro")
     os.symlink(tmp_path / "data" / "val" / "bee", tmp_path / "data" / "train" / "bee" / "more")
     names = [os.fsdecode(name) for name in train.open_dataset(data, "train", 8).names]
-    assert names == ["ant/000.png", "ant/001.png", "bee/000.png", "bee/001.png", "bee/more/000.png", "bee/more/001.png"]
+    assert names == ["ant/000.png", "ant/001.png", "bee/000.png", "bee/001.png", "bee/more/000.png", "bee/more/001.png",
+                     "bee/to/fro/000.png"]
 
 
 def test_fewer_images_than_processes(folder, small_run, monkeypatch, tmp_path):

@@ -596,11 +596,15 @@ def open_folder(folder, split, image_size, classes_file=None):
 
 
 def walk(top):
-    """(folder, its files) of all folders from `top` down; links are followed, but to no folder above."""
+    """(folder, its files) of all folders from `top` down; links are followed, but not back."""
+    real = lambda path: os.path.join(os.path.realpath(path), "")
+    way = {top: [real(top)]}                                     # what was gone through to get to a folder
     for folder, below, files in os.walk(top, followlinks=True):
-        here = os.path.join(os.path.realpath(folder), "")
-        below[:] = [name for name in below
-                    if not here.startswith(os.path.join(os.path.realpath(os.path.join(folder, name)), ""))]
+        for name in list(below):
+            path = os.path.join(folder, name)
+            if any(step.startswith(real(path)) for step in way[folder]):
+                below.remove(name)
+            way[path] = [*way[folder], real(path)]
         yield folder, files
 
 
@@ -899,7 +903,7 @@ def keep_squares(args, ds):
     """Let center squares be decoded once, if the disk has room; the first process of a machine asks."""
     if args.crop or not args.cache or not isinstance(ds, Pictures) or not hasattr(os, "preadv"):  # Windows
         return
-    what = (ds.names.tobytes() if ds.source is None else b"") + f"{os.path.abspath(ds.root)} {len(ds)}".encode()
+    what = f"{os.path.abspath(ds.root)} {kmeans.identify(ds)}".encode()
     name = re.sub(r"[^\w.-]+", "_", f"{ds.name.strip('/')}-{ds.image_size}-{zlib.crc32(what):08x}.squares")
     squares = Squares(os.path.join(args.cache, name), len(ds), ds.image_size)
     size = f"{squares.total / 1e9:.3g} GB"
