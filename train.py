@@ -1,68 +1,74 @@
-"""Data, the one training loop, checkpoints.
+"""Recipes, data sets, the one training loop, checkpoints.
 
-torchrun --nproc_per_node 1 train.py --objective mapet                    embedded data, two CPU cores, minutes
-torchrun --nproc_per_node 8 train.py --objective mapet --data IMAGENET    the paper's recipe, MaPeT Table 7
+torchrun --nproc_per_node 1 train.py --objective mapet            embedded data, two CPU cores, minutes
+python train.py --data FOLDER --preset laptop                     the same on pictures of your own
+torchrun --nproc_per_node 8 train.py --data IMAGENET              the paper's recipe: MaPeT, Table 7
 
 One command goes the whole way: images -> K-means tokens -> pre-training -> k-NN and linear probe. What it
 makes is in --out, and the same command again goes on where it stopped.
 
-Nothing depends on when or where it runs: the order of the images, their augmentation, the permutations z and
-the stochastic depth of step s are functions of (seed, s) for the *global* batch, of which each process takes
-its rows. So a resumed run equals an unbroken one bit for bit (on the CPU), and 1, 2 or 8 processes run the
-same experiment.
-
-Read down to the ruled line: recipes of both papers, order of the images, learning rate, targets, the loop.
-Below it, to be skipped at first: data sets, the run's files, tokens, the command line.
+Step s is a function of (seed, s) and the weights: the order of the images, their augmentation and the
+permutations z are drawn for the *global* batch, of which each process takes its rows; torch's own
+generator, which decides stochastic depth, is seeded from (seed, s, rank). So a resumed run equals an unbroken
+one bit for bit (on the CPU), and 1, 2 or 8 processes run the same experiment.
 """
 import argparse
 import contextlib
 import copy
+import datetime
 import functools
+import io
 import json
 import math
 import os
 import re
 import shutil
+import signal
 import sys
-import tempfile
+import threading
 import time
-import timeit
-import zipfile
+import warnings
 import zlib
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torchvision.datasets as tv
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import make_dataset
+from torchvision.io import decode_image, decode_jpeg
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.functional import pil_to_tensor
-from tqdm import tqdm
 
-import kmeans
 import objectives
-import tcas
-from kmeans import (all_gather, all_reduce, barrier, catch_signals, derive_seed, first_on_machine, make_loader, print0,
-                    rank_and_world, setup)
-from vit import (MODELS, count_flops, draw_plot, exit_on_error, normalize, read_checkpoint, save, save_plots,
-                 to_channels, to_device, write_atomically)
+from kmeans import (KMeans, KMeansTokenizer, all_reduce, barrier, blank_tokenizer, fit_tokenizer,
+                    load_batches, load_tokenizer, load_tokens, print0, rank_and_world, tokenize, write_npy)
+from tcas import describe_codebook
+from vit import (IMAGENET, MODELS, draw_rows, exit_on_error, load_matplotlib, normalize, patchify,
+                 read_checkpoint, save, save_figure, write_atomically)
 
 try:
-    from torchvision.io import decode_jpeg, read_file
-except ImportError:                         # torchvision 0.29 says that it will move its decoders out
-    decode_jpeg = None
+    import fcntl
+except ImportError:                         # not on Windows
+    fcntl = None
 
-# --- recipes: an explicit flag beats the recipe -----------------------------------------------------------
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))              # of this process on its machine, by torchrun
 
-# MaPeT: Table 7, for ImageNet and every other folder of images; the rows of MaPeT's own tables. Lost in our text:
-# the cutting points of ViT-T, S and B (B gets Table 6's best, 70 % hidden, T and S the released code's 75 %). Not
-# stated: PIM's (MaPeT's), MIM's hidden share (BEiT's), positions and weights of its CAE (CAE's code).
-# ClusterMIM: Sec. 4.1, ViT-S, B and L alike. Not stated: base learning rate and warm-up (MAE's), and whether its
-# MAE row standardized the pixels (the released code's default: no).
-# textures: ours, for two CPU cores; learning rate, cut and K were chosen on its split "val".
-SETTINGS = {            # MaPeT, ClusterMIM, textures
+
+def is_main_process():
+    return rank_and_world()[0] == 0
+
+
+# --- recipes: an explicit flag beats the preset -----------------------------------------------------------
+
+# MaPeT: Table 7, for ImageNet and every other folder of images; the rows of MaPeT's own tables. ClusterMIM:
+# Sec. 4.1, ViT-S, B and L alike; base learning rate and warm-up are not stated: MAE's. Laptop: ours, for two
+# CPU cores; learning rate, cut and K were chosen on the split "val" of textures.
+SETTINGS = {            # MaPeT, ClusterMIM, laptop
     "model":            ("vit_base", "vit_base", "vit_micro", "size of the ViT"),
     "image_size":       (224, 224, 48, "pixels a side"),
     "patch_size":       (16, 16, 8, "pixels a side"),
@@ -71,14 +77,13 @@ SETTINGS = {            # MaPeT, ClusterMIM, textures
     "drop_path":        (.1, 0., 0., "stochastic depth of the last block"),
     "layer_scale":      (.1, 0., 0., "initial LayerScale, 0 = none"),
     "decoder_depth":    (4, 8, 1, "blocks: of mae, maskfeat, clustermim; of cae's regressor and decoder"),
-    "features":         ("clip", "pixel", None, "what K-means clusters: pixel, pixel-norm, hog, dino, deit, mae, "
-                         "clip or a ViT's file; what mae (pixel, pixel-norm), maskfeat (hog, dino, ...) predict"),
-    "vocab_size":       (8192, 50, None, "codebook size K"),
-    "fraction":         (.05, .05, .05, "of each image's patches, for K-means (ClusterMIM's code takes all)"),
+    "features":         ("clip", "pixel", "pixel", "what K-means clusters: pixel, pixel-norm, hog, dino, "
+                         "deit, mae, clip, a ViT's file; mae (pixel, pixel-norm) or maskfeat predict it"),
+    "vocab_size":       (8192, 50, 64, "codebook size K"),
     "label_smoothing":  (0., 0., 0., "of the cross-entropy with tokens"),
     "crop":             (0., .2, 0., "least area of a random crop, half of them mirrored; 0: center square"),
     "jitter":           (.4, 0., 0., "color jitter: brightness, contrast, saturation"),
-    "epochs":           (300., 200., 6., "passes over the data: the schedule's length"),
+    "epochs":           (300., 200., 6., "passes over the data (laptop: as many images as 6 of textures)"),
     "batch_size":       (2048, 4096, 32, "images a step, over all processes"),
     "lr":               (1.5e-3, None, 1.5e-3, "peak learning rate, as used"),
     "base_lr":          (None, 1.5e-4, None, "the same per 256 images: lr = base lr * batch / 256"),
@@ -91,61 +96,60 @@ SETTINGS = {            # MaPeT, ClusterMIM, textures
     "clip_norm":        (3., 0., 1., "largest gradient norm, 0 = any"),
     "save_every":       (1000, 1000, 200, "steps between checkpoints"),
 }
-MAPET, CLUSTERMIM, TEXTURES = ({key: row[i] for key, row in SETTINGS.items()} for i in range(3))
-# Learned tokenizers: VQ-KD's recipe (BEiT v2's code); its teacher is CLIP's ViT-B/16, here DINO's. The others' are
-# for convolutions: what is not named is VQ-KD's. DALL-E's is of its App. A, VQGAN's of its code (4.5e-6 an image).
-VQKD = dict(MAPET, features="dino_vitb16", vocab_size=8192, decoder_depth=3, crop=.08, jitter=0., layer_scale=0.,
-            drop_path=0., epochs=100., batch_size=512, lr=2e-4, weight_decay=1e-4, beta2=.99, clip_norm=0.,
-            cosine="warmup")
+MAPET, CLUSTERMIM, LAPTOP = ({key: row[i] for key, row in SETTINGS.items()} for i in range(3))
+# Learned tokenizers: VQ-KD's recipe (BEiT v2's code); its teacher is CLIP's ViT-B/16, here DINO's. The
+# others' are for convolutions: what is not named is VQ-KD's. DALL-E's is of its App. A, VQGAN's of its code
+# (4.5e-6 an image).
+VQKD = dict(MAPET, features="dino_vitb16", decoder_depth=3, crop=.08, jitter=0., layer_scale=0., drop_path=0.,
+            epochs=100., batch_size=512, lr=2e-4, weight_decay=1e-4, beta2=.99, clip_norm=0., cosine="warmup")
 # MaskFeat is the row of ClusterMIM's tables; its own paper's recipe is for mask tokens in the encoder.
 PAPERS = dict(
-    mae=dict(CLUSTERMIM, vocab_size=None), maskfeat=dict(CLUSTERMIM, vocab_size=None, features="hog"),
-    clustermim=CLUSTERMIM, cae=dict(MAPET, pos="sincos", init="mae"), beit=MAPET, mim=MAPET, pim=MAPET, mapet=MAPET,
+    mae=CLUSTERMIM, maskfeat=dict(CLUSTERMIM, features="hog"), clustermim=CLUSTERMIM,
+    cae=dict(MAPET, pos="sincos", init="mae"), beit=MAPET, mim=MAPET, pim=MAPET, mapet=MAPET,
     dvae=dict(VQKD, features="pixel", lr=1e-4, min_lr=1.25e-6, beta2=.999),
     vq=dict(VQKD, features="pixel", vocab_size=1024, batch_size=64, lr=64 * 4.5e-6),
     peco=dict(VQKD, batch_size=128, lr=5e-5, beta2=.999), vqkd=VQKD)
-SMALL = {"cifar10": (32, 4), "cifar100": (32, 4), "stl10": (96, 12)}     # ours: pixels a side, of a patch
+HARD_CODES = "vq", "peco", "vqkd"           # learned tokenizers with a codebook
 
 
-def recipe(objective, data, model=None):
-    """The settings of an objective on a data set, as a dict of flags; `model`: of --model, or None."""
+def recipe(objective, preset, model=None):
+    """The settings of an objective, a dict of flags; preset: paper or laptop; model: of --model, or None."""
     kind, _, mask_ratio = objectives.OBJECTIVES[objective]
     chosen = dict(PAPERS[objective], mask_ratio=mask_ratio)
-    teacher = "hog" if objective in ("peco", "vqkd") else "pixel"  # on small data: ours, no download
-    codebook = dict(features=teacher, vocab_size=64) if chosen["vocab_size"] else {}
-    if data in SMALL:
-        size, p = SMALL[data]
-        chosen.update(codebook, model="vit_tiny", batch_size=512, image_size=size, patch_size=p)
     if objective in ("pim", "mapet") and (model or chosen["model"]) == "vit_base":
-        chosen["mask_ratio"] = .7                                     # MaPeT Table 6
-    if data == "textures":
-        hidden = mask_ratio and (.75 if kind is objectives.MaskedAutoencoder else .5)
-        features = codebook.get("features", chosen["features"])
-        chosen.update({**TEXTURES, **codebook, "features": features}, mask_ratio=hidden)
-        if objective in objectives.TOKENIZERS:  # 3 epochs are enough, and std 0.02 starts slowly
+        chosen["mask_ratio"] = .7                              # MaPeT Table 6: its best row for ViT-B
+    if preset == "laptop":
+        chosen.update(LAPTOP)
+        if objective in ("maskfeat", "peco", "vqkd"):
+            chosen["features"] = "hog"                         # no download
+        if objective in objectives.TOKENIZERS:                 # half the time will do; std 0.02 starts slowly
             chosen.update(epochs=3., init="mae")
+        else:
+            chosen["mask_ratio"] = .75 if kind is objectives.MaskedAutoencoder else .5
     return chosen
 
 
-# --- what a step is: which images, which learning rate, which parameters, which targets -------------------
+# --- what a step is: which images, which learning rate, which parameters ----------------------------------
+
+def derive_seed(*numbers):
+    """One seed from several, as different from its neighbors' as a random number."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
 
 def schedule(n, batch, seed, start, stop, rows, accumulate):
     """Yields, for each micro-batch of this process, its items (epoch, i); steps start..stop-1.
 
-    An epoch is a permutation of the n images, cut into global batches; the rest is dropped. It is a function of
-    (seed, epoch) alone, different for different pairs, and drawn once an epoch, not at each step.
-    `rows` is this process's slice of the global batch, handed out in `accumulate` equal micro-batches.
+    An epoch is a permutation of the n images, a function of (seed, epoch), cut into global batches; the rest
+    is dropped. `rows`: this process's slice of a global batch, cut into `accumulate` equal micro-batches.
     """
-    per_epoch, order = n // batch, None
     for step in range(start, stop):
-        epoch, k = divmod(step, per_epoch)
-        if order is None or k == 0:
+        epoch, k = divmod(step, n // batch)
+        if step == start or k == 0:
             generator = torch.Generator().manual_seed(derive_seed(seed, epoch))
             order = torch.randperm(n, generator=generator)
-        mine = order[k * batch:(k + 1) * batch][rows].tolist()
-        micro = len(mine) // accumulate
-        for m in range(accumulate):
-            yield [(epoch, i) for i in mine[m * micro:(m + 1) * micro]]
+        mine = order[k * batch:(k + 1) * batch][rows]
+        for micro in mine.split(len(mine) // accumulate):
+            yield [(epoch, i) for i in micro.tolist()]
 
 
 def learning_rate(step, steps, warmup, peak, start, end, cosine="warmup"):
@@ -165,147 +169,260 @@ def make_optimizer(model, args):
 
     The mask token, (1, 1, d), is decayed, as in the released code (ClusterMIM's also decays the class token).
     """
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    free = {name for name, p in trained.items() if p.ndim < 2 or name.endswith(("pos_embed", "cls_token"))}
-    decayed = [p for name, p in trained.items() if name not in free]
-    groups = [dict(params=decayed, weight_decay=args.weight_decay),
-              dict(params=[trained[name] for name in trained if name in free], weight_decay=0.)]
+    decayed, free = [], []
+    for name, p in model.named_parameters():
+        is_free = p.ndim < 2 or name.endswith(("pos_embed", "cls_token"))
+        if p.requires_grad:
+            (free if is_free else decayed).append(p)
+    groups = [dict(params=decayed, weight_decay=args.weight_decay), dict(params=free, weight_decay=0.)]
     return torch.optim.AdamW(groups, lr=args.lr, betas=(.9, args.beta2), fused=True)
 
 
-def build(args, size):
-    """The objective around a new ViT, initialized by the seed; size: of its codebook, or of its features."""
-    torch.manual_seed(args.seed)
-    vit = MODELS[args.model](image_size=args.image_size, patch_size=args.patch_size, drop_path=args.drop_path,
-                             layer_scale=args.layer_scale or None, pos=args.pos, init=args.init)
-    teacher = "hog" if args.features == "hog" else "features"
-    target = dict(mae=args.features, maskfeat=teacher).get(args.objective)
-    mask_ratio = args.mask_ratio if args.cut is None else None
-    vocab_size = args.vocab_size if args.objective in objectives.TOKENIZERS else size
-    return objectives.make(args.objective, vit, vocab_size, args.cut, mask_ratio, target, args.label_smoothing,
-                           args.decoder_depth, values=size)
-
-
-class Targets:
-    """What an objective is given besides images. Tokenizer and teacher stay outside the model: no gradient, no
-    weight decay, no room in checkpoints, no initialization that wipes them (a trap in ClusterMIM's code).
-
-    stored  tokens (images, n) of the center squares, extracted once (MaPeT); or None
-    make    function of uint8 images, as augmented: tokens (b, n), or features (b, n, size); or None
-    size    codebook size, or values a patch
-    layers  normalized images -> [(b, rows, d), ...]: what a perceptual loss compares (PeCo); or None
-    """
-
-    def __init__(self, stored=None, make=None, size=None, layers=None):
-        self.stored, self.make, self.size, self.layers = stored, make, size, layers
-
-    def of(self, images, indices=None):
-        """Tokens or features of uint8 images (b, 3, S, S); indices: theirs in the training set, or None."""
-        if self.stored is not None and indices is not None:
-            return to_device(torch.from_numpy(self.stored[indices.numpy()].astype(np.int64)), images.device)
-        return self.make(images) if self.make else None
+def divide_batch(args):
+    """Where this process's micro-batches begin in a global batch, a range; by default of up to 256."""
+    rank, world = rank_and_world()
+    local = args.batch_size // world
+    micro = args.micro_batch or max(size for size in range(1, 257) if local % size == 0)
+    if local == 0 or args.batch_size % (micro * world):
+        raise ValueError(f"--batch-size {args.batch_size} is not a multiple of {world} processes x "
+                         f"--micro-batch {micro}")
+    return range(rank * local, (rank + 1) * local, micro)
 
 
 # --- the loop ---------------------------------------------------------------------------------------------
 
-def train(args, ds, targets, state, device, lap=lambda phase: None):
-    """Pre-train from the checkpoint `state` (or None): (objective, step, steps), or None when a signal came.
+def train(model, optimizer, ds, args, compute_loss, device, checkpoint, metrics=None, before_step=None):
+    """Steps of `optimizer` on batches of `ds`, from `checkpoint` if it is there, to the end or to args.steps.
 
-    Writes last.pt and metrics.jsonl as it goes, encoder.pt at the end. lap: told when a phase of a step ends.
+    compute_loss(net, images, labels, read, step, rows) -> loss, dict of 0-d logs
+                 images uint8 (b, 3, S, S), those at `read` (b,) of ds, rows: this slice of the global batch
+    args         epochs batch_size micro_batch lr min_lr warmup_lr warmup_epochs cosine clip_norm steps seed
+                 workers log_every save_every compile
+    -> (step, steps): where it ended, of how many; by a signal if before args.steps
     """
     rank, world = rank_and_world()
+    mine = divide_batch(args)
     per_epoch = len(ds) // args.batch_size
-    steps, warmup = max(1, round(args.epochs * per_epoch)), round(args.warmup_epochs * per_epoch)
-    stop_at = min(steps, args.steps or steps)
-    share, micro = divide_batch(args, world)                   # images of this process: a step; at once
-    accumulate, mine = share // micro, slice(rank * share, (rank + 1) * share)
-
-    # --- model, optimizer, where we are, images
-    model = build(args, targets.size).to(device)
-    model.layers = targets.layers
-    optimizer = make_optimizer(model, args)
-    step = saved = state["step"] if state else 0
-    if state:
-        restore_state(state, model, optimizer)
-        print0(f"going on from {args.out}/last.pt at step {step}")
-    if step == 0 and args.objective in ("vq", "peco", "vqkd"):
-        start_codebook(args, model, ds, device, mine, micro)
-    log = Log(args, model, targets, state, device)
-    print0(f"{describe(model, args)}. {steps} steps of {args.batch_size} images ({world} processes x {accumulate} x "
-           f"{micro}), lr {args.lr:g}, {'bfloat16' if device.type == 'cuda' else 'float32'} on {device}")
+    steps = max(1, round(args.epochs * per_epoch))
+    warmup = round(args.warmup_epochs * per_epoch)
+    stop = min(steps, args.steps or steps)
+    step = load_checkpoint(checkpoint, model, optimizer, metrics)
     if args.compile:
-        model.compile()                                             # in place, so that parameter names stay
-    net = model if world == 1 else DistributedDataParallel(
-        model, [device] if device.type == "cuda" else None, broadcast_buffers=False, gradient_as_bucket_view=True)
-    images_of = Augmented(ds, random_crop(ds.image_size, args.crop) if args.crop else None, args.seed)
-    jitter = ColorJitter(args.jitter, len(ds), args.seed)
-    keys = schedule(len(ds), args.batch_size, args.seed, step, stop_at, mine, accumulate)
-    loader = iter(make_loader(images_of, keys, args.workers, device))
-
-    generator, saved_at = torch.Generator(device), time.time()
-    with catch_signals() as ask_all:
-        while step < stop_at:
-            # --- one step: a function of (seed, step) and the parameters
+        model.compile()                                        # in place, so that parameter names stay
+    net = wrap_model(model, device)
+    batches = load_steps(ds, args, step, stop, device)
+    sums, waited, logged, since = 0., 0., step, time.time()
+    asked = False
+    with contextlib.closing(batches), catch_signals(device) as stopping:
+        while step < stop and not asked:
             lr = learning_rate(step, steps, warmup, args.lr, args.warmup_lr, args.min_lr, args.cosine)
             for group in optimizer.param_groups:
-                group["lr"] = lr
-            order = model.draw_order(args.batch_size, derive_seed(args.seed, step), device, mine)
-            generator.manual_seed(derive_seed(args.seed, step, 1))      # for stochastic depth
-            noise = torch.rand(model.noise_rows, args.batch_size, device=device, generator=generator)[:, mine]
-            for m in range(accumulate):
-                lap("targets")
-                images, _, wanted, read = next(loader)
-                lap("waiting for data")
-                ds.note_unreadable(wanted, read)
-                images = jitter(images.to(device, non_blocking=True), step // per_epoch, wanted)
-                given, part = targets.of(images, read), slice(m * micro, (m + 1) * micro)
-                lap("targets")
-                last = m == accumulate - 1
+                group["lr"] = lr * group.get("scale", 1.)
+            torch.manual_seed(derive_seed(args.seed, step, rank))
+            for start in mine:
+                before = time.time()
+                images, labels, read = next(batches)
+                waited += time.time() - before
+                rows = slice(start, start + mine.step)
                 # All micro-batches make one gradient: the processes exchange it once, with the last.
-                with contextlib.nullcontext() if world == 1 or last else net.no_sync():
+                alone = world > 1 and start != mine[-1]
+                with net.no_sync() if alone else contextlib.nullcontext():
                     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                        loss, logs = net(normalize(images, ds), given, order=order[part], noise=noise[:, part])
-                    lap("forward")
-                    (loss / accumulate).backward()
-                lap("backward")
-                log.add(loss, logs)
+                        loss, logs = compute_loss(net, images, labels, read, step, rows)
+                    (loss / len(mine)).backward()
+                logs = {"loss": loss.detach(), **logs}
+                sums = sums + torch.stack([*logs.values()]).float() / len(mine)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm or math.inf)
-
-            # --- is it due to log, to save, to stop?
-            request = ask_all(late=time.time() > saved_at + 60 * args.save_minutes)     # 1: to save, 2: to stop
-            log_due = (step + 1) % args.log_every == 0 or step + 1 in (1, stop_at)
-            save_due = (step + 1) % args.save_every == 0 or step + 1 == stop_at or request > 0
-            # The norm is the same on every process, and not finite if any loss is not. To read it, the CPU must wait
-            # for the GPU: there only before a log or a save, so that no broken weights are saved.
-            if (device.type == "cpu" or log_due or save_due) and not torch.isfinite(norm + log.sums[0]):
-                kept = f"{args.out}/last.pt keeps step {saved}" if saved else "No checkpoint was written yet"
-                raise ValueError(f"step {step + 1}: the loss or its gradient is not finite. {kept}; "
-                                 f"try a lower --lr (now {args.lr:g})")
-            model.before_step()
+            asked = stopping(step)
+            last = step + 1 == stop
+            log_due = last or step == 0 or (step + 1) % args.log_every == 0
+            save_due = last or asked or (step + 1) % args.save_every == 0
+            # To read the norm, which is the same on every process, the CPU must wait for the GPU.
+            if (device.type == "cpu" or log_due or save_due) and not norm.isfinite():
+                raise ValueError(f"step {step + 1}: the loss or its gradient is not finite, what was saved "
+                                 f"is kept; try a lower --lr (now {args.lr:g})")
+            if before_step:
+                before_step((step + 1) / steps)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
-            model.end_step(step / steps, all_reduce, all_gather)
-            lap("optimizer")
             if log_due:
-                log.write(step, step / per_epoch, lr, steps)
-            if save_due:
-                saved, saved_at = step, time.time()
-                state = collect_state(model, optimizer, args, step, epoch=step // per_epoch, sums=log.add_up())
-                if rank == 0:
-                    save(state, f"{args.out}/last.pt")
-            lap("log, save")
-            if request == 2:
-                return print0(f"stopped at step {step} by a signal; the same command goes on from there")
-    if rank == 0:
-        save({key: value.cpu() for key, value in model.encoder.state_dict().items()}, f"{args.out}/encoder.pt")
-    barrier()
-    return model, step, steps
+                all_reduce(sums)
+                means = dict(zip(logs, (sums / (world * (step - logged))).tolist()))
+                seconds = time.time() - since
+                means["images_per_second"] = round((step - logged) * args.batch_size / seconds, 1)
+                append_metrics(metrics, step=step, epoch=step / per_epoch, lr=lr, **means)
+                words = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
+                if device.type == "cuda":
+                    words += f", {torch.cuda.max_memory_allocated() / 1e9:.3g} GB"
+                print0(f"step {step}/{steps}  lr {lr:.2e}  {words}, {waited / seconds:.0%} waiting for data")
+                sums, waited, logged, since = 0., 0., step, time.time()
+            if save_due and rank == 0:
+                state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
+                save(state, checkpoint)
+    if asked:
+        print0(f"stopped at step {step} of {steps} by a signal; the same command goes on from there")
+    return step, steps
 
 
-# ==========================================================================================================
-# Machinery. The method ends here: what follows reads data, keeps the run's files and parses the command line.
-# ==========================================================================================================
+def wrap_model(model, device):
+    """DistributedDataParallel, where there are several processes."""
+    if rank_and_world()[1] == 1:
+        return model
+    warnings.filterwarnings("ignore", ".*broadcast_buffers.*")              # torch 2.14 renames it
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def load_checkpoint(path, model, optimizer, metrics=None):
+    """The step to go on from, 0 without a checkpoint. Lines of `metrics` written after it are dropped."""
+    if not os.path.exists(path):
+        return 0
+    state = read_checkpoint(path)
+    if not isinstance(state, dict) or not {"model", "optimizer", "step"} <= state.keys():
+        raise ValueError(f"{path}: not a checkpoint of this script; --fresh starts over")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    step = state["step"]
+    print0(f"going on from {path} at step {step}")
+    barrier()                                                  # nobody writes before everybody has read
+    if metrics and is_main_process():
+        kept = [json.dumps(line) + "\n" for line in read_metrics(metrics) if line["step"] <= step]
+        with write_atomically(metrics) as temporary:
+            Path(temporary).write_text("".join(kept))
+    return step
+
+
+def load_steps(ds, args, start, stop, device):
+    """(images on device, labels on device, index really read) of each micro-batch of steps start..stop-1."""
+    mine = divide_batch(args)
+    rows = slice(mine.start, mine.stop)
+    keys = schedule(len(ds), args.batch_size, args.seed, start, stop, rows, len(mine))
+    # The loader draws a seed: from a generator of its own, as torch's is the step's.
+    loader = DataLoader(ds, batch_sampler=keys, num_workers=args.workers, worker_init_fn=ignore_signals,
+                        pin_memory=device.type == "cuda", generator=torch.Generator())
+    for images, labels, wanted, read in loader:
+        ds.note_damaged(wanted, read)
+        yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True), read
+
+
+def ignore_signals(_):
+    """For loading processes, which get Ctrl-C and SIGTERM, too: the main process decides when to stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def catch_signals(device, every=8):
+    """Yields stopping(step): did any process get SIGTERM or SIGINT? The same answer on all of them."""
+    received, before = [], {}
+
+    def note(number, frame):
+        received.append(number)
+
+    def stopping(step):
+        if rank_and_world()[1] == 1:
+            return bool(received)
+        if step % every:                                       # to ask the others takes time
+            return False
+        flag = torch.tensor(float(len(received)), device=device)
+        all_reduce(flag)
+        return flag.item() > 0
+
+    if threading.current_thread() is threading.main_thread():  # others cannot have handlers
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stopping
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def setup(device=None):
+    """The torch.device of this process; joins torchrun's processes, by NCCL on CUDA, by gloo on the CPU."""
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda":
+            device = torch.device("cuda", device.index or LOCAL_RANK)
+            torch.cuda.set_device(device)
+            torch.backends.cuda.enable_cudnn_sdp(False)        # its backward with a mask can be wrong
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:            # an unknown name, or not on this machine
+        raise ValueError(f"--device {device}: {str(error)[:70].splitlines()[0]}") from None
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")      # names of files need not be UTF-8
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        # Others wait while the first process downloads, or draws.
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+    return device
+
+
+# --- data sets --------------------------------------------------------------------------------------------
+
+class Damaged(Exception):
+    """The bytes of a picture cannot be decoded."""
+
+
+class Images(Dataset):
+    """Item (epoch, i): picture i transformed, uint8 (3, S, S); its label or -1; i; the index really read.
+
+    What is random in `transform` is a function of (seed, epoch, i). A neighbor stands in for a damaged
+    picture, as a run of days must not die of one file.
+
+    load        function i -> the whole picture, uint8 (3, H, W); Damaged if its bytes are none
+    labels      (n,) int64, -1: none; classes: their names, None: no labels
+    from_files  pictures have any size and are cropped to a square; paths: of their files
+    mean_std    of the channels, on the scale 0..1
+    """
+
+    def __init__(self, name, load, labels, classes, image_size, from_files=True, paths=(), mean_std=IMAGENET):
+        self.name, self.load, self.paths = name, load, paths
+        self.all_labels, self.classes = np.asarray(labels, dtype=np.int64), classes
+        self.labels = self.all_labels if classes else None
+        self.image_size, self.from_files = image_size, from_files
+        self.mean, self.std = mean_std
+        self.transform = center_square(image_size) if from_files else None
+        self.seed, self.damaged = 0, set()
+
+    def __len__(self):
+        return len(self.all_labels)
+
+    def view(self, transform, seed=0, image_size=None):
+        """The same pictures under another transform."""
+        ds = copy.copy(self)
+        ds.transform, ds.seed, ds.image_size = transform, seed, image_size or self.image_size
+        return ds
+
+    def __getitem__(self, key):
+        epoch, i = key if isinstance(key, tuple) else (0, key)
+        picture, read = self.read(i)
+        if self.transform is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(derive_seed(self.seed, epoch, i))
+                picture = self.transform(picture)
+        return picture, int(self.all_labels[read]), i, read
+
+    def read(self, i):
+        """Picture i, or the first after it that is not damaged; its index."""
+        for read in range(i, i + 100):
+            read %= len(self)
+            try:
+                return self.load(read), read
+            except Damaged as error:
+                print(f"cannot read {self.describe(read)} ({error}): its neighbor stands in", file=sys.stderr)
+        raise OSError(f"{self.describe(i)} and the 99 after it cannot be read: are these pictures?")
+
+    def describe(self, i):
+        return self.paths[i] if self.paths else f"picture {i} of {self.name}"
+
+    def note_damaged(self, wanted, read):
+        """More pictures for which a neighbor stood in, indices (b,); beyond 1 % of all it is an error."""
+        self.damaged |= set(wanted[wanted != read].tolist())
+        if len(self.damaged) > .01 * len(self):
+            raise OSError(f"{len(self.damaged)} of {len(self)} pictures cannot be read, more than 1 %: "
+                          f"replace or remove them; the first is {self.describe(min(self.damaged))}")
+
 
 def render_textures(seed, indices, size=48):
     """Images `indices` of stream `seed`: float32 (m, 3, size, size), unit variance; labels (m,) int64.
@@ -316,427 +433,304 @@ def render_textures(seed, indices, size=48):
     their neighbors, orientation and period can: a mean-squared prediction of a hidden patch is nearly flat,
     a distribution over tokens still says which texture it is.
     """
-    rngs = [np.random.default_rng([seed, int(index)]) for index in indices]  # and on nothing else
-    draws = np.array([rng.random(40) for rng in rngs], np.float32).T[:, :, None, None]         # (40, m, 1, 1)
+    rngs = [np.random.default_rng([seed, int(index)]) for index in indices]   # and on nothing else
+    draws = iter(np.array([rng.random(40) for rng in rngs], np.float32).T[:, :, None, None])
     noise = np.array([rng.standard_normal((3, size, size), np.float32) for rng in rngs])
-    between = lambda low, high, u: low + (high - low) * u
     y, x = np.mgrid[-1:1:size * 1j, -1:1:size * 1j].astype(np.float32)
 
-    def stripes(angle, period, u):                               # 6 or 9 cycles per image, random phase, bent
-        bend_x = np.sin(between(5, 9, u[0]) * x + between(0, 6.3, u[1]))
-        bend_y = np.sin(between(5, 9, u[2]) * y + between(0, 6.3, u[3]))
+    def uniform(low, high):                                    # the images' next random numbers, (m, 1, 1)
+        return low + (high - low) * next(draws)
+
+    def stripes(angle, period):                                # 6 or 9 cycles per image, random phase, bent
+        bend_x = np.sin(uniform(5, 9) * x + uniform(0, 6.3))
+        bend_y = np.sin(uniform(5, 9) * y + uniform(0, 6.3))
         along = x * np.cos(angle) + y * np.sin(angle)
-        return np.sin((6 + 3 * period) * math.pi * along + .8 * (bend_x + bend_y) + between(0, 6.3, u[4]))
+        return np.sin((6 + 3 * period) * math.pi * along + .8 * (bend_x + bend_y) + uniform(0, 6.3))
 
-    def paint(pattern, u):                                       # (m, 3, size, size), in a random color
-        gray = between(-.25, .25, u[0])
-        return np.stack([gray + between(-.15, .15, channel) + pattern for channel in u[1:4]], 1)
+    def paint(pattern):                                        # (m, 3, size, size), in a random color
+        gray = uniform(-.25, .25)
+        return np.stack([gray + uniform(-.15, .15) + pattern for _ in range(3)], 1)
 
-    label = np.floor(10 * draws[0])
+    label = np.floor(uniform(0, 10))
     period, orientation = np.divmod(label, 5)
-    angle = orientation * math.pi / 5 + between(-.12, .12, draws[7])
-    contrast = .45 * between(.6, 1.4, draws[6])
-    foreground = paint(contrast * stripes(angle, period, draws[8:13]), draws[13:17])
-    angle, period = between(0, math.pi, draws[17]), np.floor(2 * draws[18])
-    background = paint(.25 * stripes(angle, period, draws[19:24]), draws[24:28])
 
-    square, scale, turn = np.floor(2 * draws[1]), between(.75, .9, draws[2]), between(-.15, .15, draws[3])
-    a, b = (x - between(-.2, .2, draws[4])) / scale, (y - between(-.2, .2, draws[5])) / scale
+    square = np.floor(uniform(0, 2))                           # or a ring
+    scale, turn = uniform(.75, .9), uniform(-.15, .15)
+    a, b = (x - uniform(-.2, .2)) / scale, (y - uniform(-.2, .2)) / scale
     a, b = a * np.cos(turn) + b * np.sin(turn), b * np.cos(turn) - a * np.sin(turn)      # object coordinates
     radius = np.hypot(a, b)
     ring = (radius < 1.05) & (radius > .5)
     inside = np.where(square, np.maximum(abs(a), abs(b)) < .85, ring)[:, None]
+
+    contrast = .45 * uniform(.6, 1.4)
+    angle = orientation * math.pi / 5 + uniform(-.12, .12)
+    foreground = paint(contrast * stripes(angle, period))
+    angle, period = uniform(0, math.pi), np.floor(uniform(0, 2))
+    background = paint(.25 * stripes(angle, period))
     return (np.where(inside, foreground, background) + .3 * noise) / .45, label.ravel().astype(np.int64)
 
 
-class Textures(Dataset):
-    """The embedded data in memory: .images (n, 3, 48, 48) uint8, whose 256 levels span +-3.5 deviations."""
-    mean, std, image_size = (.5, .5, .5), (1 / 7, 1 / 7, 1 / 7), 48
+# Streams of the embedded data: seed and number of images; "val" is for choosing anything.
+TEXTURES = {"train": (1, 12000), "test": (2, 2000), "val": (3, 2000)}
+
+
+def open_textures(split):
+    """The embedded data in memory, uint8, whose 256 levels span +-3.5 deviations."""
+    seed, n = TEXTURES[split]
+    images, labels = [], []
+    for start in range(0, n, 250):
+        values, some = render_textures(seed, range(start, min(start + 250, n)))
+        levels = np.rint((values / 7 + .5) * 255).clip(0, 255).astype(np.uint8)
+        images.append(torch.from_numpy(levels))
+        labels.extend(some)
     classes = [f"{cycles} cycles at {angle} degrees" for cycles in (6, 9) for angle in range(0, 180, 36)]
-    streams = {"train": (1, 12000), "test": (2, 2000), "val": (3, 2000)}      # "val" is for choosing anything
-
-    def __init__(self, split):
-        seed, n = self.streams[split]
-        parts = [render_textures(seed, range(i, i + 250)) for i in range(0, n, 250)]
-        levels = [np.clip(np.rint((values / 7 + .5) * 255), 0, 255).astype(np.uint8) for values, _ in parts]
-        self.images = torch.from_numpy(np.concatenate(levels))
-        self.labels = np.concatenate([labels for _, labels in parts])
-        self.name, self.transform = f"textures/{split}", v2.Identity()
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return self.transform(self.images[i]), int(self.labels[i]), i
-
-    def note_unreadable(self, wanted, read):
-        """Nothing here can be damaged; see Pictures."""
+    return Images(f"textures/{split}", torch.cat(images).__getitem__, labels, classes, 48, from_files=False,
+                  mean_std=((.5, .5, .5), (1 / 7, 1 / 7, 1 / 7)))
 
 
-# --- pictures of any kind ---------------------------------------------------------------------------------
-
-def center_square(size):
-    """Short side resized (bicubic), then cropped: what MaPeT's images and their stored tokens share."""
-    return v2.Compose([v2.Resize(size, InterpolationMode.BICUBIC), v2.CenterCrop(size)])
-
-
-class Pictures(Dataset):
-    """Pictures of any size and mode -> center square uint8 (3, S, S), label (-1: none), index really read.
-
-    names    (n,) of the files in folder `root`, as bytes: an array is shared by forked loading processes, a list
-             would be copied page by page; or None with `source`, whose items begin with a PIL image
-    labels   (n,) int64 or None; classes: their names or None
-    squares  Squares or None: center squares that were decoded before
-    A neighbor stands in for a damaged picture, because a run of days must not die of one file.
-    """
-    mean, std = (.485, .456, .406), (.229, .224, .225)           # of ImageNet, on the scale 0..1
-
-    def __init__(self, name, root, names, labels, classes, image_size, source=None):
-        self.name, self.root, self.names, self.classes, self.source = name, root, names, classes, source
-        self.image_size, self.transform, self.squares = image_size, center_square(image_size), None
-        self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
-        self.unreadable = set()
-
-    def __len__(self):
-        return len(self.names if self.source is None else self.source)
-
-    def path(self, i):
-        return os.path.join(self.root, f"picture {i}" if self.names is None else os.fsdecode(self.names[i]))
-
-    def load(self, i):
-        """The whole picture i, uint8 (3, H, W)."""
-        return read_rgb(self.path(i)) if self.source is None else pil_to_tensor(self.source[i][0].convert("RGB"))
-
-    def open(self, i):
-        """Picture i, transformed; decoded only if its square was not kept."""
-        if self.squares is None:
-            return self.transform(self.load(i))
-        square = self.squares.read(i)
-        if square is None or self.image_size != self.squares.size:  # k-CLIP's tokens want twice the pixels
-            picture = self.load(i)
-            image = self.transform(picture)
-            if square is None:
-                self.squares.write(i, image if self.image_size == self.squares.size else
-                                   center_square(self.squares.size)(picture))
-            return image
-        return square
-
-    def __getitem__(self, i):
-        for j in [(i + k) % len(self) for k in range(100)]:
-            with contextlib.suppress(Exception):                 # decoders raise half a dozen kinds
-                return self.open(j), -1 if self.labels is None else int(self.labels[j]), j
-        raise OSError(f"{self.path(i)} and its neighbors cannot be read: is the folder still there?")
-
-    def note_unreadable(self, wanted, read):
-        """Name the pictures for which a neighbor stood in; more than 1 % is an error. Indices (b,)."""
-        for i in set(wanted[wanted != read].tolist()) - self.unreadable:
-            self.unreadable.add(i)
-            count = f"{len(self.unreadable)} of {len(self)}"
-            tqdm.write(f"cannot read {self.path(i)}: its neighbor stands in ({count} so far)", sys.stderr)
-            if len(self.unreadable) > .01 * len(self):
-                raise OSError(f"{count} pictures cannot be read, more than 1 %: the first is "      # its own
-                              f"{self.path(min(self.unreadable))}; replace or remove them")
+# What the wheels of torchvision and Pillow read without further packages.
+PICTURES = set(""".jpg .jpeg .jpe .jfif .png .apng .gif .webp .avif .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm
+                  .jp2 .j2k .jpx .tga .pcx .ico .icns .dds .sgi .rgb .bw .xbm .xpm .msp .qoi .psd
+                  .im""".split())
+Image.MAX_IMAGE_PIXELS = None                                  # large pictures are no attack here,
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 30      # nor are their comments
 
 
-def read_rgb(path):
-    """Any picture file -> uint8 (3, H, W) as a viewer shows it: EXIF rotation, 16-bit grays scaled, on white.
-
-    Plain JPEGs by torchvision's decoder, whose pixels are PIL's; all else, also what it refuses, by PIL.
-    """
-    if decode_jpeg and path.lower().endswith((".jpg", ".jpeg")):
-        with contextlib.suppress(RuntimeError):                  # damaged, or no JPEG: PIL says which
-            image = decode_jpeg(read_file(path), apply_exif_orientation=True)
-            if len(image) != 4:                                  # CMYK
-                return image.expand(3, -1, -1)
-    with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):                           # 16 bits a pixel: PIL would clip them at 255
-            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+def decode_by_pil(data):
+    """RGB of any mode as a viewer shows it: EXIF rotation, 16-bit grays scaled, on white."""
+    with Image.open(io.BytesIO(data)) as image:
+        bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]                # a TIFF may have 12
+        gray_16 = image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")
+        image.load()
+        with contextlib.suppress(Exception):                   # broken metadata costs no picture
+            image = ImageOps.exif_transpose(image)
+        if gray_16:
+            image = Image.fromarray((np.asarray(image).astype(np.int64) >> bits - 8).astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise Damaged(f"its pixels have 32 bits (mode {image.mode}) and no scale: 8 or 16 are read")
+        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return pil_to_tensor(image.convert("RGB"))
 
 
-class Squares:
-    """Center squares uint8 (3, size, size) in one file: decoded once, for all epochs and runs.
-
-    A row is whole pages of the disk, so that machines may fill one file together, and ends with a checksum of
-    its pixels: one that was never written, or half, is None. Read and written by position, as a memory map of
-    a disk that fails kills the process.
-    """
-
-    def __init__(self, path, n, size):
-        self.path, self.size, self.bytes = path, size, 3 * size * size
-        self.row = -(-(self.bytes + 8) // 4096) * 4096
-        self.total = n * self.row
-
-    def reserve(self):
-        """Make room on the disk for all rows; OSError if there is none."""
-        os.makedirs(os.path.dirname(self.path), exist_ok=True)
-        with open(self.path, "ab") as file:
-            missing = self.total - file.tell()
-            if missing > shutil.disk_usage(self.path).free:
-                raise OSError("no room")
-            if missing and hasattr(os, "posix_fallocate"):       # not on macOS
-                os.posix_fallocate(file.fileno(), 0, self.total)
-
-    def checksum(self, row):
-        """Of a row (row,) uint8 without its end: 64-bit words added up, plus 1: zeros are no square."""
-        return (int(row[:-8].view(np.uint64).sum()) + 1) % 2 ** 64
-
-    def read(self, i):
-        row, read = np.empty(self.row, np.uint8), 0
-        with contextlib.suppress(OSError):                       # the disk fails: it is decoded again
-            read = os.preadv(open_file(self.path, os.getpid()), [row], i * self.row)
-        if read < self.row:
-            return None
-        whole = row[-8:].view(np.uint64)[0] == self.checksum(row)
-        return torch.from_numpy(row[:self.bytes]).view(3, self.size, self.size) if whole else None
-
-    def write(self, i, image):
-        row = np.zeros(self.row, np.uint8)
-        row[:self.bytes] = image.flatten().numpy()
-        row[-8:].view(np.uint64)[0] = self.checksum(row)
-        with contextlib.suppress(OSError):                       # a full disk after all: it is decoded again
-            os.pwrite(open_file(self.path, os.getpid()), row, i * self.row)
+def decode_picture(data):
+    """The bytes of a picture file -> uint8 (3, H, W): JPEGs by torchvision's decoder, all else by PIL."""
+    raw = torch.frombuffer(bytearray(data or b"-"), dtype=torch.uint8)
+    if data[:2] == b"\xff\xd8":
+        with contextlib.suppress(RuntimeError):                # damaged: PIL says how
+            image = decode_jpeg(raw, apply_exif_orientation=True)
+            if len(image) != 4:                                # CMYK
+                return image.expand(3, -1, -1)
+    try:
+        return decode_by_pil(data)
+    except (Damaged, MemoryError):
+        raise
+    except Exception as error:                                 # decoders raise half a dozen kinds
+        with contextlib.suppress(RuntimeError):                # PIL refuses what only its metadata ails
+            image = decode_image(raw, "RGB")
+            if image.ndim == 3:
+                return image
+        unknown = isinstance(error, UnidentifiedImageError)
+        raise Damaged(f"it begins with {data[:16]!r}" if unknown else str(error).split("\n")[0]) from None
 
 
-@functools.lru_cache
-def open_file(path, process):
-    """A file to read and write by position, opened once in each process."""
-    return os.open(path, os.O_RDWR)
+def read_picture(paths, i):
+    with open(paths[i], "rb") as file:                         # the machine's errors are not the picture's
+        data = file.read()
+    return decode_picture(data)
 
 
-# Data sets of torchvision: name -> (class, arguments of the training split, of the test split).
-SPLITS = dict(split="train"), dict(split="test")
+def read_named(source, i):
+    return pil_to_tensor(source[i][0].convert("RGB"))
+
+
+def read_square(squares, i):
+    return torch.from_numpy(np.array(squares[i]))
+
+
+def crop_square(picture):
+    """The largest center square: before resizing, as a picture may be 20000 x 2."""
+    return v2.functional.center_crop(picture, min(picture.shape[-2:]))
+
+
+def center_square(size):
+    """What MaPeT's images and their stored tokens share; bicubic."""
+    return v2.Compose([v2.Lambda(crop_square), v2.Resize((size, size), InterpolationMode.BICUBIC)])
+
+
+def random_crop(size, area):
+    """A random crop, at least `area` of the picture, bicubic, half of them mirrored (MAE, ClusterMIM)."""
+    return v2.Compose([v2.RandomResizedCrop(size, (area, 1), interpolation=InterpolationMode.BICUBIC),
+                       v2.RandomHorizontalFlip()])
+
+
+def keep_squares(ds):
+    """Pictures as center squares, decoded by all cores into data/squares once, for all runs: a memory map."""
+    if ds is None or not ds.from_files:
+        return ds
+    source = "\n".join(f"{path} {os.stat(path).st_mtime_ns}" for path in ds.paths)
+    name = f"{ds.name[-60:]}-{ds.image_size}-{zlib.crc32(os.fsencode(source)):08x}"
+    path = f"data/squares/{re.sub('[^a-zA-Z0-9_]+', '-', name)}.npy"
+    if LOCAL_RANK == 0 and not os.path.exists(path):
+        os.makedirs("data/squares", exist_ok=True)
+        print0(f"decoding {len(ds)} pictures once, into {path}")
+        batches = load_batches(ds, range(len(ds)), 64, os.cpu_count(), desc="squares")
+        squares = (images.numpy() for images, _, _ in batches)
+        write_npy(path, (len(ds), 3, ds.image_size, ds.image_size), squares)
+    barrier()
+    load = functools.partial(read_square, np.load(path, mmap_mode="r"))
+    return Images(ds.name, load, ds.all_labels, ds.classes, ds.image_size, from_files=False, paths=ds.paths)
+
+
+# Data sets of torchvision: name -> (class, its argument for the split, that of training, of test).
 NAMED = {
-    "cifar10": (tv.CIFAR10, dict(train=True), dict(train=False)),
-    "cifar100": (tv.CIFAR100, dict(train=True), dict(train=False)),
-    "stl10": (tv.STL10, *SPLITS),
-    "food101": (tv.Food101, *SPLITS),
-    "flowers102": (tv.Flowers102, *SPLITS),
-    "oxford_pets": (tv.OxfordIIITPet, dict(split="trainval"), dict(split="test")),
-    "stanford_cars": (tv.StanfordCars, *SPLITS),
-    "fgvc_aircraft": (tv.FGVCAircraft, dict(split="trainval"), dict(split="test")),
+    "cifar10": (tv.CIFAR10, "train", True, False),
+    "cifar100": (tv.CIFAR100, "train", True, False),
+    "stl10": (tv.STL10, "split", "train", "test"),
+    "food101": (tv.Food101, "split", "train", "test"),
+    "flowers102": (tv.Flowers102, "split", "train", "test"),
+    "oxford_pets": (tv.OxfordIIITPet, "split", "trainval", "test"),
+    "stanford_cars": (tv.StanfordCars, "split", "train", "test"),
+    "fgvc_aircraft": (tv.FGVCAircraft, "split", "trainval", "test"),
 }
 
 
 def open_dataset(spec, split="train", image_size=None, classes=None):
-    """The data set `spec`, split "train" or "test": items (uint8 (3, S, S), label or -1, index really read).
+    """The data set `spec`, split "train" or "test", as `Images`; None for the test split that a folder lacks.
 
     spec     "textures" (embedded), a name in NAMED (downloaded into data/), a folder in ImageNet's layout
              (train/CLASS/*.jpg, val/CLASS/*.jpg) or any folder of pictures without labels
-    classes  a file with one class folder a line: keep these only (ImageNet-100)
-    None for the test split of a folder that has none. ValueError for anything else that is missing.
+    classes  a file with the class folders to keep, one a line (ImageNet-100)
     """
     if classes and (spec == "textures" or spec in NAMED):
         raise ValueError("--classes picks class folders: it goes with --data FOLDER only")
     if spec == "textures":
         if image_size not in (None, 48):
-            raise ValueError(f"textures is rendered at 48 pixels, not {image_size}")
-        return Textures(split)
-    size = image_size or SMALL.get(spec, (224,))[0]
+            raise ValueError(f"--image-size {image_size}: textures are rendered at 48 pixels")
+        return open_textures(split)
     if spec in NAMED:
-        return open_named(spec, split, size)
+        return open_named(spec, split, image_size or 224)
     if not os.path.isdir(spec):
         raise ValueError(f"--data {spec}: no such folder, nor a data set of that name ({', '.join(NAMED)})")
-    return open_folder(spec, split, size, classes)
-
-
-def open_splits(spec, image_size=None, classes=None):
-    """(training split, test split); the second is None unless both have labels, of the same classes."""
-    ds, test = (open_dataset(spec, split, image_size, classes) for split in ("train", "test"))
-    if test is None or ds.labels is None or test.labels is None:
-        return ds, None
-    if ds.classes != test.classes:
-        lone = min(set(ds.classes) ^ set(test.classes))
-        raise ValueError(f"--data {spec}: both splits must have the same class folders; {lone} is in one")
-    return ds, test
+    return open_folder(spec, split, image_size or 224, classes)
 
 
 def open_named(name, split, image_size):
-    kind, for_training, for_test = NAMED[name]
-    options = for_training if split == "train" else for_test
+    kind, argument, *values = NAMED[name]
+    arguments = {argument: values[split == "test"]}
+    if LOCAL_RANK > 0:                                         # the first process of a machine fetches it
+        barrier()
     try:
-        with first_on_machine():
-            try:
-                pictures = kind("data", **options)
-            except RuntimeError:                                 # not there, or not whole
-                pictures = kind("data", download=True, **options)
-    except ImportError as error:
-        raise ValueError(f"--data {name}: torchvision needs {error.name} for it: pip install it") from None
-    except (OSError, RuntimeError, ValueError) as error:         # no network, a dead address
-        cars = ("; put cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat into "
-                "data/stanford_cars/, and pip install scipy") * (name == "stanford_cars")
-        why = str(error).splitlines()[0]
-        raise ValueError(f"--data {name}: not in data/ and cannot be fetched ({why}){cars}") from None
-    keys = [key for key in ("targets", "labels", "_labels") if hasattr(pictures, key)]
-    labels = getattr(pictures, keys[0]) if keys else [label for _, label in pictures._samples]
-    classes = getattr(pictures, "classes", None)
-    return Pictures(f"{name}/{split}", name, None, labels, classes, image_size, source=pictures)
+        try:
+            source = kind("data", **arguments)
+        except RuntimeError:                                   # not there, or not whole
+            source = kind("data", download=True, **arguments)
+    except (OSError, RuntimeError, ValueError) as error:       # no network, a dead address
+        why = str(error).split("\n")[0]
+        raise ValueError(f"--data {name}: not in data/ and cannot be fetched ({why})") from None
+    if LOCAL_RANK == 0:
+        barrier()
+    keys = [key for key in ("targets", "labels", "_labels") if hasattr(source, key)]
+    labels = getattr(source, keys[0]) if keys else [label for _, label in source._samples]
+    classes = getattr(source, "classes", None) or list(range(1 + max(labels)))
+    return Images(f"{name}/{split}", functools.partial(read_named, source), labels, classes, image_size)
+
+
+def read_classes(path, found):
+    """Names of class folders, one a line, or all on one line (solo-learn's ImageNet-100)."""
+    lines = [line.strip() for line in Path(path).read_text("utf-8-sig", "replace").splitlines()]
+    classes = set(lines) - {""}
+    if len(classes) == 1 and not classes <= set(found):
+        classes = set(min(classes).split())
+    unknown = classes - set(found)
+    if unknown or not classes:
+        raise ValueError(f"--classes {path}: there is no class folder {min(unknown, default='')!r}")
+    return sorted(classes)
+
+
+def is_picture(path, root):
+    """A file of ours to read; what is hidden (.ipynb_checkpoints/, ._1.jpg) is not."""
+    hidden = any(part.startswith(".") for part in Path(path).relative_to(root).parts)
+    return ending(path) in PICTURES and not hidden
+
+
+def ending(path):
+    return os.path.splitext(path)[1].lower()
 
 
 def open_folder(folder, split, image_size, classes_file=None):
-    roots = [os.path.join(folder, name) for name in (["train"] if split == "train" else ["val", "test"])]
-    root = next(filter(os.path.isdir, roots), folder if split == "train" else None)
-    if root is None:
+    """Which of its folders, classes and files are taken is printed."""
+    inside = {entry.name.lower(): entry.path for entry in os.scandir(folder) if entry.is_dir()}
+    train_root = inside.get("train") or inside.get("training")
+    names = [name for name in ("val", "valid", "validation", "test", "testing") if name in inside]
+    if names and not train_root:
+        raise ValueError(f"--data {folder}: there is {names[0]}/, but no train/ beside it")
+    if split == "test" and not names:
         return None
-    found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir()) if root != folder else []
-    classes = found or None
+    root = inside[names[0]] if split == "test" else train_root or folder
+    classes = []
+    if train_root:
+        folders = [entry.name for entry in os.scandir(root) if entry.is_dir()]
+        classes = sorted(name for name in folders if not name.startswith("."))
     if classes_file:
-        classes = []
-        with contextlib.suppress(UnicodeDecodeError), open(classes_file, encoding="utf-8") as file:
-            classes = sorted({line.strip() for line in file} - {""})
-        if not classes or (missing := set(classes) - set(found)):
-            what = f"no class folder {min(missing)} in {root}" if classes else "it names no folder, one a line"
-            raise ValueError(f"--classes {classes_file}: {what}")
-    names, labels = list_pictures(root, classes)
-    return Pictures(f"{folder}/{split}", root, names, labels, classes, image_size)
+        classes = read_classes(classes_file, classes)
+    numbers = {name: i for i, name in enumerate(classes)} or {"": -1}
+    files = make_dataset(root, numbers, is_valid_file=os.path.isfile, allow_empty=True)
+    samples = [(path, label) for path, label in files if is_picture(path, root)]
+    filled = {label for _, label in samples}
+    for name, label in numbers.items():
+        if label not in filled:
+            raise ValueError(f"--data {os.path.join(root, name)}: no pictures in it "
+                             f"({' '.join(sorted(PICTURES))})")
+    paths, labels = zip(*samples)
+    taken = Counter(map(ending, paths))
+    left_out = Counter(ending(path) for path, _ in files) - taken
+    beside = sum(entry.is_file() for entry in os.scandir(root)) if classes else 0
+    print0(f"{root}: {len(paths)} pictures {dict(taken)}, {len(classes) or 'no'} class folders; "
+           f"left out: {dict(left_out)} and {beside} files beside the class folders")
+    load = functools.partial(read_picture, paths)
+    return Images(f"{folder}/{split}", load, labels, classes or None, image_size, paths=paths)
 
 
-def walk(top):
-    """(folder, its files) of all folders from `top` down; links are followed, but not back."""
-    real = lambda path: os.path.join(os.path.realpath(path), "")
-    way = {top: [real(top)]}                                     # what was gone through to get to a folder
-    for folder, below, files in os.walk(top, followlinks=True):
-        for name in list(below):
-            path = os.path.join(folder, name)
-            if any(step.startswith(real(path)) for step in way[folder]):
-                below.remove(name)
-            way[path] = [*way[folder], real(path)]
-        yield folder, files
+def open_splits(spec, image_size=None, classes=None, squares=False):
+    """(training set, test set or None, why there is none): both with labels of the same classes, for probes.
 
-
-def list_pictures(root, classes):
-    """(names (n,) of the pictures below root, as bytes; labels (n,) int64, or None), sorted by folder.
-
-    The list of a million files takes seconds: it is kept, with the time of the last change of every folder,
-    and made anew when one differs. Of the processes of a machine the first does that.
+    squares: see `keep_squares`
     """
-    where = zlib.crc32("\n".join([os.path.abspath(root), *(classes or [])]).encode())
-    kept = os.path.join(torch.hub.get_dir(), "listings", f"{where:08x}.npz")
-    with first_on_machine():
-        with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):  # none yet, or damaged
-            with np.load(kept) as listing:
-                times = [os.stat(folder).st_mtime_ns for folder in listing["folders"].tolist()]
-                if times == listing["times"].tolist():
-                    return listing["names"], listing["labels"] if classes else None
-        names, labels, folders = [], [], []
-        for label, top in enumerate([os.path.join(root, name) for name in classes] if classes else [root]):
-            found = 0
-            for folder, files in sorted(walk(top)):
-                files = sorted(name for name in files if name.lower().endswith(IMG_EXTENSIONS))
-                paths = [os.fsencode(os.path.relpath(os.path.join(folder, name), root)) for name in files]
-                names.append(np.array(paths, dtype=bytes))
-                labels.append(np.full(len(files), label))
-                folders.append(folder)
-                found += len(files)
-            if not found:
-                raise ValueError(f"--data {top}: no pictures in it ({', '.join(IMG_EXTENSIONS)})")
-        names, labels = np.concatenate(names), np.concatenate(labels)
-        with contextlib.suppress(OSError):  # no room, no right: then it is made each time
-            os.makedirs(os.path.dirname(kept), exist_ok=True)
-            times = [os.stat(folder).st_mtime_ns for folder in folders]
-            with write_atomically(kept) as temporary, open(temporary, "wb") as file:
-                np.savez(file, names=names, labels=labels, folders=folders, times=times)
-        return names, labels if classes else None
+    ds = open_dataset(spec, "train", image_size, classes)
+    test, why = None, "no labels"
+    if ds.classes:
+        try:
+            test, why = open_dataset(spec, "test", image_size, classes), "no val/ or test/ folder"
+        except ValueError as error:                            # unsorted pictures
+            why = str(error)
+        if test is not None and test.classes != ds.classes:
+            test, why = None, "the class folders of its test split are not those of train/"
+    if squares:
+        ds, test = keep_squares(ds), keep_squares(test)
+    return ds, test, why
 
 
-def with_transform(ds, transform, **changes):
-    """`ds` with another transform (of the whole picture) in place of its center square."""
-    ds = copy.copy(ds)
-    vars(ds).update({"transform": transform, "squares": None, **changes})
-    return ds
+# --- the files of a run -----------------------------------------------------------------------------------
 
+# Flags that may change between a run and its continuation: they do not change what is computed. So may paths.
+FREE = set("out device workers steps fresh compile probe save_every log_every micro_batch".split())
+PATHS = {"data", "classes", "tokenizer", "tokens"}
 
-def augment(x, transform, *seed):
-    """transform(x), with the random numbers that `seed` determines and nothing else."""
-    generator = torch.default_generator  # torch.manual_seed would ask for GPUs each time
-    state = generator.get_state()
-    generator.manual_seed(derive_seed(*seed))
-    try:
-        return transform(x)
-    finally:
-        generator.set_state(state)
-
-
-class Augmented(Dataset):
-    """Item (epoch, i): an image under a random transform, its label, i, and the index really read.
-
-    What is random in it is a function of (seed, epoch, i); without a transform it is the data set's own item.
-    """
-
-    def __init__(self, ds, transform=None, seed=0):
-        self.ds, self.random, self.seed = ds, transform is not None, seed
-        if self.random:
-            self.ds = with_transform(ds, transform)
-        self.mean, self.std, self.note_unreadable = ds.mean, ds.std, ds.note_unreadable
-
-    def __getitem__(self, key):
-        epoch, i = key
-        image, label, read = augment(i, self.ds.__getitem__, self.seed, epoch, i) if self.random else self.ds[i]
-        return image, label, i, read
-
-
-def random_crop(size, area):
-    """A random crop, at least `area` of the picture, resized (bicubic), half of them mirrored (MAE, ClusterMIM)."""
-    return v2.Compose([v2.RandomResizedCrop(size, (area, 1), interpolation=InterpolationMode.BICUBIC),
-                       v2.RandomHorizontalFlip()])
-
-
-class ColorJitter:
-    """v2.ColorJitter of brightness, contrast and saturation, batched, on any device.
-
-    Factors and order of an image are a function of (seed, epoch, image).
-    """
-
-    def __init__(self, strength, n, seed):
-        self.strength, self.n, self.seed, self.epoch = strength, n, seed, None
-
-    def __call__(self, images, epoch, index):
-        """uint8 images (b, 3, S, S), those at index (b,) of the n of the data set -> the same, jittered."""
-        if not self.strength:
-            return images
-        if epoch != self.epoch:
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch, 2))
-            self.epoch, self.draws = epoch, torch.rand(self.n, 6, generator=generator)
-        draws = to_device(self.draws[index], images.device)
-        low, high = max(0., 1 - self.strength), 1 + self.strength
-        given = images, low + (high - low) * draws[:, :3], draws[:, 3:].argsort(1)
-        most = len(images) if images.is_cuda else 4                 # what fits a CPU's cache
-        return torch.cat([jitter_colors(*part) for part in zip(*(x.split(most) for x in given))])
-
-
-def jitter_colors(images, factors, order):
-    """uint8 images (b, 3, S, S), each by its factors (b, 3), of brightness, contrast, saturation, in its order.
-
-    Each operation blends with something, factor x + (1 - factor) y: with black, with the mean gray, with its
-    grays; and rounds to uint8, as torchvision's functions do.
-    """
-    x = images.float()
-    for operation in order.unbind(1):
-        factor = factors.gather(1, operation[:, None])[..., None, None]
-        red, green, blue = x.split(1, dim=1)
-        gray = (.2989 * red + .587 * green + .114 * blue).floor()
-        operation = operation[:, None, None, None]
-        other = torch.where(operation == 2, gray, gray.mean((1, 2, 3), keepdim=True) * (operation == 1))
-        x = (factor * x + (1 - factor) * other).clamp(0, 255).floor()
-    return x.to(torch.uint8)
-
-
-# --- the run's files, tokens and plan ---------------------------------------------------------------------
 
 def read_metrics(path):
     """The whole lines of a metrics.jsonl, as dicts; a killed run may have left half a line."""
-    return [json.loads(line) for line in open(path) if line.endswith("}\n")] if os.path.exists(path) else []
+    if not os.path.exists(path):
+        return []
+    return [json.loads(line) for line in open(path) if line.endswith("}\n")]
 
 
 def read_summary(folder):
     """(the last line of a run that came to its end, None), or (None, why there is none)."""
-    found = [line for line in read_metrics(os.path.join(folder, "metrics.jsonl")) if line.get("summary")]
+    found = [line for line in read_metrics(f"{folder}/metrics.jsonl") if line.get("summary")]
     if not found:
-        return None, "no accuracies in metrics.jsonl"
+        return None, "no accuracies in its metrics.jsonl"
     end = found[-1]
     if end["step"] < end["steps"]:
         return None, f"it stopped at step {end['step']} of {end['steps']}"
@@ -744,572 +738,428 @@ def read_summary(folder):
 
 
 def append_metrics(path, **line):
-    """One JSON object a line, on rank 0."""
-    if rank_and_world()[0] == 0:
+    """One JSON object a line, by the main process."""
+    if path and is_main_process():
+        with open(path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def fixed_settings(args):
+    """The flags of a run that its continuation must have, too."""
+    return {key: value for key, value in vars(args).items() if key not in FREE}
+
+
+def check_settings(path, settings, fresh=False):
+    """Refuse to go on with the files of a run that had other settings; note these in `path`, a JSON file."""
+    there = settings
+    if os.path.exists(path) and not fresh:
         try:
-            with open(path, "a") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise OSError(f"{path} cannot be written ({error.strerror}); last.pt is kept") from None
-
-
-def plot_metrics(runs, levels={}):
-    """A plot of each quantity that was logged. runs: {label: [lines of metrics.jsonl, ...]}; levels: of the loss."""
-    plots = {}
-    for label, lines in ((label, lines) for label, several in runs.items() for lines in several):
-        lines = [line for line in lines if "loss" in line]
-        names = lines[0].keys() - {"step", "epoch", "lr", "images_per_second"} if lines else ()
-        for name in names:
-            kind = "loss on tokens" if name == "loss" and "accuracy" in lines[0] else name  # not one scale
-            curve = [line["epoch"] for line in lines], [line[name] for line in lines]
-            plots.setdefault(kind, {}).setdefault(label, []).append(curve)
-    first = lambda kind: (not kind.startswith("loss"), kind)
-    return [draw_plot("epoch", kind, plots[kind], levels=levels if "loss" in kind else {})
-            for kind in sorted(plots, key=first)]
-
-
-def draw_curves(args, codes, entropy):
-    """OUT/curves.png: what metrics.jsonl has, by epochs; beside the loss on tokens, that of two guesses."""
-    levels, path = {}, f"{args.out}/curves.png"
-    if codes:
-        levels[f"ln {codes} = {math.log(codes):.3f}, a uniform guess"] = math.log(codes)
-    if entropy:
-        levels[f"{entropy:.3f}, a guess by code frequency"] = entropy
-    save_plots(plot_metrics({args.objective: [read_metrics(f"{args.out}/metrics.jsonl")]}, levels), path)
-    print0(f"drawn in {path}: the loss, and what was logged with it")
-
-
-class Log:
-    """Mean losses since the last line, over all processes, to metrics.jsonl and to the screen.
-
-    A run that goes on from a checkpoint first drops the lines that the killed one wrote after it.
-    """
-
-    def __init__(self, args, model, targets, state, device):
-        self.path, self.names = os.path.join(args.out, "metrics.jsonl"), ("loss", *model.logs)
-        rank, zeros = rank_and_world()[0], torch.zeros(len(self.names) + 1, device=device)
-        self.sums = state["sums"].to(device) if state and rank == 0 else zeros  # of all processes: count once
-        self.step, self.time, self.batch_size = state["step"] if state else 0, time.time(), args.batch_size
-        self.ln_k = f" (ln K {math.log(targets.size):.3f})" if model.needs == "tokens" else ""
-        if rank == 0:
-            kept = [line for line in read_metrics(self.path) if line.get("step", math.inf) <= self.step]
-            with write_atomically(self.path) as temporary, open(temporary, "w") as file:
-                file.writelines(json.dumps(line) + "\n" for line in kept)
-
-    def add(self, loss, logs):
-        """Of one micro-batch: nothing is read back, so that no GPU is waited for."""
-        others = [logs[name] for name in self.names[1:]]
-        self.sums += torch.stack([loss.detach(), *others, torch.ones_like(loss)])
-
-    def add_up(self):
-        """The sums of all processes."""
-        sums = self.sums.clone()
-        all_reduce(sums)
-        return sums
-
-    def write(self, step, epoch, lr, steps):
-        sums = self.add_up()
-        means = dict(zip(self.names, (sums[:-1] / sums[-1]).tolist()))
-        self.sums.zero_()
-        speed = (step - self.step) * self.batch_size / (time.time() - self.time)
-        self.step, self.time = step, time.time()
-        append_metrics(self.path, step=step, epoch=epoch, lr=lr, **means, images_per_second=round(speed, 1))
-        words = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
-        print0(f"step {step}/{steps}  {words}{self.ln_k}  lr {lr:.2e}  {speed:.3g} images/s")
-
-
-# Flags that may change between a run and its continuation, because they do not change what is computed.
-FREE = set("out cache device workers steps fresh compile probe plan benchmark rate save_minutes save_every log_every "
-           "micro_batch".split())
-
-
-def resume(path, args):
-    """The checkpoint to go on from; ValueError if it is damaged, foreign, or of a run with other settings."""
-    state = read_checkpoint(path)
-    if not isinstance(state, dict) or not {"model", "optimizer", "step", "args"} <= state.keys():
-        raise ValueError(f"{path}: not a checkpoint of this script; --fresh starts over")
-    there, here = state["args"], vars(args)
-    differ = [f"--{key.replace('_', '-')} {there.get(key)} there, {here[key]} here" for key in here
-              if key not in FREE and there.get(key) != here[key]]
+            there = json.loads(Path(path).read_text())
+        except ValueError:
+            raise ValueError(f"{path}: no settings of a run; --fresh starts over") from None
+    differ = sorted(key for key in settings if there.get(key) != settings[key])
+    words = ", ".join(f"--{key.replace('_', '-')} {there.get(key)} there, {settings[key]} here"
+                      for key in differ)
+    if set(differ) - PATHS:
+        raise ValueError(f"{path} is of a run with other settings ({words}): take these, another --out, or "
+                         "--fresh")
     if differ:
-        raise ValueError(f"{path} is of a run with other settings ({'; '.join(differ)}): "
-                         "take these, another --out, or --fresh to start over")
-    return state
+        print0(f"note: this run began with another path: {words}")
+    barrier()                                                  # everybody has looked before anybody writes
+    if is_main_process():
+        with write_atomically(path) as temporary:
+            Path(temporary).write_text(json.dumps(settings, indent=1))
 
 
-def collect_state(model, optimizer, args, step, **more):
-    """All that the steps after `step` depend on: a dict of tensors, numbers and strings, for last.pt.
+@contextlib.contextmanager
+def lock_folder(folder):
+    """Two runs in one folder would write the same files: the second is refused while the first lives."""
+    os.makedirs(folder, exist_ok=True)
+    with open(f"{folder}/.lock", "w") as file:
+        if fcntl and is_main_process():
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)              # its loaders do not inherit it
+            except OSError:
+                raise ValueError(f"--out {folder}: another run is at work there: wait for it, or take "
+                                 "another folder") from None
+        yield
 
-    Its keys: model, optimizer (their state_dict), args (a dict), step, rng (torch's random state); and `more`.
+
+def plot_metrics(plt, runs, path):
+    """Curves of what was logged. runs: {label: [lines of a metrics.jsonl, ...]}, a color for each label."""
+    lines = [line for several in runs.values() for run in several for line in run if "loss" in line]
+    names = set().union(*lines) - {"step", "epoch", "lr", "images_per_second"}
+    _, axes = plt.subplots(len(names), squeeze=False, figsize=(8, 3 * len(names)), layout="constrained")
+    for axis, name in zip(axes.flat, sorted(names, key="loss".__ne__)):
+        for i, (label, several) in enumerate(runs.items()):
+            for run in several:
+                points = [(line["epoch"], line[name]) for line in run if name in line]
+                axis.plot(*zip(*points), color=f"C{i}", label=label if run is several[0] else None)
+        axis.set(xlabel="epoch", ylabel=name)
+        axis.legend()
+    save_figure(plt, path)
+
+
+# --- what is predicted: tokens, or the features of a teacher ----------------------------------------------
+
+def open_tokens(args, ds):
+    """(tokens (images, n), codebook size) of --tokens."""
+    tokens = load_tokens(args.tokens)
+    wanted = len(ds), (args.image_size // args.patch_size) ** 2
+    if tokens.shape != wanted:
+        raise ValueError(f"{args.tokens}: tokens {tokens.shape} (images, patches); {ds.name} has {wanted}")
+    largest = int(tokens.max())
+    if args.vocab_size and largest >= args.vocab_size:
+        raise ValueError(f"{args.tokens}: its token {largest} is beyond --vocab-size {args.vocab_size}")
+    return tokens, args.vocab_size or largest + 1
+
+
+def view_at(ds, size):
+    """Center squares of another size: k-CLIP's tokens want twice the pixels."""
+    if size == ds.image_size:
+        return ds
+    if not ds.from_files:
+        raise ValueError(f"--features clip sees {size} pixels, {ds.name} has {ds.image_size}: take others")
+    return ds.view(center_square(size), image_size=size)
+
+
+def make_tokenizer(args, ds, device):
+    """The tokenizer of --tokenizer, or of --out, where it is fitted first."""
+    path = args.tokenizer or f"{args.out}/tokenizer.pt"
+    if not os.path.exists(path):
+        print0(f"K-means of {args.features} features, K = {args.vocab_size}")
+        pictures = view_at(ds, args.image_size * (2 if args.features == "clip" else 1))
+        tokenizer = fit_tokenizer(pictures, args.features, args.vocab_size, args.patch_size, args.image_size,
+                                  args.seed, workers=args.workers, device=device)
+        if is_main_process():
+            tokenizer.save(path)
+        barrier()
+    tokenizer = load_tokenizer(path).to(device)
+    for key in ("patch_size", "image_size", "vocab_size", "features"):
+        here, there = getattr(args, key), getattr(tokenizer, key)
+        if here not in (None, there):
+            raise ValueError(f"{path}: its {key.replace('_', ' ')} is {there}, this run's is {here}")
+    return tokenizer
+
+
+def wants_features(args):
+    """Is what --features names to be predicted, or compared, and not to be clustered?"""
+    return args.objective in ("peco", "vqkd") or args.objective == "maskfeat" and args.features != "hog"
+
+
+def wants_tokens(args):
+    return args.objective not in (*objectives.TARGETS, *objectives.TOKENIZERS)
+
+
+def check_inputs(args, ds):
+    """Can what the flags name be read? Asked before anything is written or removed."""
+    if args.tokens:
+        open_tokens(args, ds)
+    elif args.tokenizer:
+        load_tokenizer(args.tokenizer)
+    elif wants_features(args) or wants_tokens(args):
+        blank_tokenizer(ds, args.features, args.patch_size)
+
+
+def make_targets(args, ds, device):
+    """(function of uint8 images and their indices in `ds` or None: what forward is given; size; layers).
+
+    Tokens of center squares are stored once; those of crops (--crop) are made as they come. size: of the
+    codebook, or of the features; layers: of PeCo's frozen network. Tokenizer and teacher stay outside the
+    model: no gradient, no weight decay, no room in checkpoints.
     """
-    return dict(model=model.state_dict(), optimizer=optimizer.state_dict(), args=vars(args), step=step,
-                rng=torch.get_rng_state(), **more)
+    tokens = make = size = layers = None
+    if wants_features(args):
+        teacher = blank_tokenizer(ds, args.features, args.patch_size).to(device)
+        make = teacher.compute_features
+        size = make(ds[0][0][None].to(device)).shape[-1]
+        if args.objective == "peco":                           # is given nothing: its loss compares layers
+            make, layers = None, compare_by(teacher, ds)
+    elif args.tokens:
+        tokens, size = open_tokens(args, ds)
+    elif wants_tokens(args):
+        make = make_tokenizer(args, ds, device)
+        size = make.vocab_size
+        if not args.crop:
+            pictures = view_at(ds, make.input_size)
+            tokens = tokenize(make, pictures, f"{args.out}/tokens.npy", workers=args.workers, device=device)
+    if tokens is not None and is_main_process():
+        print("\n".join(describe_codebook(tokens, ds.labels, size, args.seed)[0]))
+
+    def give(images, read=None):
+        if tokens is not None and read is not None:
+            stored = torch.from_numpy(tokens[read.numpy()].astype(np.int64))
+            return stored.to(device, non_blocking=True)
+        return make(images) if make else None
+    return give, size, layers
 
 
-def restore_state(state, model, optimizer):
-    """Put back what `collect_state` collected: model, optimizer, torch's random numbers go on from there."""
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
+def compare_by(teacher, ds):
+    """The teacher's layers, as a function of images that were normalized for the model."""
+    def layers(images):
+        channels = [x * std + mean for x, mean, std in zip(images.float().unbind(1), ds.mean, ds.std)]
+        return teacher.extract.layers(normalize(255 * torch.stack(channels, 1), teacher.mean, teacher.std))
+    return layers
+
+
+def build(args, size, layers=None):
+    """The objective around a new ViT, initialized by the seed; size, layers: see `make_targets`."""
+    torch.manual_seed(args.seed)
+    vit = MODELS[args.model](image_size=args.image_size, patch_size=args.patch_size, drop_path=args.drop_path,
+                             layer_scale=args.layer_scale or None, pos=args.pos, init=args.init)
+    target = None
+    if args.objective in objectives.TARGETS:
+        target = "features" if wants_features(args) else args.features
+    vocab_size = args.vocab_size if args.objective in objectives.TOKENIZERS else size
+    mask_ratio = args.mask_ratio if args.cut is None else None
+    return objectives.make(args.objective, vit, vocab_size, args.cut, mask_ratio, target,
+                           args.label_smoothing, args.decoder_depth, size, layers)
+
+
+@torch.no_grad()
+def start_codebook(args, model, ds, device):
+    """Hard codes start as K-means of the new encoder's z of the first batch (VQ-KD's code; 10 iterations)."""
+    model.eval()                                               # without stochastic depth
+    z = [model.encode_patches(normalize(images, ds.mean, ds.std)).flatten(0, 1)
+         for images, _, _ in load_steps(ds, args, 0, 1, device)]
+    model.train()
+    metric = "cosine" if model.unit else "euclidean"
+    kmeans = KMeans(args.vocab_size, metric, max_iter=10, seed=args.seed, device=device)
+    model.codebook.copy_(kmeans.fit(torch.cat(z)).centroids)
+
+
+# --- a run ------------------------------------------------------------------------------------------------
+
+def pretrain(args, model, ds, targets, device):
+    """(step, steps) of the loop: images -> loss of `model`."""
+    @functools.lru_cache(1)
+    def draw_order(step):
+        """z (batch, n) of the global batch, the same on every process."""
+        on = "cpu" if model.blockwise else device              # blocks take decisions
+        generator = torch.Generator(on).manual_seed(derive_seed(args.seed, step))
+        return model.draw_order(args.batch_size, generator, on).to(device)
+
+    def compute_loss(net, images, labels, read, step, rows):
+        with torch.autocast(device.type, enabled=False):
+            given = targets(images, read)
+        return net(normalize(images, ds.mean, ds.std), given, draw_order(step)[rows])
+
+    transform = random_crop(args.image_size, args.crop) if args.crop else ds.transform
+    if args.jitter:
+        jitter = v2.ColorJitter(args.jitter, args.jitter, args.jitter)
+        transform = v2.Compose([transform or v2.Identity(), jitter])
+    return train(model, make_optimizer(model, args), ds.view(transform, args.seed), args, compute_loss,
+                 device, f"{args.out}/last.pt", f"{args.out}/metrics.jsonl", model.before_step)
+
+
+def save_results(args, model, ds):
+    """OUT/encoder.pt; of an objective that learns tokens, OUT/tokenizer.pt."""
+    encoder = {key: value.cpu() for key, value in model.encoder.state_dict().items()}
+    save(encoder, f"{args.out}/encoder.pt")
+    if args.objective in objectives.TOKENIZERS:
+        f, weight, bias = model.export()
+        tokenizer = KMeansTokenizer(args.objective, weight, bias, args.patch_size, args.image_size, ds.mean,
+                                    ds.std, f)
+        tokenizer.save(f"{args.out}/tokenizer.pt")
+
+
+def draw_results(args, model, ds, held_out, targets, size, device):
+    """OUT/curves.png; OUT/predictions.png: held-out (or training) images, what was hidden and predicted."""
+    plt = load_matplotlib()
+    if plt is None:
+        return
+    plot_metrics(plt, {args.objective: [read_metrics(f"{args.out}/metrics.jsonl")]}, f"{args.out}/curves.png")
+    looks = torch.zeros(size or 0, 3 * args.patch_size ** 2, device=device)
+    if model.needs == "tokens":                                # a code looks like the mean of its patches
+        counts = looks.new_full((size, 1), 1e-6)
+        some = range(0, len(ds), math.ceil(len(ds) / 500))
+        for images, _, read in load_batches(ds, some, 50, 0, device):
+            tokens = targets(images, read).flatten()
+            looks.index_add_(0, tokens, patchify(images, args.patch_size).flatten(0, 1) / 255)
+            counts += tokens.bincount(minlength=size)[:, None]
+        looks /= counts
+    few = range(0, len(held_out), math.ceil(len(held_out) / 8))
+    images, _, read = next(load_batches(held_out, few, 8, 0, device))
+    given = targets(images, read if held_out is ds else None)
+    rows = objectives.picture_predictions(model, images / 255, ds.mean, ds.std, given, looks)
+    draw_rows(rows, f"{args.out}/predictions.png")
+
+
+def print_table(args, vit, step, steps, ds, test, device, started):
+    """k-NN and linear probe of the trained and of the random encoder; the summary line of metrics.jsonl."""
+    from probe import evaluate
+    path = f"{args.out}/metrics.jsonl"
+    done = [line for line in read_metrics(path) if line.get("summary") and line["step"] == step]
+    if not done:
+        print0("k-NN and linear probe of the trained and of the random encoder")
+        line = dict(summary=True, **evaluate(vit, ds, test, device, args.workers, args.seed))
+        untrained = build(args, 2).encoder.to(device)
+        random = evaluate(untrained, ds, test, device, args.workers, args.seed)
+        line |= {f"{key}_random": value for key, value in random.items()}
+        settings = fixed_settings(args)
+        line.update(seconds=round(time.time() - started, 1), objective=args.objective, data=args.data,
+                    seed=settings.pop("seed"), step=step, steps=steps, settings=settings)
+        append_metrics(path, **line)
+        done.append(line)
+    print0(f"\n{'':<18}{'k-NN':>8}{'linear probe':>15}   top-1 % on {test.name}, {len(test)} images")
+    for name, suffix in (("random encoder", "_random"), ("trained encoder", "")):
+        print0(f"{name:<18}{100 * done[0]['knn' + suffix]:>8.1f}{100 * done[0]['linear' + suffix]:>15.1f}")
+
+
+def run(args):
+    started, device = time.time(), setup(args.device)
+    args.preset = args.preset or ("laptop" if args.data == "textures" else "paper")
+    chosen = recipe(args.objective, args.preset, args.model)
+    squares = args.preset == "laptop" and not args.crop
+    ds, test, why = open_splits(args.data, args.image_size or chosen["image_size"], args.classes, squares)
+    complete(args, chosen, len(ds), device)
+    if args.probe and test is None:
+        print0(f"no k-NN and no linear probe at the end: {why}")
+    with lock_folder(args.out):
+        check_inputs(args, ds)
+        if args.fresh and is_main_process():
+            start_over(args)
+        barrier()
+        check_settings(f"{args.out}/settings.json", {**fixed_settings(args), "images": len(ds)})
+        targets, size, layers = make_targets(args, ds, device)
+        model = build(args, size, layers).to(device)
+        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        print0(f"{args.objective}: {args.model}, {millions:.2f}M parameters; cut {model.cut}: "
+               f"{model.num_targets} of {model.encoder.n_patches} patches hidden; lr {args.lr:g}; {device}")
+        if args.objective in HARD_CODES and not os.path.exists(f"{args.out}/last.pt"):
+            start_codebook(args, model, ds, device)
+        step, steps = pretrain(args, model, ds, targets, device)
+        if step < min(steps, args.steps or steps):             # by a signal
+            return
+        if is_main_process():
+            save_results(args, model, ds)
+            draw_results(args, model, ds, test or ds, targets, size, device)
+        barrier()
+        if args.probe and test is not None:
+            print_table(args, model.encoder, step, steps, ds, test, device, started)
+        if step < steps:
+            print0(f"--steps stopped this run at step {step} of {steps}; without it the same command goes on")
+        print0(f"\n{time.time() - started:.0f} s. In {args.out}: {', '.join(sorted(os.listdir(args.out)))}\n"
+               f"next: python probe.py linear {args.out}; also finetune, tokens, show")
 
 
 def start_over(args):
     """Remove what an earlier run left in --out, but not a file that the command line names."""
-    named = [os.path.abspath(path) for path in (args.tokenizer, args.tokens) if path]
-    for name in ("last.pt", "encoder.pt", "metrics.jsonl", "curves.png", "predictions.png", "tokens.npy",
-                 "tokenizer.pt"):
-        path = os.path.abspath(f"{args.out}/{name}")
-        if os.path.exists(path) and path not in named:
-            os.remove(path)
-
-
-def read_inputs(args, ds, needs, device):
-    """(tokenizer, Targets), each None if the run has to make it: nothing is written or removed yet."""
-    n, path = (args.image_size // args.patch_size) ** 2, args.tokenizer or f"{args.out}/tokenizer.pt"
-    if needs is None:
-        return None, Targets()
-    if needs in ("features", "layers"):
-        teacher = kmeans.blank_tokenizer(ds, args.features, args.patch_size).to(device)
-    if needs == "features":
-        return None, Targets(make=teacher.rows, size=teacher.rows(ds[0][0][None].to(device)).shape[-1])
-    if needs == "layers":
-        mean, std, own_mean, own_std = (to_channels(v, device) for v in (ds.mean, ds.std, teacher.mean, teacher.std))
-        layers = lambda images: teacher.extract.layers((images * std + mean - own_mean) / own_std)
-        layers(normalize(ds[0][0][None].to(device), ds))               # can it be had?
-        return None, Targets(layers=layers)
-    if args.tokens:
-        tokens = kmeans.load_tokens(args.tokens)
-        if tokens.shape != (len(ds), n):
-            raise ValueError(f"{args.tokens}: tokens {tokens.shape} (images, patches), but {ds.name} has {len(ds)} "
-                             f"images and the model {n} patches")
-        largest = max(int(tokens[i:i + 4096].max()) for i in range(0, len(tokens), 4096))
-        if args.vocab_size and largest >= args.vocab_size:
-            raise ValueError(f"{args.tokens}: its token {largest} is beyond the codebook of {args.vocab_size}")
-        return None, Targets(tokens, size=args.vocab_size or largest + 1)
-    if args.tokenizer or os.path.exists(path) and not args.fresh:
-        tokenizer = kmeans.load_tokenizer(path)
-        made = {} if args.tokenizer else tokenizer.made or {}          # a run's own: by its settings
-        for key in ("patch_size", "image_size", "vocab_size", "features", *made):
-            here, there = getattr(args, key), made[key] if key in made else getattr(tokenizer, key)
-            if here != there and (here or key in made):
-                raise ValueError(f"{path}: its {key.replace('_', ' ')} is {there}, this run's is {here}" +
-                                 ("" if args.tokenizer else "; --fresh makes a new one"))
-        return tokenizer.to(device), None
-    kmeans.blank_tokenizer(ds, args.features, args.patch_size)      # can the features be had?
-    return None, None
-
-
-def keep_squares(args, ds):
-    """Let center squares be decoded once, if the disk has room; the first process of a machine asks."""
-    if args.crop or not args.cache or not isinstance(ds, Pictures) or not hasattr(os, "preadv"):  # Windows
-        return
-    what = f"{os.path.abspath(ds.root)} {kmeans.identify(ds)}".encode()
-    name = re.sub(r"[^\w.-]+", "_", f"{ds.name.strip('/')}-{ds.image_size}-{zlib.crc32(what):08x}.squares")
-    squares = Squares(os.path.join(args.cache, name), len(ds), ds.image_size)
-    size = f"{squares.total / 1e9:.3g} GB"
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        try:
-            squares.reserve()
-            print0(f"center squares are kept in {squares.path}: {size}")
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                if not isinstance(error, PermissionError):     # another user's file stays
-                    os.remove(squares.path)
-            why = error.strerror or error
-            print0(f"pictures are decoded in every epoch: {args.cache} cannot keep "
-                   f"their squares, {size} ({why})")
-    barrier()
-    if not os.access(squares.path, os.R_OK | os.W_OK):
-        return
-    for i in sorted({0, len(ds) // 2, len(ds) - 1}):
-        square = squares.read(i)
-        with contextlib.suppress(OSError):
-            if square is not None and (square.float() - ds.open(i)).abs().mean() > 1:  # decoders differ less
-                raise ValueError(f"{squares.path} is of other pictures than {ds.path(i)}: remove it")
-    ds.squares = squares
-
-
-def make_targets(args, ds, tokenizer, device):
-    """Targets by a tokenizer; K-means is fitted on the training images where `read_inputs` found none.
-
-    Tokenizer and tokens are kept in --out. With --crop none are stored: they are made of each crop.
-    """
-    how = dict(device=device, workers=args.workers)
-    at_size = lambda size: ds if size == ds.image_size else with_transform(
-        ds, center_square(size), image_size=size, squares=getattr(ds, "squares", None))
-    if tokenizer is None:
-        print0(f"fitting a K-means tokenizer: {args.features} features, K = {args.vocab_size}, "
-               f"{args.fraction:.0%} of the patches")
-        tokenizer = kmeans.fit_tokenizer(
-            at_size(args.image_size * (2 if args.features == "clip" else 1)), args.features, args.vocab_size,
-            patch_size=args.patch_size, image_size=args.image_size, fraction=args.fraction, seed=args.seed,
-            images=args.fit_images,
-            **how)
-    if rank_and_world()[0] == 0:
-        tokenizer.save(f"{args.out}/tokenizer.pt")
-    barrier()
-    tokenizer, tokens = tokenizer.to(device), None
-    if not args.crop:
-        tokens = kmeans.tokenize(tokenizer, at_size(tokenizer.input_size), f"{args.out}/tokens.npy", **how)
-    return Targets(tokens, tokenizer, tokenizer.vocab_size)
-
-
-def start_codebook(args, model, ds, device, mine, micro):
-    """Hard codes start as K-means of the new encoder's z of the first batch (VQ-KD's code; 10 iterations)."""
-    first = [i for _, i in next(schedule(len(ds), args.batch_size, args.seed, 0, 1, mine, 1))]
-    model.eval()                                               # without stochastic depth
-    with torch.no_grad():
-        z = [model.encode_patches(normalize(images, ds)).flatten(0, 1)
-             for images, _, _ in kmeans.load_batches(ds, first, micro, args.workers, device)]
-    model.train()
-    metric = "cosine" if model.unit else "euclidean"
-    found = kmeans.KMeans(args.vocab_size, metric, max_iter=10, seed=args.seed).fit(torch.cat(z))
-    model.codebook.data.copy_(found.centroids)
-
-
-def save_tokenizer(args, model, ds, device):
-    """OUT/tokenizer.pt of a learned tokenizer, and what its tokens of some images are worth."""
-    encoder, centroids, metric = model.export()
-    tokenizer = kmeans.KMeansTokenizer(args.objective, centroids, metric, args.patch_size, args.image_size,
-                                       ds.mean, ds.std, encoder)
-    tokenizer.save(f"{args.out}/tokenizer.pt")
-    few = range(0, len(ds), math.ceil(len(ds) / 2000))
-    found = [(tokenizer.to(device)(images).cpu(), labels) for images, labels, _ in
-             kmeans.load_batches(ds, few, 64, args.workers, device)]
-    tokens, labels = (torch.cat(parts).numpy() for parts in zip(*found))
-    if tokens.size < 20 * tokenizer.vocab_size * len(ds.classes or [0]):
-        # TCAS of so few patches a cell would be too low.
-        print0(f"TCAS: python tcas.py score --tokenizer {args.out}/tokenizer.pt")
-        labels = None
-    lines, _ = tcas.describe_codebook(tokens, labels if ds.classes else None, tokenizer.vocab_size, args.seed)
-    print0("\n".join(lines))
-
-
-def describe(model, args):
-    millions = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-    target = "tokens" if model.needs == "tokens" else args.features
-    return (f"{args.objective}: {args.model}, {millions:.2f}M trained parameters, cut {model.cut}: {model.targets} "
-            f"of {model.encoder.n_patches} patches are hidden; to predict: {target}")
-
-
-def count_step(args):
-    """(model on no device, floating-point operations of an image's step, bytes kept for the backward pass).
-
-    Half of float32's bytes, as in bfloat16; scaled_dot_product_attention keeps no attention weights.
-    """
-    with torch.device("meta"):
-        # A teacher's features are about 1024 wide.
-        size = {"vqkd": 1024, **dict.fromkeys(("dvae", "vq", "peco"))}
-        model = build(args, size.get(args.objective, args.vocab_size or 1024))
-        n, heads, kept = model.encoder.n_patches, model.encoder.blocks[0].attn.heads, {}
-        order = torch.zeros(1, n, dtype=torch.long)
-        given = torch.zeros(1, n, 1024) if model.needs == "features" else order
-        inputs = torch.zeros(1, 3, args.image_size, args.image_size), given, order, torch.zeros(model.noise_rows, 1)
-        flops = 3 * count_flops(model, *inputs)                    # backward: twice forward
-
-        def keep(x):
-            weights = x.ndim == 3 and len(x) == heads and min(x.shape[1:]) > model.encoder.width // heads
-            kept[x.untyped_storage()._cdata] = 0 if weights else x.numel() * x.element_size()
-            return x
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            model(*inputs)
-    own = {p.untyped_storage()._cdata for p in model.parameters()}
-    return model, flops, sum(size for storage, size in kept.items() if storage not in own) // 2
-
-
-def print_plan(args, ds, world):
-    """What the run would take, on 1, 8 and 64 processes; a rate that is assumed is said to be."""
-    model, flops, activations = count_step(args)
-    images = max(1, round(args.epochs * (len(ds) // args.batch_size))) * args.batch_size
-    rate, why = args.rate, "as given"
-    if not rate:
-        rate, why = .4 * 989e12 / flops, "assumed: 40 % of an H200's 989 bfloat16 TFLOP/s"
-    print0(f"{describe(model, args)}\n{images} images in steps of {args.batch_size}; {flops / 1e9:.3g} GFLOP an image, "
-           f"forward and backward, without tokenizer and teacher\n"
-           f"{rate:.4g} images/s a process ({why}): " +
-           ", ".join(f"{images / rate / n / 3600:.3g} hours on {n}" for n in (1, 8, 64)))
-    parameters = sum(p.numel() for p in model.parameters())
-    micro = divide_batch(args, world)[1]
-    print0(f"memory of a process: {16 * parameters / 1e9:.3g} GB of weights, gradients and AdamW, and about "
-           f"{micro * activations / 1e9:.3g} GB of activations of {micro} images at once (--micro-batch)")
-    files = isinstance(ds, Pictures)
-    stored = "none: tokens are made of each crop" if args.crop else (
-        f"{2 * len(ds) * model.encoder.n_patches / 1e9:.3g} GB of tokens" * (model.needs == "tokens") +
-        f", {3 * len(ds) * args.image_size ** 2 / 1e9:.3g} GB of center squares (--cache)" * files)
-    print0(f"disk: {stored.lstrip(', ') or 'nothing to speak of'}")
-    if files:
-        ds = Augmented(ds, random_crop(ds.image_size, args.crop) if args.crop else None, args.seed)
-        few = range(0, len(ds.ds), max(1, len(ds.ds) // 64))
-        torch.set_num_threads(1)                                   # as in a loading process
-        seconds = min(timeit.repeat(lambda: [ds[0, i] for i in few], number=1, repeat=2)) / len(few)
-        until = "" if args.crop else "; where squares are kept, for the first epoch only"
-        print0(f"input: {1e3 * seconds:.2g} ms an image on a core of this machine: {rate * seconds:.2g} cores a "
-               f"process{until}")
-
-
-class Laps:
-    """Seconds of every phase of a step, the device's work included; the first steps, a warm-up, do not count."""
-
-    def __init__(self, device, skip):
-        self.device, self.skip, self.seconds, self.steps, self.last = device, skip, {}, 0, time.perf_counter()
-
-    def __call__(self, phase):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0) + now - self.last
-        self.last = now
-        if phase == "log, save":
-            self.steps += 1
-            if self.steps == self.skip:
-                self.seconds = {}
-
-
-def benchmark(args, ds, tokenizer, targets, device):
-    """Time of a step, by phases, memory, and the share of the rate of a matrix product; nothing is kept.
-
-    Tokens are all 0 if there are none: what they say makes no step faster. Phases are waited for: a run, in
-    which the CPU goes ahead of the GPU, is a little faster.
-    """
-    (rank, world), args = rank_and_world(), copy.copy(args)
-    args.steps = 5 + (args.steps or 30)
-    _, flops, _ = count_step(args)
-    if targets is None and args.crop:
-        if tokenizer is None:
-            tokenizer = kmeans.blank_tokenizer(ds, args.features, args.patch_size, k=args.vocab_size).to(device)
-            tokenizer.centroids = torch.randn(args.vocab_size, tokenizer.rows(ds[0][0][None].to(device)).shape[-1])
-        targets = Targets(make=tokenizer.to(device), size=tokenizer.vocab_size)
-    elif targets is None:
-        shape = len(ds), (args.image_size // args.patch_size) ** 2
-        size = tokenizer.vocab_size if tokenizer else args.vocab_size
-        targets = Targets(np.broadcast_to(np.uint16(0), shape), size=size)
-    laps = Laps(device, skip=5)
-    with tempfile.TemporaryDirectory() as args.out:
-        if train(args, ds, targets, None, device, laps) is None:
-            return
-    steps, seconds = laps.steps - laps.skip, sum(laps.seconds.values())
-    kind = torch.bfloat16 if device.type == "cuda" else torch.float32
-    side = 8192 if device.type == "cuda" else 2048
-    x = torch.randn(side, side, device=device, dtype=kind)
-    product = 2 * len(x) ** 3 / kmeans.measure_seconds(lambda: x @ x)[0]
-    rate = args.batch_size * steps / seconds
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else kmeans.read_peak_memory()
-    print0(f"\n{rate:.4g} images/s of {world} processes, {1e3 * seconds / steps:.4g} ms a step of {args.batch_size}: " +
-           ", ".join(f"{phase} {value / seconds:.1%}" for phase, value in laps.seconds.items()))
-    print0(f"peak memory of a process {peak / 1e9:.3g} GB; {rate * flops / 1e12:.3g} TFLOP/s, "
-           f"{rate * flops / world / product:.1%} a process of a {kind} product's {product / 1e12:.3g}")
+    named = [Path(path).resolve() for path in (args.tokenizer, args.tokens) if path]
+    for name in "settings.json last.pt encoder.pt metrics.jsonl tokens.npy tokenizer.pt".split():
+        path = Path(args.out, name).resolve()
+        if path not in named:
+            path.unlink(missing_ok=True)
 
 
 # --- command line -----------------------------------------------------------------------------------------
 
-# The flags that are no part of a recipe: type or choices, help.
+# The flags that are no part of a recipe: type, help.
 FLAGS = {
-    "data": (str, f"textures (embedded), a folder (ImageNet layout, or without labels), {', '.join(NAMED)}"),
+    "data": (str, f"textures (embedded), a folder (ImageNet's layout, or no labels), {', '.join(NAMED)}"),
     "classes": (str, "file with the class folders to keep, one a line (ImageNet-100)"),
-    "objective": (list(objectives.OBJECTIVES), "default: mapet"),
+    "objective": (str, "default: mapet"),
+    "preset": (str, "laptop: vit_micro, 48 pixels, minutes on two cores, any data (default for textures), "
+               "paper: the recipe of the objective's paper (default for all else)"),
     "cut": (int, "cutting point, class token included (MaPeT 50, ViT-B 60 of 197)"),
-    "mask-ratio": (float, "the same as a share of the patches that are hidden (MaPeT, MAE, ClusterMIM 0.75, MaPeT's "
-                          "ViT-B 0.7, CAE 0.5, BEiT 75 of 196)"),
+    "mask_ratio": (float, "the same as a share of the patches that are hidden (MaPeT, MAE, ClusterMIM 0.75, "
+                   "MaPeT's ViT-B 0.7, CAE 0.5, BEiT 75 of 196)"),
     "tokenizer": (str, "tokenizer.pt of kmeans.py fit (default: fitted first, kept in --out)"),
     "tokens": (str, "tokens.npy of kmeans.py tokenize, (images, patches), in the data set's order"),
-    "fit-images": (int, "images that K-means is fitted on, a random sample (default: enough for 256 patches a code, at "
-                        "least 20,000; the papers: all)"),
-    "cache": (str, "folder for decoded center squares, for all runs; '': decode in every epoch (default cache)"),
     "steps": (int, "stop after this many optimizer steps of the schedule"),
-    "micro-batch": (int, "images at once on one process; its share is accumulated (default: up to 256)"),
-    "out": (str, "folder of the run (default: runs/OBJECTIVE-DATA-what differs from the recipe)"),
+    "micro_batch": (int, "images at once on one process; its share is accumulated (default: up to 256)"),
+    "out": (str, "folder of the run (default: runs/OBJECTIVE-DATA)"),
     "seed": (int, "of weights, order of images, augmentation, masks (default 0)"),
     "device": (str, "cuda, cpu (default: cuda if there is one)"),
     "workers": (int, "loading processes of each process (default: its share of the cores; 0 for textures)"),
-    "rate": (float, "of --plan: images/s of one process, as --benchmark measured"),
-    "save-minutes": (float, "minutes between checkpoints at most (default 30)"),
-    "log-every": (int, "steps between lines of metrics.jsonl (default 50)"),
+    "log_every": (int, "steps between lines of metrics.jsonl (default 50)"),
 }
-MAY_BE_ZERO = set("seed workers jitter crop cut mask_ratio label_smoothing drop_path layer_scale min_lr warmup_lr "
-                  "warmup_epochs weight_decay beta2 clip_norm".split())
+CHOICES = dict(objective=list(objectives.OBJECTIVES), preset=["laptop", "paper"], model=list(MODELS),
+               pos=["learned", "sincos"], init=["timm", "mae"], cosine=["start", "warmup"])
+SWITCHES = {"fresh": "start over: removes what an earlier run left in --out",
+            "compile": "torch.compile (default: on CUDA)",
+            "probe": "k-NN and linear probe at the end (default)"}
+MAY_BE_ZERO = set("""seed workers jitter crop cut mask_ratio label_smoothing drop_path layer_scale min_lr
+                     warmup_lr warmup_epochs weight_decay beta2 clip_norm""".split())
+AT_MOST = dict(crop=1, label_smoothing=1, mask_ratio=1, smoothing=1, erase=1, drop_path=.99, beta2=.9999)
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        description="Pre-train a ViT by any objective of the two papers. What is not given comes from the recipe: "
-                    "the embedded default for --data textures, the objective's paper's for a folder.")
-    choices = dict(model=list(MODELS), pos=["learned", "sincos"], init=["timm", "mae"], cosine=["start", "warmup"])
-    add = parser.add_argument_group("recipe, with the papers' values").add_argument
+    parser = argparse.ArgumentParser(description="Pre-train a ViT by any objective of the two papers. What "
+                                                 "is not given comes from the preset.")
+    flags = dict(FLAGS)
     for key, (mapet, clustermim, _, text) in SETTINGS.items():
         kind = type(clustermim if mapet is None else mapet)
-        kind = dict(choices=choices[key]) if key in choices else dict(type=kind)
-        others = [f"{name} {PAPERS[name][key]}" for name in objectives.TOKENIZERS if PAPERS[name][key] != mapet]
-        papers = ", ".join([f"MaPeT {mapet}", f"ClusterMIM {clustermim}"] + others)
-        add(f"--{key.replace('_', '-')}", help=f"{text} ({papers})", **kind)
-    add = parser.add_argument_group("run").add_argument
-    for flag, (kind, text) in FLAGS.items():
-        add(f"--{flag}", help=text, **{"choices" if isinstance(kind, list) else "type": kind})
-    add("--resume", dest="fresh", action="store_false", help="go on from OUT/last.pt (the default)")
-    add("--fresh", action="store_true", help="start over: removes what an earlier run left in --out")
-    add("--plan", action="store_true", help="print what the run would take, and stop")
-    add("--benchmark", action="store_true", help="time some steps (30, --steps) by their phases, and stop")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
-    add("--probe", action=argparse.BooleanOptionalAction, help="k-NN and linear probe at the end (default)")
-    parser.set_defaults(data="textures", objective="mapet", seed=0, cache="cache", save_minutes=30., log_every=50,
-                        fresh=False, probe=True)
+        flags[key] = kind, f"{text} (MaPeT {mapet}, ClusterMIM {clustermim})"
+    for key, (kind, text) in flags.items():
+        parser.add_argument(f"--{key.replace('_', '-')}", type=kind, choices=CHOICES.get(key), help=text)
+    for key, text in SWITCHES.items():
+        parser.add_argument(f"--{key}", help=text, action=argparse.BooleanOptionalAction)
+    parser.set_defaults(data="textures", objective="mapet", seed=0, log_every=50, fresh=False, probe=True)
     args = parser.parse_args(argv)
     check_numbers(parser, args, MAY_BE_ZERO)
     for a, b in (("cut", "mask_ratio"), ("lr", "base_lr"), ("tokens", "tokenizer")):
         if getattr(args, a) is not None and getattr(args, b) is not None:
             parser.error(f"--{a} and --{b.replace('_', '-')} say the same thing: give one of them")
+    for key in ("tokenizer", "tokens", "label_smoothing"):
+        if not wants_tokens(args) and getattr(args, key) is not None:
+            parser.error(f"--{key.replace('_', '-')} is for tokens, which {args.objective} does not predict")
     return args
 
 
 def check_numbers(parser, args, may_be_zero):
     """argparse takes any number: refuse, naming the flag, those that mean nothing."""
     for key, value in vars(args).items():
+        most, zero = AT_MOST.get(key, 1 << 62), key in may_be_zero
         for number in value if isinstance(value, list) else [value]:
-            zero = number == 0 and key in may_be_zero
-            if type(number) in (int, float) and not zero and not 0 < number < 1 << 63:
-                least = "from 0 up" if key in may_be_zero else "above 0"
-                least += ", below 2^63," * (number >= 1 << 63)
-                parser.error(f"--{key.replace('_', '-')} {number}: a number {least} is wanted")
+            if type(number) in (int, float) and not (0 < number <= most or number == 0 and zero):
+                least = "from 0" if zero else "above 0"
+                parser.error(f"--{key.replace('_', '-')} {number}: wanted is one {least}, at most {most}")
 
 
-def check_shares(args, shares, less_than_1):
-    """The flags of these names are at most 1, or less."""
-    for key in f"{shares} {less_than_1}".split():
-        value, below = getattr(args, key, None) or 0, key in less_than_1.split()
-        if value > 1 or value == 1 and below:
-            raise ValueError(f"--{key.replace('_', '-')} {value:g} is a share: from 0 to 1" + ", below 1" * below)
-
-
-def name_run(args, chosen):
-    """runs/OBJECTIVE-DATA-..., with every setting that is not the recipe's: a folder is a run's own."""
-    parts = [args.objective, os.path.basename(os.path.normpath(args.data))]
-    short = dict(model="", features="", vocab_size="k", image_size="size", batch_size="batch", mask_ratio="mask")
-    chosen = dict(chosen, seed=0, objective=args.objective, data=args.data)
-    for key, value in vars(args).items():
-        if key not in FREE and value not in (None, chosen.get(key)):
-            word = f"{value:g}" if isinstance(value, float) else str(value)
-            parts.append(short.get(key, key.replace("_", "")) + re.sub(r"[^\w.-]+", "_", word).strip("_"))
-    return os.path.join("runs", "-".join(parts))
-
-
-def resolve_args(args, world, device):
-    """Fill in what the recipe decides and check what can be checked before anything is read or written.
-
-    Returns what the objective needs: "tokens", "features" or None.
-    """
-    chosen, kind = recipe(args.objective, args.data, args.model), objectives.OBJECTIVES[args.objective][0]
-    learns = args.objective in objectives.TOKENIZERS
-    for key in ("tokenizer", "tokens", "label_smoothing") + ("vocab_size",) * (not learns):
-        if (learns or args.objective in objectives.TARGETS) and getattr(args, key) is not None:
-            flag = key.replace("_", "-")
-            raise ValueError(f"--{flag} is for tokens, which {args.objective} does not predict")
-    if kind is objectives.MaPeT and args.decoder_depth is not None:
-        raise ValueError(f"--decoder-depth: {args.objective} has no decoder")
-    if args.tokenizer or args.tokens:                              # then the file says what the codebook is
-        chosen = {key: value for key, value in chosen.items() if key not in ("features", "vocab_size")}
-    args.out = args.out or name_run(args, chosen)
-    if args.base_lr is not None:
-        chosen["lr"] = None
+def complete(args, chosen, n, device):
+    """Fill in what the preset decides for n images; check what can be checked before anything is written."""
+    if args.tokenizer or args.tokens:                          # then the file says what the codebook is
+        chosen["features"] = chosen["vocab_size"] = None
+    if args.preset == "laptop":                                # the same work on any data set
+        chosen["epochs"] *= TEXTURES["train"][1] / n
+        chosen["warmup_epochs"] *= TEXTURES["train"][1] / n
     if args.epochs is not None:                                # a shorter run keeps the share of the warm-up
         chosen["warmup_epochs"] *= min(1, args.epochs / chosen["epochs"])
+    if args.base_lr is not None:
+        chosen["lr"] = None
     for key, value in chosen.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    args.lr = args.base_lr * args.batch_size / 256 if args.lr is None else args.lr
-    args.compile = device.type == "cuda" if args.compile is None else args.compile
+    if args.lr is None:
+        args.lr = args.base_lr * args.batch_size / 256
+    if args.out is None:
+        args.out = f"runs/{args.objective}-{os.path.basename(os.path.normpath(args.data))}"
+    if args.compile is None:
+        args.compile = device.type == "cuda"
     if args.workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()     # not on macOS
-        share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        share = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         args.workers = 0 if args.data == "textures" else max(1, share)
-    if args.objective == "maskfeat" and args.features in ("pixel", "pixel-norm"):
-        raise ValueError(f"--features {args.features}: to predict pixels is --objective mae; maskfeat predicts "
-                         "hog or the features of an encoder")
-    if args.objective in ("dvae", "vq") and args.features != "pixel":
-        raise ValueError(f"--features {args.features}: {args.objective} rebuilds pixels; "
-                         "peco and vqkd want features")
+    check_possible(args, n)
+
+
+def check_possible(args, n):
+    """Settings that exclude one another, or that n images do not allow."""
+    if args.compile and not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        raise ValueError("--compile: torch.compile needs a C compiler (gcc, clang), else --no-compile")
     if args.tokens and args.crop:
-        raise ValueError(f"--tokens {args.tokens}: a crop or a flip (--crop {args.crop:g}) moves the patches away "
-                         "from their stored tokens; --crop 0, or --tokenizer for tokens of each crop")
-    check_shares(args, "crop label_smoothing fraction", "drop_path beta2")
-    if not args.crop and (args.vocab_size or 0) > kmeans.MOST_CODES:
-        raise ValueError(f"--vocab-size {args.vocab_size}: stored tokens have 16 bits, {kmeans.MOST_CODES} codes at "
-                         "most; with --crop nothing is stored")
-    divide_batch(args, world)
+        raise ValueError(f"--tokens {args.tokens}: a crop or a flip (--crop {args.crop:g}) moves patches "
+                         "away from their stored tokens; --crop 0, or --tokenizer for tokens of each crop")
+    divide_batch(args)
+    if args.batch_size > n:
+        raise ValueError(f"--batch-size {args.batch_size} is more than the {n} images")
     patches = args.batch_size * (args.image_size // args.patch_size) ** 2
-    if args.objective in ("vq", "peco", "vqkd") and args.vocab_size > patches:
-        raise ValueError(f"--vocab-size {args.vocab_size}: codes start at the {patches} patches of the first batch; "
-                         "fewer of them, or a larger --batch-size")
-    with torch.device("meta"):                                   # sizes, --cut and --mask-ratio out of range
-        return build(args, args.vocab_size or 2).needs
-
-
-def divide_batch(args, world):
-    """(images of a global batch for one process, images at once): by default up to 256, then accumulated."""
-    share = args.batch_size // world
-    micro = args.micro_batch or max(size for size in range(1, 257) if share % size == 0)
-    if share == 0 or args.batch_size % (micro * world):
-        raise ValueError(f"--batch-size {args.batch_size} is not a multiple of {world} processes" +
-                         (f" x --micro-batch {micro}" if args.micro_batch else ""))
-    return share, micro
-
-
-def run(args):
-    started = time.time()
-    rank, world, device = setup(args.device)
-    needs = resolve_args(args, world, device)
-    ds, test = open_splits(args.data, args.image_size, args.classes)
-    if args.batch_size > len(ds):
-        raise ValueError(f"--batch-size {args.batch_size} is more than the {len(ds)} images of {ds.name}")
-    args.images = kmeans.identify(ds)                              # a run goes on with the same ones only
-    if args.plan:
-        return print_plan(args, ds, world)
-    tokenizer, targets = read_inputs(args, ds, needs, device)
-    if args.benchmark:
-        keep_squares(args, ds)
-        return benchmark(args, ds, tokenizer, targets, device)
-    last = f"{args.out}/last.pt"
-    state = resume(last, args) if os.path.exists(last) and not args.fresh else None
-
-    # --- everything that can be checked was checked: now files may change
-    barrier()
-    if rank == 0:
-        if args.fresh:
-            start_over(args)
-        os.makedirs(args.out, exist_ok=True)
-    barrier()
-    if not kmeans.wait_for(args.out):
-        raise OSError(f"--out {args.out}: not seen by rank {rank}; "
-                      "machines must share this folder (not --cache)")
-    classes = f"{len(ds.classes)} classes" if ds.classes else "no labels"
-    print0(f"{ds.name}: {len(ds)} images, {classes}; run in {args.out}")
-    keep_squares(args, ds)
-    targets = targets or make_targets(args, ds, tokenizer, device)
-    entropy = None
-    if rank == 0 and targets.stored is not None:
-        lines, entropy = tcas.describe_codebook(targets.stored, ds.labels, targets.size, args.seed)
-        print0("\n".join(lines))
-    elif needs == "tokens":
-        print0("tokens are made of each crop as it comes; what they are worth: "
-               f"python tcas.py score --tokenizer {args.out}/tokenizer.pt")
-    import probe                                                    # here: probe.py imports this file
-    done = train(args, ds, targets, state, device)
-    if not done:
-        return
-    model, step, steps = done
-    if rank == 0:
-        if args.objective in objectives.TOKENIZERS:
-            save_tokenizer(args, model, ds, device)
-        draw_curves(args, targets.size if needs == "tokens" else None, entropy)
-        probe.draw_predictions(args, model, ds, test, targets, device)
-    if args.probe and test is None:
-        print0("no labels, or no test split: no k-NN and no linear probe")
-    elif args.probe:
-        probe.print_table(args, model.encoder, step, steps, ds, test, device, started)
-        if step < steps:
-            print0(f"--steps stopped this run at {step} of {steps} steps, before the learning rate came down: this "
-                   "is not what the recipe gives. Without --steps the same command goes on.")
-    print0(f"\n{time.time() - started:.0f} s. In {args.out}: {', '.join(sorted(os.listdir(args.out)))}; encoder.pt is the "
-           f"ViT, with timm's names\nnext: python probe.py linear {args.out}; also finetune, tokens, show\n"
-           f"      python objectives.py {args.objective} --patches 6 --cut 3: who may attend to whom")
+    if args.objective in HARD_CODES and args.vocab_size > patches:
+        raise ValueError(f"--vocab-size {args.vocab_size}: codes start at {patches} patches of a batch")
+    if args.vocab_size and args.vocab_size > 1 << 16:
+        raise ValueError(f"--vocab-size {args.vocab_size}: tokens are stored in 16 bits, 65536 codes at most")
+    with torch.device("meta"):                                 # sizes, --cut and --mask-ratio out of range
+        build(args, args.vocab_size or 2)
 
 
 def main(argv=None):
