@@ -66,8 +66,8 @@ def is_main_process():
 # --- recipes: an explicit flag beats the preset -----------------------------------------------------------
 
 # MaPeT: Table 7, for ImageNet and every other folder of images; the rows of MaPeT's own tables. ClusterMIM:
-# Sec. 4.1, ViT-S, B and L alike; its base learning rate and warm-up are not in its text: MAE's. Laptop: ours, for two
-# CPU cores; learning rate, cut and K were chosen on the split "val" of textures.
+# Sec. 4.1, ViT-S, B and L alike; base learning rate and warm-up are not in its text: MAE's. Laptop: ours,
+# for two CPU cores; learning rate, cut and K were chosen on the split "val" of textures.
 SETTINGS = {            # MaPeT, ClusterMIM, laptop
     "model":            ("vit_base", "vit_base", "vit_micro", "size of the ViT"),
     "image_size":       (224, 224, 48, "pixels a side"),
