@@ -3442,10 +3442,10 @@ WRONG = {
     "kmeans.add_up": [("counts += sizes", "counts = sizes")], "kmeans.sample_rows": [(" - start]", "]")],
 }
 
-for name, test in list(globals().items()):                     # pytest -k exercise_03 finds the tests of it
+for name, value in list(globals().items()):                    # pytest -k exercise_03 finds the tests of it
     for number, exercise in EXERCISES.items():
         if name.startswith("test_") and any(words in name for words in exercise.tests.split()):
-            setattr(test, f"exercise_{number:02}", True)
+            setattr(value, f"exercise_{number:02}", True)
 
 
 def remove_answer(text, name, number):
