@@ -379,9 +379,10 @@ def test_download_checks_the_hash_and_fetches_once(tmp_path, monkeypatch):
 def test_a_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "last.pt"
     V.save({"step": 1}, path)
-    ours = OSError("5 of 40 pictures")                                    # of what was to be written: as it is
+    ours = OSError("5 of 40 pictures")                                    # no error of the file: as it is
     errors = {OSError(28, "No space left"): "last.pt cannot be written .*No space left",
-              RuntimeError("pos 64 vs 0"): "last.pt cannot be written .*disk full", ours: "^5 of 40 pictures$"}
+              RuntimeError("pos 64 vs 0"): "last.pt cannot be written .*disk full",
+              ours: "^5 of 40 pictures$"}
     for error, words in errors.items():
         with pytest.raises(OSError, match=words):
             with V.write_atomically(path) as temporary:
@@ -2701,7 +2702,7 @@ PROBE_TINY = dict(image_size=24, patch_size=8, width=32, depth=2, heads=2)      
 CPU = torch.device("cpu")
 
 
-FEW = {"train": (1, 200), "test": (2, 60), "val": (3, 60)}                         # images of the embedded data
+FEW = {"train": (1, 200), "test": (2, 60), "val": (3, 60)}       # images of the embedded data
 
 
 @pytest.fixture
@@ -3066,7 +3067,8 @@ def test_released_networks_are_scored_by_their_own_head(trained, tmp_path, capsy
         right = model.eval()(images)[:, 0].argmax(1) == torch.tensor(ds.labels)
     argv = ["finetune", tmp_path / "mapet.tar", "--epochs", 0, "--no-floor", "--out", tmp_path]
     assert probed(*argv)["finetune"] == pytest.approx(right.float().mean().item(), abs=.02)
-    probe_refuses(capsys, ["finetune", f"{trained}/encoder.pt", *argv[2:]], "encoder.pt", "--epochs 0", "fc_norm")
+    no_head = ["finetune", f"{trained}/encoder.pt", *argv[2:]]
+    probe_refuses(capsys, no_head, "encoder.pt", "--epochs 0", "fc_norm")
     state["head.weight"], state["head.bias"] = state["head.weight"][:7], state["head.bias"][:7]
     torch.save({"state_dict": state}, tmp_path / "mapet.tar")
     probe_refuses(capsys, argv, "mapet.tar", "10 classes")
@@ -3090,7 +3092,8 @@ def test_tokens_alone(trained, tmp_path, capsys):
     assert found["protocol"] == "mlp" and found["floor"]["tokens"] < .2
     files = sorted(tmp_path.glob("tokens-textures-*.npy"), reverse=True)   # train, test
     tokens = [kmeans.load_tokens(file) for file in files]
-    assert tokens[0].shape == (200, 36) and np.array_equal(tokens[0], kmeans.load_tokens(f"{trained}/tokens.npy"))
+    assert tokens[0].shape == (200, 36)
+    assert np.array_equal(tokens[0], kmeans.load_tokens(f"{trained}/tokens.npy"))
     again = probed("tokens", files[0], "--test-tokens", files[1], *how)
     assert again["tokens"] == found["tokens"]
     assert probed("tokens", trained, "--head", "vit_micro", *how)["protocol"] == "vit_micro"
@@ -3174,6 +3177,7 @@ def test_wrong_input_is_refused_in_one_line(trained, probe_pictures, tmp_path, c
 
 ROOT = Path(__file__).parent
 PAGES = ["README.md", "results/README.md"]
+MODULES = dict(vit=vit, kmeans=kmeans, tcas=tcas, objectives=objectives, train=train, probe=probe)
 IMPORTS = {"vit": [], "kmeans": ["vit"], "tcas": [], "objectives": ["vit"],
          "train": ["kmeans", "objectives", "tcas", "vit"], "probe": ["kmeans", "train", "vit"]}
 PACKAGES = {"torch", "torchvision", "numpy", "einops", "tqdm", "matplotlib", "triton", "PIL"}
@@ -3185,19 +3189,20 @@ def list_commands(page):
     for block in re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S):
         block = re.sub(r"^(#|python3|srun|>).*$|^timm.*$", "", block, flags=re.M)
         if "python " in block or "torchrun " in block:
-            shadow = 'python() { printf "%q " "$@"; echo; }; torchrun() { shift 2; python "$@"; }; seq() { command seq "$@"; }\n'
-            yield from subprocess.run(["bash", "-c", shadow + block], capture_output=True, text=True).stdout.splitlines()
+            shadow = 'python() { printf "%q " "$@"; echo; }; torchrun() { shift 2; python "$@"; }\n'
+            shell = subprocess.run(["bash", "-c", shadow + block], capture_output=True, text=True)
+            yield from shell.stdout.splitlines()
     text = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
     for span in re.findall(r"`((?:python|torchrun --nproc_per_node \d) \w+\.py[^`]*)`", text):
         yield span.split(" ", 3 if span.startswith("torchrun") else 1)[-1]
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_command_of_a_page_parses(page, monkeypatch):
+def test_every_command_of_a_page_parses(page):
     parsed = 0
     for line in list_commands(page):
         script, *argv = shlex.split(line, comments=True)
-        module = dict(vit=vit, kmeans=kmeans, tcas=tcas, objectives=objectives, train=train, probe=probe).get(script[:-3])
+        module = MODULES.get(script[:-3])
         if module and hasattr(module, "parse"):
             assert module.parse(argv), line
             parsed += 1
@@ -3207,7 +3212,7 @@ def test_every_command_of_a_page_parses(page, monkeypatch):
 def find_code(name):
     """The object that `file.Class.method` names."""
     module, *rest = name.split(".")
-    found = dict(vit=vit, kmeans=kmeans, tcas=tcas, objectives=objectives, train=train, probe=probe)[module]
+    found = MODULES[module]
     for part in rest:
         found = getattr(found, part)
     return found
@@ -3242,14 +3247,16 @@ def test_the_python_example_runs():
 @pytest.mark.parametrize("name", IMPORTS)
 def test_files_import_what_the_design_allows(name):
     tree = ast.parse((ROOT / f"{name}.py").read_text())
-    found = set()
-    for node in tree.body:
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            found |= {node.module} if isinstance(node, ast.ImportFrom) else {alias.name for alias in node.names}
-    assert {module for module in found if module in IMPORTS} == set(IMPORTS[name])
-    anywhere = {alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    anywhere |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    import sys
+
+    def list_modules(nodes):
+        for node in nodes:
+            if isinstance(node, ast.ImportFrom):
+                yield node.module.split(".")[0]
+            elif isinstance(node, ast.Import):
+                yield from (alias.name.split(".")[0] for alias in node.names)
+
+    assert set(list_modules(tree.body)) & set(IMPORTS) == set(IMPORTS[name])
+    anywhere = set(list_modules(ast.walk(tree)))
     assert anywhere <= PACKAGES | set(IMPORTS) | set(sys.stdlib_module_names)
 
 
