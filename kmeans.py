@@ -30,8 +30,8 @@ from torchvision.models import resnet
 from tqdm import tqdm
 
 from vit import (CLIP, IMAGENET, PATCH_FEATURES, PUBLIC, SYMMETRIC, download, draw_rows, exit_on_error,
-                 from_weights, gather_patches, normalize, patchify, read_checkpoint, rebuild_vit, save,
-                 select_vit, unpatchify, write_atomically)
+                 from_weights, gather_patches, normalize, patchify, read_checkpoint, read_vit, save,
+                 unpatchify, write_atomically)
 
 try:
     import triton
@@ -427,7 +427,7 @@ class PatchFeatures(nn.Module):
             size, width = weights["project.2.weight"].shape
             first, last = nn.Linear(width, width), nn.Linear(width, size)
             self.project = nn.Sequential(first, nn.Tanh(), last)
-            self.encoder = rebuild_vit(select_vit(weights, name), name, image_size)
+            self.encoder = from_weights(weights, image_size)
             self.load_state_dict(weights)
         elif name == "clip":
             self.encoder = load_clip()
@@ -519,9 +519,9 @@ class KMeansTokenizer(nn.Module):
         save(dict(encoder=encoder, **{name: getattr(self, name) for name in names}), path)
 
 
-def select_vqkd(state, path):
+def select_vqkd(state):
     """KMeansTokenizer's arguments for the official weights of BEiT v2's VQ-KD; its codes have unit length."""
-    vit = select_vit(state, path)
+    vit, _ = read_vit(state)
     weights = {f"encoder.{key}": value for key, value in vit.items()}
     for key in [key for key in state if key.startswith("encode_task_layer.")]:
         weights[key.replace("encode_task_layer.", "project.")] = state[key]
@@ -539,7 +539,7 @@ def load_tokenizer(path):
     state = read_checkpoint(path)
     try:
         if "quantize.embedding.weight" in state.get("model", ()):
-            state = select_vqkd(state["model"], path)
+            state = select_vqkd(state["model"])
         return KMeansTokenizer(**state)
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[0]

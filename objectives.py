@@ -36,10 +36,10 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
+from torchvision.ops import StochasticDepth
 
-from vit import (MLP, PATCH_FEATURES, Block, LayerScale, drop_path_rates, exit_on_error, gather_patches,
-                 init_weights, load_matplotlib, make_drop_path, patchify, principal_colors, save_figure,
-                 sincos_positions, unpatchify)
+from vit import (MLP, PATCH_FEATURES, Block, LayerScale, exit_on_error, gather_patches, init_weights,
+                 load_matplotlib, patchify, principal_colors, save_figure, sincos_positions, unpatchify)
 
 
 # --- orders and masks -------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ class Decoder(nn.Module):
 
     def __init__(self, width, depth, heads, values, layer_scale=None, drop_path=0.):
         super().__init__()
-        rates = drop_path_rates(drop_path, depth)
+        rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(Block(width, heads, 4, layer_scale, rate) for rate in rates)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, values)
@@ -321,7 +321,7 @@ class RegressorBlock(nn.Module):
         self.mlp = MLP(width, 4 * width)
         self.ls1 = LayerScale(width, layer_scale) if layer_scale else nn.Identity()
         self.ls2 = LayerScale(width, layer_scale) if layer_scale else nn.Identity()
-        self.drop_path = make_drop_path(drop_path)
+        self.drop_path = StochasticDepth(drop_path, "row")
 
     def forward(self, x, visible, pos, pos_visible):
         """Hidden x (b, T, d), visible (b, v, d), their positions -> (b, T, d)."""
@@ -354,7 +354,7 @@ class CAE(Objective):
         self.align = align
         self.mask_token = nn.Parameter(torch.empty(1, 1, vit.width))
         width, heads, scale = vit.width, vit.heads, vit.layer_scale
-        rates = drop_path_rates(vit.drop_path, depth)
+        rates = torch.linspace(0, vit.drop_path, depth, device="cpu").tolist()
         self.regressor = nn.ModuleList(RegressorBlock(width, heads, scale, rate) for rate in rates)
         self.regressor_norm = nn.LayerNorm(width, eps=1e-6)
         self.decoder = Decoder(width, depth, heads, vocab_size, scale, vit.drop_path)

@@ -36,8 +36,8 @@ from torchvision.transforms import InterpolationMode, v2
 
 import train
 from kmeans import all_reduce, load_batches, load_tokenizer, load_tokens, print0, rank_and_world, tokenize
-from vit import (MODELS, ViT, draw_rows, drop_path_rates, exit_on_error, from_weights, load_matplotlib,
-                 make_drop_path, normalize, principal_colors, read_checkpoint, unwrap_weights)
+from vit import (MODELS, ViT, draw_rows, exit_on_error, from_weights, load_matplotlib,
+                 normalize, principal_colors, read_checkpoint, unwrap_weights)
 
 
 # --- features ---------------------------------------------------------------------------------------------
@@ -275,8 +275,8 @@ class Classifier(nn.Module):
         super().__init__()
         self.encoder = vit.requires_grad_(True)
         vit.norm = nn.Identity()
-        for block, rate in zip(vit.blocks, drop_path_rates(drop_path, vit.depth)):
-            block.drop_path1 = block.drop_path2 = make_drop_path(rate)
+        for block, rate in zip(vit.blocks, torch.linspace(0, drop_path, vit.depth).tolist()):
+            block.drop_path1.p = block.drop_path2.p = rate
         self.fc_norm = nn.LayerNorm(vit.width, eps=1e-6)
         self.head = Head(vit.width, classes, head_std)
 

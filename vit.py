@@ -171,29 +171,22 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-def make_drop_path(rate):
-    """Stochastic depth: a sample skips the branch with probability `rate`, all its rows together."""
-    return StochasticDepth(rate, "row")
-
-
-def drop_path_rates(last, depth):
-    """Stochastic depth of each of `depth` blocks: linear from 0 to the last one's."""
-    return [last * i / max(depth - 1, 1) for i in range(depth)]
-
-
 class Block(nn.Module):
-    """Attention and MLP, each after a norm and beside a shortcut; timm's LayerScale and drop path."""
+    """Attention and MLP, each after a norm and beside a shortcut; timm's LayerScale and drop path.
+
+    drop_path   stochastic depth: the probability that a sample skips a branch, with all its rows
+    """
 
     def __init__(self, width, heads, mlp_ratio=4, layer_scale=None, drop_path=0.):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads)
         self.ls1 = LayerScale(width, layer_scale) if layer_scale else nn.Identity()
-        self.drop_path1 = make_drop_path(drop_path)
+        self.drop_path1 = StochasticDepth(drop_path, "row")
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = MLP(width, int(width * mlp_ratio))
         self.ls2 = LayerScale(width, layer_scale) if layer_scale else nn.Identity()
-        self.drop_path2 = make_drop_path(drop_path)
+        self.drop_path2 = StochasticDepth(drop_path, "row")
 
     def forward(self, x, mask=None, n_keys=None, n_out=None):
         """x (b, rows, d) -> (b, n_out or rows, d), of the last n_out rows; arguments as in `Attention`."""
@@ -240,7 +233,7 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if cls_token else None
         self.pos_embed = nn.Parameter(torch.zeros(1, self.prefix + self.n_patches, width))
         self.patch_embed = PatchEmbed(patch_size, width)
-        rates = drop_path_rates(drop_path, depth)
+        rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, layer_scale, rate) for rate in rates)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.initialize = {"timm": init_weights, "mae": mae_init}[init]      # of heads and decoders, too
@@ -371,67 +364,60 @@ def unwrap_weights(checkpoint, path):
     return state
 
 
-def select_vit(checkpoint, path):
-    """The ViT's part of what a file holds, under timm's names; heads and decoders are left out.
+def read_vit(source):
+    """(state dict of a ViT under timm's names, what errors call it); heads and decoders are left out.
 
-    A network fine-tuned on the mean of its patches (probe.py, MAE, MaPeT) has fc_norm in place of the norm.
-    ValueError for parts that this ViT does not have, such as registers: its features would be others.
+    source: a public name, a file, a run's folder, or what a file holds. A network that was fine-tuned on the
+    mean of its patches (probe.py, MAE, MaPeT) has fc_norm in place of the norm. ValueError for parts that this
+    ViT does not have, such as registers: its features would be others.
     """
+    name = "the weights"
+    if not isinstance(source, dict):
+        name = download(**PUBLIC[source]) if source in PUBLIC else str(source)
+        name = os.path.join(name, "encoder.pt") if os.path.isdir(name) else name
+        source = read_checkpoint(name)
     state = {}
-    for key, value in unwrap_weights(checkpoint, path).items():
+    for key, value in unwrap_weights(source, name).items():
         key = key.replace("fc_norm.", "norm.")
         if key.startswith(PARTS):
             state[key] = value
         elif not key.startswith(NOT_THE_ENCODER):
-            raise ValueError(f"{path}: {key} is no part of this ViT: its features would be wrong without it")
+            raise ValueError(f"{name}: {key} is no part of this ViT: its features would be wrong without it")
     for key in ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.bias"):
         if key not in state:
-            raise ValueError(f"{path}: no weights of a ViT in it ({key} is missing)")
-    return state
+            raise ValueError(f"{name}: no weights of a ViT in it ({key} is missing)")
+    return state, name
 
 
-def read_vit_weights(name_or_path):
-    """(the ViT's state dict, path) of a public name, a file or a run folder."""
-    path = download(**PUBLIC[name_or_path]) if name_or_path in PUBLIC else str(name_or_path)
-    path = os.path.join(path, "encoder.pt") if os.path.isdir(path) else path
-    return select_vit(read_checkpoint(path), path), path
+def load_weights(vit, source):
+    """Load `source`, see `read_vit`, into `vit`, positions resized to its grid; returns it."""
+    return fit_weights(vit, *read_vit(source))
 
 
-def load_weights(vit, name_or_path):
-    """Load a public name, a file or a run folder into `vit`, positions resized to its grid; returns it."""
-    return fit_weights(vit, *read_vit_weights(name_or_path))
-
-
-def fit_weights(vit, state, path):
-    """`load_weights` of a state dict that came from `path`."""
+def fit_weights(vit, state, name):
     try:
         pos = resize_positions(state["pos_embed"], vit.grid, vit.prefix)
         vit.load_state_dict({**state, "pos_embed": pos})
     except RuntimeError as error:                                            # several lines, of any length
         said = " ".join(str(error).split())
-        raise ValueError(f"{path} does not fit this ViT: {said[:300]}") from None
+        raise ValueError(f"{name} does not fit this ViT: {said[:300]}") from None
     return vit
 
 
-def from_weights(name_or_path, image_size=None, heads=None):
-    """The ViT in a file, public name or run folder; the shapes tell its sizes, but not its heads."""
-    state, path = read_vit_weights(name_or_path)
-    return rebuild_vit(state, path, image_size, heads)
-
-
-def rebuild_vit(state, path, image_size=None, heads=None):
-    """`from_weights` of a state dict that came from `path`."""
+def from_weights(source, image_size=None, heads=None):
+    """The ViT of `source`, see `read_vit`; the shapes tell its sizes, but not its heads."""
+    state, name = read_vit(source)
     width, _, p, _ = state["patch_embed.proj.weight"].shape
     heads = heads or HEADS.get(width)
     if heads is None:
-        raise ValueError(f"{path}: a ViT {width} wide; how many heads it has stands in no file: say --heads")
+        raise ValueError(f"{name}: a ViT {width} wide; how many heads it has stands in no file: say --heads")
     cls_token = "cls_token" in state
     grid = math.isqrt(state["pos_embed"].shape[1] - cls_token)
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     mlp_ratio = len(state["blocks.0.mlp.fc1.bias"]) / width
     layer_scale = 1. if "blocks.0.ls1.gamma" in state else None              # its values are in the file
     vit = ViT(image_size or grid * p, p, width, depth, heads, mlp_ratio, layer_scale, cls_token=cls_token)
-    return fit_weights(vit, state, path)
+    return fit_weights(vit, state, name)
 
 
 # --- files, errors, pictures ------------------------------------------------------------------------------
@@ -448,10 +434,7 @@ def write_atomically(path):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:                                 # RuntimeError: torch.save's
         Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno is None:               # of what was to be written
-            raise
-        why = error if isinstance(error, OSError) else "is the disk full?"
-        raise OSError(f"{path} cannot be written ({why}); what was there before is kept") from None
+        raise OSError(f"{path} is left as it was, it cannot be written: {error}") from None
 
 
 def save(state, path):
@@ -502,14 +485,14 @@ def draw_rows(rows, path):
     plt = load_matplotlib()
     if plt is None:
         return
-    _, axes = plt.subplots(len(rows), figsize=(10, 1.4 * len(rows)), squeeze=False, layout="constrained")
-    for axis, (label, images) in zip(axes.flat, rows.items()):
-        images = images.float().cpu().clamp(0, 1)
-        images = F.pad(images, (1, 1, 1, 1), value=1.)                       # white lines between them
-        axis.imshow(rearrange(images, "b c y x -> y (b x) c").numpy())
-        axis.set_title(label, loc="left", fontsize="small")
-        axis.set_anchor("W")
-        axis.axis("off")
+    images = [images.float().cpu() for images in rows.values()]
+    images = nn.utils.rnn.pad_sequence(images, batch_first=True, padding_value=1.)  # of equal length
+    images = F.pad(images, (1, 1, 1, 1), value=1.).clamp(0, 1)               # white lines between them
+    side = images.shape[-1]
+    plt.figure(figsize=(10, 10))
+    plt.imshow(rearrange(images, "row b c y x -> (row y) (b x) c"))
+    plt.yticks([side * (i + .5) for i in range(len(rows))], list(rows))
+    plt.xticks([])
     save_figure(plt, path)
 
 
@@ -527,15 +510,14 @@ def principal_colors(target, *others):
 
 def main(argv=None):
     argparse.ArgumentParser(description="Parameters and FLOPs per image of every named ViT.").parse_args(argv)
-    print(f"{'model':<10} image patch patches width depth    params GFLOPs/image")
     for name, build in MODELS.items():
         with torch.device("meta"), FlopCounterMode(display=False) as counter:    # nothing is computed
             vit = build()
             vit(torch.empty(1, 3, vit.image_size, vit.image_size))
         gflops = counter.get_total_flops() / 1e9                             # a multiply-add counts as two
         params = sum(p.numel() for p in vit.parameters()) / 1e6
-        print(f"{name:<10} {vit.image_size:>5} {vit.patch_size:>5} {vit.n_patches:>7} {vit.width:>5} "
-              f"{vit.depth:>5} {params:>8.2f}M {gflops:>12.2f}")
+        print(f"{name:<10} {vit.n_patches} patches, {vit.depth:>2} blocks {vit.width:>4} wide: {params:6.2f}M "
+              f"parameters, {gflops:6.2f} GFLOPs an image")
 
 
 if __name__ == "__main__":
