@@ -368,7 +368,7 @@ def read_vit(source):
     """(state dict of a ViT under timm's names, what errors call it); heads and decoders are left out.
 
     source: a public name, a file, a run's folder, or what a file holds. A network that was fine-tuned on the
-    mean of its patches (probe.py, MAE, MaPeT) has fc_norm in place of the norm. ValueError for parts that this
+    mean of its patches (probe.py, MAE, MaPeT) has fc_norm in place of the norm. ValueError for parts that our
     ViT does not have, such as registers: its features would be others.
     """
     name = "the weights"
@@ -516,7 +516,7 @@ def main(argv=None):
             vit(torch.empty(1, 3, vit.image_size, vit.image_size))
         gflops = counter.get_total_flops() / 1e9                             # a multiply-add counts as two
         params = sum(p.numel() for p in vit.parameters()) / 1e6
-        print(f"{name:<10} {vit.n_patches} patches, {vit.depth:>2} blocks {vit.width:>4} wide: {params:6.2f}M "
+        print(f"{name:<10} {vit.n_patches} patches, {vit.depth:>2} blocks {vit.width:>4} wide: {params:.2f}M "
               f"parameters, {gflops:6.2f} GFLOPs an image")
 
 
