@@ -36,10 +36,9 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
-from torchvision.ops import StochasticDepth
 
-from vit import (MLP, PATCH_FEATURES, Block, LayerScale, exit_on_error, gather_patches, init_weights,
-                 load_matplotlib, patchify, principal_colors, save_figure, sincos_positions, unpatchify)
+from vit import (PATCH_FEATURES, Block, gather_patches, init_weights, load_matplotlib, patchify,
+                 principal_colors, save_figure, sincos_positions, unpatchify)
 
 
 # --- orders and masks -------------------------------------------------------------------------------------
@@ -61,33 +60,31 @@ def blockwise_mask(b, grid, count, generator=None):
     def uniform():
         return torch.rand(b, 10, generator=generator)
 
-    def covers(length):                                        # at a random place: (b, 10) -> (b, 10, grid)
+    def cover(length):                                         # at a random place: (b, 10) -> (b, 10, grid)
         start = (uniform() * (grid + 1 - length)).floor()[..., None]
-        return (cell >= start) & (cell < start + length[..., None])
+        return ((cell >= start) & (cell < start + length[..., None])).float()
 
     least = max(1, round(16 / 196 * grid ** 2))                # of BEiT's scripts: 16 patches of 196
     cell = torch.arange(grid)
-    hidden = torch.zeros(b, grid, grid, dtype=torch.bool)
+    hidden = torch.zeros(b, grid, grid)                        # 0 and 1, as products count cells
     unfinished = torch.ones(b, 1, dtype=torch.bool)
     while unfinished.any():
         remaining = count - hidden.sum((1, 2))[:, None]
         area = least + (remaining - least) * uniform()
-        aspect = torch.exp(math.log(.3) * (2 * uniform() - 1))
+        aspect = .3 ** (2 * uniform() - 1)
         h = (area * aspect).sqrt().round()
         w = (area / aspect).sqrt().round()
-        rows = covers(h)
-        columns = covers(w)
-        hidden_before = ((rows.float() @ hidden.float()) * columns).sum(-1)
-        new = h * w - hidden_before
+        rows = cover(h)
+        columns = cover(w)
+        new = h * w - torch.einsum("b t y, b y x, b t x -> b t", rows, hidden, columns)
         fits = unfinished & (h < grid) & (w < grid) & (new > 0) & (new <= remaining)
-        first = (fits & (fits.cumsum(1) == 1))[..., None]
-        rows = (rows & first).any(1)                           # of the block that is taken, if one is
-        columns = (columns & first).any(1)
-        hidden |= rows[:, :, None] & columns[:, None, :]
+        first = fits & (fits.cumsum(1) == 1)
+        block = torch.einsum("b t, b t y, b t x -> b y x", first.float(), rows, columns)
+        hidden = hidden.maximum(block)
         unfinished = fits.any(1, keepdim=True)
     score = hidden.flatten(1) + torch.rand(b, grid ** 2, generator=generator)   # above 1: hidden by a block
-    most = score.argsort(1)[:, grid ** 2 - count:]
-    return torch.zeros(b, grid ** 2, dtype=torch.bool).scatter(1, most, True)
+    rank = score.argsort(1).argsort(1)
+    return rank >= grid ** 2 - count
 
 
 def two_stream_mask(visible, targets, positions=True):
@@ -124,21 +121,23 @@ def two_stream_mask(visible, targets, positions=True):
 # --- what all objectives share ----------------------------------------------------------------------------
 
 class Objective(nn.Module):
-    """The encoder that is kept, and which patches are hidden.
+    """The encoder that is kept, which patches are hidden, and what every patch should be.
 
-    needs   what it wants besides images: "tokens" (b, n) int64, "features" (b, n, values), or None
     cut     the cutting point c: c - 1 visible patches, num_targets = 1 + n - c hidden ones
+    target  "tokens", "features", or a name in PATCH_FEATURES: made of the images
+    needs   what it wants besides images: "tokens" (b, n) int64, "features" (b, n, values), or None
     label_smoothing   in the cross-entropy; blockwise: hide blocks, not random patches
     """
-    needs = "tokens"
 
-    def __init__(self, vit, cut, label_smoothing=0., blockwise=False):
+    def __init__(self, vit, cut, label_smoothing=0., blockwise=False, target="tokens"):
         super().__init__()
         self.encoder = vit
         self.cut = cut
         self.num_targets = 1 + vit.n_patches - cut
         self.label_smoothing = label_smoothing
         self.blockwise = blockwise
+        self.target = target
+        self.needs = target if target in ("tokens", "features") else None
 
     def draw_order(self, b, generator=None, device=None):
         """An order z (b, n) of each image's patches, visible ones first; blocks: on the CPU."""
@@ -150,11 +149,20 @@ class Objective(nn.Module):
     def split(self, images, order=None):
         """Visible patches (b, c - 1), hidden ones (b, T), in the order z (None: drawn here)."""
         if order is None:
-            order = self.draw_order(len(images)).to(images.device)
+            order = self.draw_order(len(images), device=images.device)
         return order[:, :self.cut - 1], order[:, self.cut - 1:]
 
+    @torch.no_grad()
+    def compute_target(self, images, given=None):
+        """What every patch should be: (b, n) int64, or (b, n, values) float32. given: what `needs` says."""
+        if self.target == "tokens":
+            return given
+        if self.target == "features":
+            return F.normalize(given.float(), dim=-1)
+        return PATCH_FEATURES[self.target](images, self.encoder.patch_size)
+
     def forward(self, images, tokens=None, order=None):
-        """images (b, 3, S, S) normalized, tokens (b, n) or what `needs` says -> loss, dict of 0-d logs."""
+        """images (b, 3, S, S) normalized, tokens or what `needs` says, order z -> loss, dict of 0-d logs."""
         return self.loss(*self.predict(images, tokens, order))
 
     def loss(self, logits, tokens):
@@ -168,26 +176,18 @@ class Objective(nn.Module):
         """Called before each optimizer step; progress: the share of all steps that is done, 0..1."""
 
 
-class Decoder(nn.Module):
-    """Transformer blocks, norm and head: rows (b, m, d) -> (b, n_out, values), of the last n_out rows."""
+class Decoder(nn.Sequential):
+    """Transformer blocks, norm and head: rows (b, m, d) -> (b, m, values)."""
 
     def __init__(self, width, depth, heads, values, layer_scale=None, drop_path=0.):
-        super().__init__()
         rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
-        self.blocks = nn.ModuleList(Block(width, heads, 4, layer_scale, rate) for rate in rates)
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.head = nn.Linear(width, values)
+        blocks = [Block(width, heads, 4, layer_scale, rate) for rate in rates]
+        super().__init__(*blocks, nn.LayerNorm(width, eps=1e-6), nn.Linear(width, values))
 
     def initialize(self, vit):
         """As the encoder; but the head small: an untrained network guesses uniformly, its loss is ln K."""
         self.apply(vit.initialize)
-        self.head.apply(init_weights)
-
-    def forward(self, x, n_out):
-        for block in self.blocks[:-1]:
-            x = block(x)
-        x = self.blocks[-1](x, n_out=n_out)
-        return self.head(self.norm(x))
+        self[-1].apply(init_weights)
 
 
 # --- MAE, MaskFeat, ClusterMIM ----------------------------------------------------------------------------
@@ -207,10 +207,8 @@ class MaskedAutoencoder(Objective):
     """
 
     def __init__(self, vit, cut, size=None, target="tokens", depth=8, label_smoothing=0.):
-        super().__init__(vit, cut, label_smoothing)
-        self.target = target
-        self.needs = target if target in ("tokens", "features") else None
-        if self.needs is None:
+        super().__init__(vit, cut, label_smoothing, target=target)
+        if target in PATCH_FEATURES:
             blank = torch.zeros(1, 3, vit.image_size, vit.image_size)
             size = PATCH_FEATURES[target](blank, vit.patch_size).shape[-1]
         width = min(512, max(32, 2 * vit.width // 3 // 32 * 32))
@@ -227,21 +225,12 @@ class MaskedAutoencoder(Objective):
         vit = self.encoder
         visible, hidden = self.split(images, order)
         latent = self.decoder_embed(vit.encode(vit.embed(images, visible)))
-        pos = gather_patches(self.pos, visible)
-        latent = latent + F.pad(pos, (0, 0, vit.prefix, 0))    # the class token's is 0
-        masked = self.mask_token + gather_patches(self.pos, hidden)
-        rows = torch.cat([latent, masked], 1)
-        prediction = self.decoder(rows, self.num_targets)
+        masked = self.mask_token.expand(*hidden.shape, -1)
+        pos = gather_patches(self.pos, torch.cat([visible, hidden], 1))
+        pos = F.pad(pos, (0, 0, vit.prefix, 0))                # the class token's is 0
+        rows = torch.cat([latent, masked], 1) + pos
+        prediction = self.decoder(rows)[:, -self.num_targets:]
         return prediction, gather_patches(self.compute_target(images, tokens), hidden)
-
-    @torch.no_grad()
-    def compute_target(self, images, given=None):
-        """What every patch should be: (b, n) int64, or (b, n, size) float32. given: tokens or features."""
-        if self.target == "tokens":
-            return given
-        if self.target == "features":
-            return F.normalize(given.float(), dim=-1)
-        return PATCH_FEATURES[self.target](images, self.encoder.patch_size)
 
     def loss(self, prediction, target):
         if self.target == "tokens":
@@ -273,8 +262,6 @@ class MaPeT(Objective):
     def __init__(self, vit, cut, vocab_size, permute=True, positions=True, label_smoothing=0.,
                  blockwise=False):
         super().__init__(vit, cut, label_smoothing, blockwise)
-        if not vit.prefix:
-            raise ValueError("MIM, BEiT, PIM and MaPeT need a class token: the cutting point counts it")
         self.permute = permute
         self.positions = positions
         self.mask_token = nn.Parameter(torch.empty(1, 1, vit.width))
@@ -305,7 +292,7 @@ class MaPeT(Objective):
 
 # --- CAE, a baseline of MaPeT's tables --------------------------------------------------------------------
 
-class RegressorBlock(nn.Module):
+class RegressorBlock(Block):
     """Cross-attention of CAE's regressor: hidden rows ask, visible and hidden rows answer.
 
     Positions are added to what queries and keys are made of, before the norms; values carry none. CAE's
@@ -314,27 +301,18 @@ class RegressorBlock(nn.Module):
     """
 
     def __init__(self, width, heads, layer_scale=None, drop_path=0.):
-        super().__init__()
-        self.heads = heads
-        self.norm_q, self.norm_k, self.norm_v, self.norm2 = (nn.LayerNorm(width, eps=1e-6) for _ in range(4))
-        self.q, self.k, self.v, self.proj = (nn.Linear(width, width) for _ in range(4))
-        self.mlp = MLP(width, 4 * width)
-        self.ls1 = LayerScale(width, layer_scale) if layer_scale else nn.Identity()
-        self.ls2 = LayerScale(width, layer_scale) if layer_scale else nn.Identity()
-        self.drop_path = StochasticDepth(drop_path, "row")
+        super().__init__(width, heads, 4, layer_scale, drop_path)
+        self.norm_k, self.norm_v = (nn.LayerNorm(width, eps=1e-6) for _ in range(2))
 
-    def forward(self, x, visible, pos, pos_visible):
-        """Hidden x (b, T, d), visible (b, v, d), their positions -> (b, T, d)."""
+    def forward(self, x, visible, pos):
+        """Hidden x (b, T, d), visible (b, v, d), positions of the visible, then the hidden -> (b, T, d)."""
         rows = torch.cat([visible, x], 1)
-        pos_rows = torch.cat([pos_visible, pos], 1)
-        q = self.q(self.norm_q(x + pos))
-        k = self.k(self.norm_k(rows + pos_rows))
-        v = self.v(self.norm_v(rows))
-        q, k, v = (rearrange(y, "b r (h d) -> b h r d", h=self.heads) for y in (q, k, v))
+        read = self.norm1(x + pos[:, visible.shape[1]:]), self.norm_k(rows + pos), self.norm_v(rows)
+        qkv = map(F.linear, read, self.attn.qkv.weight.chunk(3), self.attn.qkv.bias.chunk(3))
+        q, k, v = (rearrange(y, "b r (h d) -> b h r d", h=self.attn.heads) for y in qkv)
         attended = rearrange(F.scaled_dot_product_attention(q, k, v), "b h r d -> b r (h d)")
-        attended = self.ls1(self.proj(attended))
-        x = self.norm2(x + self.drop_path(attended))
-        return x + self.drop_path(self.ls2(self.mlp(x)))
+        x = self.norm2(x + self.drop_path1(self.ls1(self.attn.proj(attended))))
+        return x + self.drop_path2(self.ls2(self.mlp(x)))
 
 
 class CAE(Objective):
@@ -349,9 +327,8 @@ class CAE(Objective):
     attention.
     """
 
-    def __init__(self, vit, cut, vocab_size, depth=4, align=2., label_smoothing=0., blockwise=False):
+    def __init__(self, vit, cut, vocab_size, depth=4, label_smoothing=0., blockwise=False):
         super().__init__(vit, cut, label_smoothing, blockwise)
-        self.align = align
         self.mask_token = nn.Parameter(torch.empty(1, 1, vit.width))
         width, heads, scale = vit.width, vit.heads, vit.layer_scale
         rates = torch.linspace(0, vit.drop_path, depth, device="cpu").tolist()
@@ -369,27 +346,24 @@ class CAE(Objective):
         return self
 
     def predict(self, images, tokens, order=None):
-        """Logits (b, T, K) of the hidden patches in the order z, their tokens, guessed latents, hidden."""
+        """Logits (b, T, K) of the hidden patches in the order z, their tokens, latents guessed, and true."""
         vit = self.encoder
         visible, hidden = self.split(images, order)
-        rows = vit.embed(images, visible)
-        latent = vit.encode(rows)[:, vit.prefix:]
-        pos = vit.positions(hidden)
-        pos_visible = vit.positions(visible)
+        latent = vit.encode(vit.embed(images, visible))[:, vit.prefix:]
+        pos = vit.positions(torch.cat([visible, hidden], 1))
         guess = self.mask_token.expand(*hidden.shape, -1)
         for block in self.regressor:
-            guess = block(guess, latent, pos, pos_visible)
+            guess = block(guess, latent, pos)
         guess = self.regressor_norm(guess)
-        logits = self.decoder(guess + pos, self.num_targets)
-        return logits, gather_patches(tokens, hidden), guess, hidden
-
-    def forward(self, images, tokens=None, order=None):
-        logits, tokens, guess, hidden = self.predict(images, tokens, order)
+        logits = self.decoder(guess + vit.positions(hidden))
         with torch.no_grad():
-            target = self.teacher.encode(self.teacher.embed(images, hidden))
-        alignment = F.mse_loss(guess, target[:, self.encoder.prefix:])
-        loss, logs = self.loss(logits, tokens)
-        return loss + self.align * alignment, {**logs, "alignment": alignment.detach()}
+            target = self.teacher.encode(self.teacher.embed(images, hidden))[:, vit.prefix:]
+        return logits, gather_patches(tokens, hidden), guess, target
+
+    def loss(self, logits, tokens, guess, target):
+        loss, logs = super().loss(logits, tokens)
+        alignment = F.mse_loss(guess, target)
+        return loss + 2 * alignment, {**logs, "alignment": alignment.detach()}
 
     @torch.no_grad()
     def before_step(self, progress):
@@ -398,11 +372,6 @@ class CAE(Objective):
 
 
 # --- learned tokenizers -----------------------------------------------------------------------------------
-
-def make_projection(width, size):
-    """From a ViT's patch tokens to the codes of a learned tokenizer, of VQ-KD's shape (BEiT v2's code)."""
-    return nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, size))
-
 
 class LearnedTokenizer(Objective):
     """Encode all patches, replace each by one of K codes, decode: what stands in the middle is a tokenizer.
@@ -419,36 +388,34 @@ class LearnedTokenizer(Objective):
     unit        VQ-KD (BEiT v2, arXiv:2208.06366, Sec. 3.1): z and codes have unit length and 32 values; a
                 code moves to the mean direction of its z, 1 % a step
                 else codes learn by gradient, hard ones by that of ||sg z - C_t||^2
-    features    VQ-KD: the target is a teacher's features, 1 - cosine; else the pixels, MSE
+    target      VQ-KD: "features", a teacher's, 1 - cosine; else "pixel", MSE
     perceptual  PeCo (arXiv:2111.12710, Sec. 3.2): and what a frozen network sees in both should be the same;
                 a function of normalized images -> list of (b, rows, d)
-    Ours: a hard code that was not used for `patience` steps takes the z of a patch of one image of the batch.
+    Ours: a hard code that was not used for `patience` steps takes the z of a patch of one image of the batch,
+    in each step until it is used. Where hard codes start: `start_codebook` in train.py.
     """
     patience = 200
 
-    def __init__(self, vit, vocab_size, values, depth=3, soft=False, unit=False, features=False,
+    def __init__(self, vit, vocab_size, values, depth=3, soft=False, unit=False, target="pixel",
                  perceptual=None, beta=1.):
-        super().__init__(vit, 1 + vit.n_patches)               # nothing is hidden
+        super().__init__(vit, 1 + vit.n_patches, target=target)    # nothing is hidden
         self.soft = soft
         self.unit = unit
         self.perceptual = perceptual
         self.beta = beta
-        self.target = "features" if features else "pixel"
-        self.needs = "features" if features else None
         width = vit.width
         size = 32 if unit else min(256, width)
-        self.project = make_projection(width, size)
+        self.project = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, size))    # VQ-KD's
         codebook = torch.randn(vocab_size, size)
         if unit:
             codebook = F.normalize(codebook, dim=-1)
         self.codebook = nn.Parameter(codebook, requires_grad=not unit)
         self.classify = nn.Linear(size, vocab_size) if soft else nn.Identity()
         self.decoder_embed = nn.Linear(size, width)
-        self.register_buffer("pos", sincos_positions(vit.grid, width, prefix=0), persistent=False)
-        if not features:
+        if target == "pixel":
             values = 3 * vit.patch_size ** 2
         self.decoder = Decoder(width, depth, vit.heads, values)
-        for part in (self.project, self.decoder_embed, self.classify):
+        for part in (self.project, self.classify, self.decoder_embed):
             part.apply(vit.initialize)
         self.decoder.initialize(vit)
         self.register_buffer("progress", torch.zeros(()))      # a tensor: nothing is compiled anew
@@ -474,86 +441,72 @@ class LearnedTokenizer(Objective):
         """z (b, n, size) -> code (b, n, size), the part of the loss that ties both, tokens (b, n)."""
         logits = F.linear(z, *self.linear_layer())
         tokens = logits.argmax(-1)
-        code = F.embedding(tokens, self.codebook)
+        code = self.codebook[tokens]
         if self.soft:
-            return *self.relax(logits, code), tokens
-        loss = self.beta * F.mse_loss(z, code.detach())        # commitment
-        if not self.unit:
-            loss = loss + F.mse_loss(code, z.detach())
-        return z + (code - z).detach(), loss, tokens           # straight through: the code, with z's gradient
-
-    def relax(self, logits, code):
-        """dVAE: a mixture of codes while it learns, and beta KL of a pixel's value, as the MSE is."""
-        ramp = (1 - torch.cos(math.pi * self.progress)) / 2    # 0 to 1
-        if self.training:
-            code = F.gumbel_softmax(logits, tau=1 - 15 / 16 * ramp) @ self.codebook
-        log_q = logits.log_softmax(-1)
-        kl = math.log(len(self.codebook)) + (log_q.exp() * log_q).sum(-1).mean()
-        return code, self.beta * ramp * kl / (3 * self.encoder.patch_size ** 2)
+            ramp = (1 - torch.cos(math.pi * self.progress)) / 2    # 0 to 1
+            if self.training:                                  # a mixture of codes while it learns
+                code = F.gumbel_softmax(logits, tau=1 - 15 / 16 * ramp) @ self.codebook
+            log_q = logits.log_softmax(-1)
+            kl = math.log(len(self.codebook)) + (log_q.exp() * log_q).sum(-1).mean()
+            loss = ramp * kl / (3 * self.encoder.patch_size ** 2)  # of a pixel's value, as the MSE is
+        else:
+            loss = self.beta * F.mse_loss(z, code.detach())    # commitment
+            if not self.unit:
+                loss = loss + F.mse_loss(code, z.detach())
+            code = z + (code - z).detach()                     # straight through: the code, with z's gradient
+        return code, loss, tokens
 
     def predict(self, images, features=None, order=None):
         """Prediction (b, n, values), its target, the codes' part of the loss, tokens (b, n), z."""
         z = self.encode_patches(images)
         with torch.autocast("cuda", enabled=False):
             code, loss, tokens = self.quantize(z)
-        rows = self.decoder_embed(code) + self.pos
-        prediction = self.decoder(rows, self.encoder.n_patches).float()
-        target = features.float() if self.needs else patchify(images, self.encoder.patch_size)
-        return prediction, target, loss, tokens, z
+        prediction = self.decoder(self.decoder_embed(code) + self.encoder.positions(None)).float()
+        return prediction, self.compute_target(images, features), loss, tokens, z
 
-    def forward(self, images, tokens=None, order=None):
-        prediction, target, loss, tokens, z = self.predict(images, tokens)
+    def loss(self, prediction, target, loss, tokens, z):
         if self.needs:
             error = 1 - F.cosine_similarity(prediction, target, dim=-1).mean()
         else:
             error = F.mse_loss(prediction, target)
         loss = loss + error
         if self.perceptual:
-            rebuilt = unpatchify(prediction, self.encoder.patch_size)
-            for mine, true in zip(self.perceptual(rebuilt), self.perceptual(images)):
-                loss = loss + F.mse_loss(mine, true)
-        share = self.count_codes(z.detach(), tokens) / tokens.numel()
-        used = (share > 0).sum().float()
-        perplexity = torch.special.entr(share).sum().exp()
-        return loss, {"error": error.detach(), "used": used, "perplexity": perplexity}
-
-    def count_codes(self, z, tokens):
-        """How often each code is used (K,); in training noted for `before_step`, as is the sum of its z."""
-        rows = F.pad(z, (0, 1), value=1.).flatten(0, 1)
-        sums = torch.zeros_like(self.sums)
-        sums.index_add_(0, tokens.flatten(), rows)
+            rebuilt, true = (unpatchify(x, self.encoder.patch_size) for x in (prediction, target))
+            for mine, theirs in zip(self.perceptual(rebuilt), self.perceptual(true)):
+                loss = loss + F.mse_loss(mine, theirs)
+        # What each code's z add up to, and how many there are: a 1 is appended to each.
+        rows = F.pad(z.detach(), (0, 1), value=1.).flatten(0, 1)
+        sums = torch.zeros_like(self.sums).index_add_(0, tokens.flatten(), rows)
         if self.training:
             self.sums += sums
             self.example.copy_(z[0])
-        return sums[:, -1]
+        share = sums[:, -1] / len(rows)
+        return loss, {"error": error.detach(), "perplexity": torch.special.entr(share).sum().exp()}
 
     @torch.no_grad()
     def before_step(self, progress):
         """Codes of unit length follow their z, idle ones start anew: the same on every process."""
         self.progress.fill_(progress)
+        if self.soft:
+            return
         if dist.is_initialized():
             dist.all_reduce(self.sums)
             dist.broadcast(self.example, 0)
-        used = self.sums[:, -1] > 0
         if self.unit:                                          # the direction of the sum is that of the mean
-            mean = F.normalize(self.sums[used, :-1], dim=-1)
-            moved = .99 * self.codebook[used] + .01 * mean
-            self.codebook[used] = F.normalize(moved, dim=-1)
-        if not self.soft:
-            self.idle += 1
-            self.idle[used] = 0
-            dead = (self.idle >= self.patience).nonzero()[:, 0]
-            self.codebook[dead] = self.example[dead % len(self.example)]
-            self.idle[dead] = 0
+            mean = F.normalize(self.sums[:, :-1], dim=-1)      # 0 of codes that were not used: they stay
+            self.codebook.copy_(F.normalize(.99 * self.codebook + .01 * mean, dim=-1))
+        self.idle += 1
+        self.idle[self.sums[:, -1] > 0] = 0
+        dead = (self.idle >= self.patience).nonzero()[:, 0]
+        self.codebook[dead] = self.example[dead % len(self.example)]
         self.sums.zero_()
 
     def export(self):
         """A tokenizer is a function f and a linear layer: weights of f, weight (K, size), bias (K,)."""
-        parts = ("encoder.", "project.")
         state = self.state_dict()
-        f = {key: state[key].cpu() for key in state if key.startswith(parts)}
-        weight, bias = self.linear_layer()
-        return f, weight.detach().cpu(), bias.detach().cpu()
+        f = {key: state[key].cpu() for key in state if key.startswith(("encoder.", "project."))}
+        weight, bias = (x.detach().cpu() for x in self.linear_layer())
+        return f, weight, bias
 
 
 # --- the objectives by name -------------------------------------------------------------------------------
@@ -573,7 +526,7 @@ OBJECTIVES = {
     "dvae": (LearnedTokenizer, dict(soft=True), 0),
     "vq": (LearnedTokenizer, dict(beta=.25), 0),
     "peco": (LearnedTokenizer, dict(beta=.25), 0),
-    "vqkd": (LearnedTokenizer, dict(unit=True, features=True), 0),
+    "vqkd": (LearnedTokenizer, dict(unit=True, target="features"), 0),
 }
 TARGETS = {"mae": ("pixel", "pixel-norm"), "maskfeat": ("hog", "features")}     # the others predict tokens
 TOKENIZERS = "dvae", "vq", "peco", "vqkd"                                       # or learn them
@@ -589,24 +542,23 @@ def make(name, vit, vocab_size=None, cut=None, mask_ratio=None, target=None, lab
     decoder_depth    of mae, maskfeat, clustermim (8 blocks), tokenizers (3); of cae's two parts (4 each)
     values           of vqkd: a patch's, of its teacher; perceptual: of peco, see `LearnedTokenizer`
     """
-    kind, arguments, ratio = OBJECTIVES[name]
+    kind, arguments, share = OBJECTIVES[name]
     if decoder_depth and kind is not MaPeT:
         arguments = dict(arguments, depth=decoder_depth)
     if kind is LearnedTokenizer:
         if cut or mask_ratio:
             raise ValueError(f"{name} hides nothing: it takes no --cut and no --mask-ratio")
         return kind(vit, vocab_size, values, perceptual=perceptual, **arguments)
-    choices = TARGETS.get(name, ["tokens"])
-    target = target or choices[0]
-    if target not in choices:
-        raise ValueError(f"{name} cannot predict {target!r}: choose from {', '.join(choices)}")
     if kind is MaskedAutoencoder:
-        arguments = dict(arguments, target=target)
+        choices = TARGETS.get(name, ["tokens"])
+        arguments = dict(arguments, target=target or choices[0])
+        if arguments["target"] not in choices:
+            raise ValueError(f"{name} cannot predict {target!r}: choose from {', '.join(choices)}")
     n = vit.n_patches
     if mask_ratio is not None:
-        ratio = mask_ratio
+        share = mask_ratio
     if cut is None:
-        cut = 1 + n - max(1, round(n * ratio))
+        cut = 1 + n - round(n * share)
     if not 1 <= cut <= n:
         raise ValueError(f"cutting point {cut} is out of range: with {n} patches it is 1 to {n}")
     return kind(vit, cut, vocab_size, label_smoothing=label_smoothing, **arguments)
@@ -614,71 +566,70 @@ def make(name, vit, vocab_size=None, cut=None, mask_ratio=None, target=None, lab
 
 # --- masks and predictions, printed and drawn -------------------------------------------------------------
 
-def name_mask(order, cut, permute, positions):
-    """Who looks at whom for one order, and names of rows and keys: x content, m mask token, g query."""
+def print_marks(marks, names):
+    """A line for each row of marks (rows, keys) bool: its name, # where True, how many."""
+    for name, row in zip(names, marks):
+        line = " ".join("  #" if mark else "  ." for mark in row)
+        print(f"{name:>5} {line}   {int(row.sum())}")
+
+
+def show_mask(order, cut, permute, positions, path):
+    """Print who looks at whom for one order of the patches, and draw it as in MaPeT Fig. 2, a PNG.
+
+    Names are x content, m mask token, g query, and the patch; blue is content, orange only a position.
+    """
     visible = ["cls"] + [f"x{patch}" for patch in order[:cut - 1]]
-    targets = order[cut - 1:]
-    content, mask_tokens, queries = ([f"{letter}{patch}" for patch in targets] for letter in "xmg")
-    if not permute:                                            # MIM: all look at all
-        keys = visible + mask_tokens
-        return torch.ones(len(keys), len(keys)).bool(), keys, keys
-    keys = visible + content
-    if positions:
-        keys = keys + mask_tokens
-    return two_stream_mask(cut, len(targets), positions), keys + queries, keys
-
-
-def print_mask(mask, rows, keys):
-    print("Rows look at columns marked #: x content, m mask token (position only), g query")
-    print("      " + " ".join(f"{key:>3}" for key in keys) + "   keys")
-    for row, sees in zip(rows, mask):
-        marks = " ".join("  #" if seen else "  ." for seen in sees)
-        print(f"{row:>5} {marks}   {int(sees.sum())}")
-
-
-def draw_mask(mask, rows, keys, path):
-    """PNG of a mask as in MaPeT Fig. 2: blue = content may be attended to, orange = only a position."""
+    content, mask_tokens, queries = ([f"{letter}{patch}" for patch in order[cut - 1:]] for letter in "xmg")
+    keys = visible + (content if permute else []) + (mask_tokens if positions else [])
+    rows = keys + (queries if permute else [])
+    mask = torch.ones(len(rows), len(keys), dtype=torch.bool)  # MIM: all look at all
+    if permute:
+        mask = two_stream_mask(cut, len(content), positions)
+    print("Rows look at keys marked #: x content, m mask token (position only), g query; and how many keys")
+    print("      " + " ".join(f"{key:>3}" for key in keys))
+    print_marks(mask, rows)
     plt = load_matplotlib()
     if plt is None:
         return
     blue, orange = [.19, .41, .68], [.93, .59, .24]
     colors = torch.tensor([orange if key[0] == "m" else blue for key in keys])
-    _, axis = plt.subplots(figsize=(.3 * len(keys) + 1, .3 * len(rows) + 1))
-    axis.imshow(torch.where(mask[..., None], colors, 1.).numpy())
-    axis.xaxis.tick_top()
-    axis.set_xticks(range(len(keys)), keys)
-    axis.set_yticks(range(len(rows)), rows)
+    plt.figure(figsize=(.3 * len(keys) + 1, .3 * len(rows) + 1))
+    plt.imshow(torch.where(mask[..., None], colors, 1.))
+    plt.xticks(range(len(keys)), keys)
+    plt.yticks(range(len(rows)), rows)
     save_figure(plt, path)
 
 
 @torch.no_grad()
-def picture_predictions(model, images, mean, std, given=None, looks=None, order=None):
-    """{label: images (b, 3, S, S) in 0..1} for `vit.draw_rows`: image, visible or tokens, predicted, target.
+def picture_predictions(model, images, mean, std, given=None, looks=None):
+    """{label: images (b, 3, S, S) in 0..1} for `vit.draw_rows`: image, visible, predicted, target.
 
     images, mean, std on the scale 0..1; given: tokens or features as in forward; None: unknown, and no target
-    is drawn; looks (K, 3 p^2) in 0..1: what each code looks like.
+    is drawn; looks (K, 3 p^2) in 0..1: what each code looks like. The model is left in evaluation mode.
     """
-    p, training = model.encoder.patch_size, model.training
+    p = model.encoder.patch_size
     pixels = patchify(images, p)
     mean, std = (pixels.new_tensor(values).repeat(p * p) for values in (mean, std))    # of a patch's values
     x = (pixels - mean) / std
-    model.eval()
-    if isinstance(model, LearnedTokenizer):                    # each code in a color of its own
-        hidden = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
-        prediction, target, _, codes, _ = model.predict(unpatchify(x, p), given)
-        generator = torch.Generator().manual_seed(0)
-        colors = torch.rand(len(model.codebook), 3, generator=generator).to(x)
-        rows = {"tokens": colors[codes]}
-    else:
-        if order is None:
-            order = model.draw_order(len(x)).to(x.device)
-        hidden = order[:, model.cut - 1:]
-        known = torch.zeros_like(order) if given is None else given
-        prediction, target = model.predict(unpatchify(x, p), known, order)[:2]
-        rows = {"visible": x.new_full((*hidden.shape, 3), .5)}
-    model.train(training)
+    order = model.draw_order(len(x), device=x.device)
+    hidden = order[:, model.cut - 1:]
+    if not model.num_targets:                                  # a learned tokenizer rebuilds all patches
+        hidden = order.sort(1).values
     own = gather_patches(x, hidden)
-    rows["predicted"], rows["target"] = picture_patches(model, prediction, target, own, mean, std, looks)
+    known = torch.zeros_like(order) if given is None else given
+    guess, target = model.eval().predict(unpatchify(x, p), known, order)[:2]
+    if model.needs == "tokens":
+        guess, target = looks[guess.argmax(-1)], looks[target]
+    elif model.target in ("hog", "features"):                  # in three colors
+        target, guess = principal_colors(target, guess)
+    else:
+        if model.target == "pixel-norm":                       # in the hidden patch's own mean and contrast
+            variance, center = torch.var_mean(own, -1, keepdim=True)
+            guess = guess * variance.sqrt() + center
+        guess, target = guess * std + mean, own * std + mean
+    rows = {"visible": torch.full_like(own, .5), "predicted": guess, "target": target}
+    if not model.num_targets:
+        del rows["visible"]
     if model.needs and given is None:
         del rows["target"]
     pictures = {"image": images}
@@ -690,45 +641,28 @@ def picture_predictions(model, images, mean, std, given=None, looks=None, order=
     return pictures
 
 
-def picture_patches(model, prediction, target, x, mean, std, looks):
-    """Predictions and targets as patches in 0..1, features in three colors; x: the patches, normalized."""
-    if model.needs == "tokens":
-        return looks[prediction.argmax(-1)], looks[target]
-    if model.target in ("hog", "features"):
-        true, guess = principal_colors(target, prediction)
-        return guess, true
-    if model.target == "pixel-norm":                           # in the hidden patch's own mean and contrast
-        variance, center = torch.var_mean(x, -1, keepdim=True)
-        prediction = prediction * variance.sqrt() + center
-    return prediction * std + mean, x * std + mean
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description="What each objective hides, and who looks at whom.")
-    add = parser.add_argument
-    add("objective", nargs="?", choices=list(OBJECTIVES), default="mapet", help="default: mapet")
-    add("--patches", type=int, default=6, metavar="N", help="patches in the image (default 6)")
-    add("--cut", type=int, default=3, metavar="C",
-        help="cutting point, class token included: C - 1 visible patches (default 3; paper 50 of 197)")
-    add("--out", default="runs/masks", metavar="FOLDER", help="for the PNG of the mask (default runs/masks)")
+    parser.add_argument("objective", choices=list(OBJECTIVES))
+    parser.add_argument("--patches", type=int, default=6, help="patches in the image (default 6)")
+    parser.add_argument("--cut", type=int, default=3,
+                        help="cutting point, class token included: C - 1 visible patches (default 3)")
+    parser.add_argument("--out", default="runs/masks", help="folder for the PNG (default runs/masks)")
     args = parser.parse_args(argv)
     if not 1 <= args.cut <= args.patches:
         parser.error(f"--cut {args.cut}: with --patches {args.patches} it is 1 to {args.patches}")
-    kind, arguments, ratio = OBJECTIVES[args.objective]
+    kind, arguments, share = OBJECTIVES[args.objective]
     torch.manual_seed(0)
     if kind is MaPeT:
         order = random_order(1, args.patches)[0].tolist()
-        mask, rows, keys = name_mask(order, args.cut, arguments["permute"], arguments["positions"])
-        print_mask(mask, rows, keys)
-        with exit_on_error("objectives.py"):
-            draw_mask(mask, rows, keys, os.path.join(args.out, f"{args.objective}.png"))
+        path = os.path.join(args.out, f"{args.objective}.png")
+        show_mask(order, args.cut, arguments["permute"], arguments["positions"], path)
     else:
         print("All rows look at all; which rows its networks have, the docstring of objectives.py says.")
-    if arguments.get("blockwise"):
-        count = round(196 * ratio)
+    if "blockwise" in arguments:
+        count = round(196 * share)
         print(f"It hides blocks, {count} of 14 x 14 patches, marked #")
-        for line in blockwise_mask(1, 14, count).view(14, 14):
-            print("      " + " ".join("#" if hide else "." for hide in line))
+        print_marks(blockwise_mask(1, 14, count).view(14, 14), range(14))
 
 
 if __name__ == "__main__":
