@@ -29,7 +29,6 @@ python objectives.py cae                         the blocks that it hides; also 
 import argparse
 import copy
 import math
-import os
 
 import torch
 import torch.distributed as dist
@@ -64,7 +63,7 @@ def blockwise_mask(b, grid, count, generator=None):
         start = (uniform() * (grid + 1 - length)).floor()[..., None]
         return ((cell >= start) & (cell < start + length[..., None])).float()
 
-    least = max(1, round(16 / 196 * grid ** 2))                # of BEiT's scripts: 16 patches of 196
+    least = round(16 / 196 * grid ** 2)                        # of BEiT's scripts: 16 patches of 196
     cell = torch.arange(grid)
     hidden = torch.zeros(b, grid, grid)                        # 0 and 1, as products count cells
     unfinished = torch.ones(b, 1, dtype=torch.bool)
@@ -100,22 +99,18 @@ def two_stream_mask(visible, targets, positions=True):
           mask token                all   |          none            |     all
           query of target i         all   |       targets <  i       |  of targets >= i
 
-    Patches were permuted before, so this one mask serves every image and step. Each row of MaPeT's has V + T
-    keys: every position is seen exactly once, as content or as position.
+    Patches were permuted before, so this one mask serves every image and step. A limit says all of a row: the
+    last target (1 to T; 0: none) whose content it may see; of later ones MaPeT's rows see the positions. So
+    each of them has V + T keys: every position is seen exactly once, as content or as position.
     """
-    def full(rows, keys):
-        return torch.ones(rows, keys, dtype=torch.bool)
-
-    V, T = visible, targets
-    earlier = full(T, T).tril(-1)                              # [i, j]: target j comes before target i
-    so_far = full(T, T).tril()                                 # ... or is target i itself
-    rows = [[full(V, V), ~full(V, T), full(V, T)],             # class token, visible patches
-            [full(T, V), so_far, ~so_far],                     # targets, their content
-            [full(T, V), ~full(T, T), full(T, T)],             # mask tokens
-            [full(T, V), earlier, ~earlier]]                   # queries
-    if not positions:                                          # PIM: the same without mask tokens
-        rows = [row[:2] for row in (rows[0], rows[1], rows[3])]
-    return torch.cat([torch.cat(row, 1) for row in rows])
+    target = torch.arange(1, targets + 1)
+    content = F.pad(target, (visible, 0))                      # 0: what all may see
+    limits = [content, 0 * target, target - 1]                 # of content, mask tokens, queries
+    if not positions:
+        del limits[1]
+    limit = torch.cat(limits)[:, None]
+    mask = content <= limit
+    return torch.cat([mask, target > limit], 1) if positions else mask
 
 
 # --- what all objectives share ----------------------------------------------------------------------------
@@ -128,14 +123,14 @@ class Objective(nn.Module):
     needs   what it wants besides images: "tokens" (b, n) int64, "features" (b, n, values), or None
     label_smoothing   in the cross-entropy; blockwise: hide blocks, not random patches
     """
+    label_smoothing = 0.
+    blockwise = False
 
-    def __init__(self, vit, cut, label_smoothing=0., blockwise=False, target="tokens"):
+    def __init__(self, vit, cut, target="tokens"):
         super().__init__()
         self.encoder = vit
         self.cut = cut
         self.num_targets = 1 + vit.n_patches - cut
-        self.label_smoothing = label_smoothing
-        self.blockwise = blockwise
         self.target = target
         self.needs = target if target in ("tokens", "features") else None
 
@@ -206,19 +201,18 @@ class MaskedAutoencoder(Objective):
     The rows stay in the order z: MAE puts them back into raster order first, which attention cannot notice.
     """
 
-    def __init__(self, vit, cut, size=None, target="tokens", depth=8, label_smoothing=0.):
-        super().__init__(vit, cut, label_smoothing, target=target)
-        if target in PATCH_FEATURES:
+    def __init__(self, vit, cut, size=None, target="tokens", depth=8):
+        super().__init__(vit, cut, target)
+        if not self.needs:
             blank = torch.zeros(1, 3, vit.image_size, vit.image_size)
-            size = PATCH_FEATURES[target](blank, vit.patch_size).shape[-1]
+            size = self.compute_target(blank).shape[-1]
         width = min(512, max(32, 2 * vit.width // 3 // 32 * 32))
         self.decoder_embed = nn.Linear(vit.width, width)
-        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.register_buffer("pos", sincos_positions(vit.grid, width, prefix=0), persistent=False)
         self.decoder = Decoder(width, depth, width // 32, size)
         self.decoder_embed.apply(vit.initialize)
         self.decoder.initialize(vit)
-        nn.init.normal_(self.mask_token, std=.02)
+        self.mask_token = nn.Parameter(.02 * torch.randn(1, 1, width))
 
     def predict(self, images, tokens=None, order=None):
         """Predictions (b, T, size) at the hidden patches, in the order z, and what they should be."""
@@ -237,8 +231,7 @@ class MaskedAutoencoder(Objective):
             return super().loss(prediction, target)
         loss = F.mse_loss(prediction, target)
         # Beside predicting the mean of the batch for every patch: 0 = no better, 1 = perfect.
-        variance = target.var((0, 1), unbiased=False).mean()
-        return loss, {"explained": 1 - loss.detach() / variance}
+        return loss, {"explained": 1 - loss.detach() / target.var((0, 1), unbiased=False).mean()}
 
 
 # --- MIM, BEiT, PIM, MaPeT --------------------------------------------------------------------------------
@@ -259,9 +252,8 @@ class MaPeT(Objective):
     equals the first mask token in every layer, the k-th asks like one with k - 1 patches revealed.
     """
 
-    def __init__(self, vit, cut, vocab_size, permute=True, positions=True, label_smoothing=0.,
-                 blockwise=False):
-        super().__init__(vit, cut, label_smoothing, blockwise)
+    def __init__(self, vit, cut, vocab_size, permute=True, positions=True):
+        super().__init__(vit, cut)
         self.permute = permute
         self.positions = positions
         self.mask_token = nn.Parameter(torch.empty(1, 1, vit.width))
@@ -276,17 +268,14 @@ class MaPeT(Objective):
         vit = self.encoder
         visible, hidden = self.split(images, order)
         unseen = self.mask_token + vit.positions(hidden)       # m_j
-        if not self.permute:                                   # MIM: the mask tokens themselves are asked
-            rows = torch.cat([vit.embed(images, visible), unseen], 1)
-            n_keys = None
-        else:
-            patches = torch.cat([visible, hidden], 1)
-            content = [vit.embed(images, patches)]             # [cls, visible, targets]
-            if self.positions:
-                content.append(unseen)
-            rows = torch.cat([*content, unseen], 1)            # the queries, last, are never looked at
-            n_keys = rows.shape[1] - self.num_targets
-        x = vit.encode(rows, self.mask, n_keys, n_out=self.num_targets)
+        patches = torch.cat([visible, hidden], 1) if self.permute else visible
+        rows = [vit.embed(images, patches)]                    # class token and content
+        if self.positions:
+            rows.append(unseen)                                # mask tokens; MIM asks them
+        if self.permute:
+            rows.append(unseen)                                # queries, which are never looked at
+        n_keys = self.mask.shape[1] if self.permute else None
+        x = vit.encode(torch.cat(rows, 1), self.mask, n_keys, n_out=self.num_targets)
         return self.head(x), gather_patches(tokens, hidden)    # Eq. 1, Eq. 2: all ranks i >= c
 
 
@@ -327,8 +316,8 @@ class CAE(Objective):
     attention.
     """
 
-    def __init__(self, vit, cut, vocab_size, depth=4, label_smoothing=0., blockwise=False):
-        super().__init__(vit, cut, label_smoothing, blockwise)
+    def __init__(self, vit, cut, vocab_size, depth=4):
+        super().__init__(vit, cut)
         self.mask_token = nn.Parameter(torch.empty(1, 1, vit.width))
         width, heads, scale = vit.width, vit.heads, vit.layer_scale
         rates = torch.linspace(0, vit.drop_path, depth, device="cpu").tolist()
@@ -383,11 +372,12 @@ class LearnedTokenizer(Objective):
         loss       = distance(prediction, target) + what ties codes and z together
 
     soft        dVAE (DALL-E, arXiv:2102.12092, Sec. 2.1): code = y C, y = softmax((W z + b + Gumbel) / tau),
-                tau falls from 1 to 1/16; beta KL(softmax(W z + b) || uniform) joins, by half a cosine
+                tau falls from 1 to 1/16; KL(softmax(W z + b) || uniform) joins, by half a cosine; as it is,
+                it is the evidence bound's for pixels of variance 1/2 (DALL-E: 6.6 of it, and logit-Laplace)
                 else (VQ-VAE, Eq. 3) straight-through gradients, and beta ||z - sg C_t||^2, the commitment
     unit        VQ-KD (BEiT v2, arXiv:2208.06366, Sec. 3.1): z and codes have unit length and 32 values; a
-                code moves to the mean direction of its z, 1 % a step
-                else codes learn by gradient, hard ones by that of ||sg z - C_t||^2
+                code moves to the mean direction of its z, 1 % a step; beta is 1
+                else codes learn by gradient, hard ones by that of ||sg z - C_t||^2; beta is 1/4 (VQ-VAE)
     target      VQ-KD: "features", a teacher's, 1 - cosine; else "pixel", MSE
     perceptual  PeCo (arXiv:2111.12710, Sec. 3.2): and what a frozen network sees in both should be the same;
                 a function of normalized images -> list of (b, rows, d)
@@ -397,26 +387,20 @@ class LearnedTokenizer(Objective):
     patience = 200
 
     def __init__(self, vit, vocab_size, values, depth=3, soft=False, unit=False, target="pixel",
-                 perceptual=None, beta=1.):
-        super().__init__(vit, 1 + vit.n_patches, target=target)    # nothing is hidden
+                 perceptual=None):
+        super().__init__(vit, 1 + vit.n_patches, target)       # nothing is hidden
         self.soft = soft
         self.unit = unit
         self.perceptual = perceptual
-        self.beta = beta
         width = vit.width
         size = 32 if unit else min(256, width)
         self.project = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, size))    # VQ-KD's
-        codebook = torch.randn(vocab_size, size)
-        if unit:
-            codebook = F.normalize(codebook, dim=-1)
-        self.codebook = nn.Parameter(codebook, requires_grad=not unit)
+        self.codebook = nn.Parameter(torch.randn(vocab_size, size), requires_grad=not unit)
         self.classify = nn.Linear(size, vocab_size) if soft else nn.Identity()
         self.decoder_embed = nn.Linear(size, width)
         if target == "pixel":
             values = 3 * vit.patch_size ** 2
         self.decoder = Decoder(width, depth, vit.heads, values)
-        for part in (self.project, self.classify, self.decoder_embed):
-            part.apply(vit.initialize)
         self.decoder.initialize(vit)
         self.register_buffer("progress", torch.zeros(()))      # a tensor: nothing is compiled anew
         self.register_buffer("idle", torch.zeros(vocab_size))  # steps since a code was used
@@ -450,9 +434,9 @@ class LearnedTokenizer(Objective):
             kl = math.log(len(self.codebook)) + (log_q.exp() * log_q).sum(-1).mean()
             loss = ramp * kl / (3 * self.encoder.patch_size ** 2)  # of a pixel's value, as the MSE is
         else:
-            loss = self.beta * F.mse_loss(z, code.detach())    # commitment
+            loss = F.mse_loss(z, code.detach())                # commitment
             if not self.unit:
-                loss = loss + F.mse_loss(code, z.detach())
+                loss = .25 * loss + F.mse_loss(code, z.detach())
             code = z + (code - z).detach()                     # straight through: the code, with z's gradient
         return code, loss, tokens
 
@@ -471,15 +455,14 @@ class LearnedTokenizer(Objective):
             error = F.mse_loss(prediction, target)
         loss = loss + error
         if self.perceptual:
-            rebuilt, true = (unpatchify(x, self.encoder.patch_size) for x in (prediction, target))
-            for mine, theirs in zip(self.perceptual(rebuilt), self.perceptual(true)):
-                loss = loss + F.mse_loss(mine, theirs)
+            layers = [self.perceptual(unpatchify(x, self.encoder.patch_size)) for x in (prediction, target)]
+            for mine, true in zip(*layers):
+                loss = loss + F.mse_loss(mine, true)
         # What each code's z add up to, and how many there are: a 1 is appended to each.
         rows = F.pad(z.detach(), (0, 1), value=1.).flatten(0, 1)
         sums = torch.zeros_like(self.sums).index_add_(0, tokens.flatten(), rows)
-        if self.training:
-            self.sums += sums
-            self.example.copy_(z[0])
+        self.sums += sums
+        self.example.copy_(z[0])
         share = sums[:, -1] / len(rows)
         return loss, {"error": error.detach(), "perplexity": torch.special.entr(share).sum().exp()}
 
@@ -504,31 +487,30 @@ class LearnedTokenizer(Objective):
     def export(self):
         """A tokenizer is a function f and a linear layer: weights of f, weight (K, size), bias (K,)."""
         state = self.state_dict()
-        f = {key: state[key].cpu() for key in state if key.startswith(("encoder.", "project."))}
-        weight, bias = (x.detach().cpu() for x in self.linear_layer())
-        return f, weight, bias
+        f = {key: state[key] for key in state if key.startswith(("encoder.", "project."))}
+        weight, bias = self.linear_layer()
+        return f, weight.detach(), bias.detach()
 
 
 # --- the objectives by name -------------------------------------------------------------------------------
 
 # What separates the objectives: the class, its arguments, and the share of patches that is hidden by default.
-# beta of the KL: 1 is the evidence bound for pixels of variance 1/2 (DALL-E: 6.6, with its logit-Laplace); of
-# the commitment: VQ-VAE's and VQ-KD's.
 OBJECTIVES = {
     "mae": (MaskedAutoencoder, dict(), .75),
     "maskfeat": (MaskedAutoencoder, dict(), .75),
     "clustermim": (MaskedAutoencoder, dict(), .75),
-    "cae": (CAE, dict(blockwise=True), .5),
-    "beit": (MaPeT, dict(permute=False, positions=True, blockwise=True), 75 / 196),
-    "mim": (MaPeT, dict(permute=False, positions=True), 75 / 196),
-    "pim": (MaPeT, dict(permute=True, positions=False), .75),
-    "mapet": (MaPeT, dict(permute=True, positions=True), .75),
+    "cae": (CAE, dict(), .5),
+    "beit": (MaPeT, dict(permute=False), 75 / 196),
+    "mim": (MaPeT, dict(permute=False), 75 / 196),
+    "pim": (MaPeT, dict(positions=False), .75),
+    "mapet": (MaPeT, dict(), .75),
     "dvae": (LearnedTokenizer, dict(soft=True), 0),
-    "vq": (LearnedTokenizer, dict(beta=.25), 0),
-    "peco": (LearnedTokenizer, dict(beta=.25), 0),
+    "vq": (LearnedTokenizer, dict(), 0),
+    "peco": (LearnedTokenizer, dict(), 0),
     "vqkd": (LearnedTokenizer, dict(unit=True, target="features"), 0),
 }
 TARGETS = {"mae": ("pixel", "pixel-norm"), "maskfeat": ("hog", "features")}     # the others predict tokens
+BLOCKWISE = "beit", "cae"                                                       # random patches the others
 TOKENIZERS = "dvae", "vq", "peco", "vqkd"                                       # or learn them
 
 
@@ -549,11 +531,11 @@ def make(name, vit, vocab_size=None, cut=None, mask_ratio=None, target=None, lab
         if cut or mask_ratio:
             raise ValueError(f"{name} hides nothing: it takes no --cut and no --mask-ratio")
         return kind(vit, vocab_size, values, perceptual=perceptual, **arguments)
-    if kind is MaskedAutoencoder:
-        choices = TARGETS.get(name, ["tokens"])
-        arguments = dict(arguments, target=target or choices[0])
-        if arguments["target"] not in choices:
-            raise ValueError(f"{name} cannot predict {target!r}: choose from {', '.join(choices)}")
+    if name in TARGETS:
+        target = target or TARGETS[name][0]
+        if target not in TARGETS[name]:
+            raise ValueError(f"{name} cannot predict {target!r}: choose from {', '.join(TARGETS[name])}")
+        arguments = dict(arguments, target=target)
     n = vit.n_patches
     if mask_ratio is not None:
         share = mask_ratio
@@ -561,7 +543,10 @@ def make(name, vit, vocab_size=None, cut=None, mask_ratio=None, target=None, lab
         cut = 1 + n - round(n * share)
     if not 1 <= cut <= n:
         raise ValueError(f"cutting point {cut} is out of range: with {n} patches it is 1 to {n}")
-    return kind(vit, cut, vocab_size, label_smoothing=label_smoothing, **arguments)
+    model = kind(vit, cut, vocab_size, **arguments)
+    model.label_smoothing = label_smoothing
+    model.blockwise = name in BLOCKWISE
+    return model
 
 
 # --- masks and predictions, printed and drawn -------------------------------------------------------------
@@ -573,18 +558,21 @@ def print_marks(marks, names):
         print(f"{name:>5} {line}   {int(row.sum())}")
 
 
-def show_mask(order, cut, permute, positions, path):
+def show_mask(path, order, cut, permute=True, positions=True):
     """Print who looks at whom for one order of the patches, and draw it as in MaPeT Fig. 2, a PNG.
 
     Names are x content, m mask token, g query, and the patch; blue is content, orange only a position.
     """
-    visible = ["cls"] + [f"x{patch}" for patch in order[:cut - 1]]
-    content, mask_tokens, queries = ([f"{letter}{patch}" for patch in order[cut - 1:]] for letter in "xmg")
-    keys = visible + (content if permute else []) + (mask_tokens if positions else [])
-    rows = keys + (queries if permute else [])
-    mask = torch.ones(len(rows), len(keys), dtype=torch.bool)  # MIM: all look at all
+    targets = order[cut - 1:]
+    keys = ["cls"] + [f"x{patch}" for patch in (order if permute else order[:cut - 1])]
+    if positions:
+        keys += [f"m{patch}" for patch in targets]
     if permute:
-        mask = two_stream_mask(cut, len(content), positions)
+        rows = keys + [f"g{patch}" for patch in targets]
+        mask = two_stream_mask(cut, len(targets), positions)
+    else:                                                      # MIM: all look at all
+        rows = keys
+        mask = torch.ones(len(rows), len(keys), dtype=torch.bool)
     print("Rows look at keys marked #: x content, m mask token (position only), g query; and how many keys")
     print("      " + " ".join(f"{key:>3}" for key in keys))
     print_marks(mask, rows)
@@ -593,8 +581,7 @@ def show_mask(order, cut, permute, positions, path):
         return
     blue, orange = [.19, .41, .68], [.93, .59, .24]
     colors = torch.tensor([orange if key[0] == "m" else blue for key in keys])
-    plt.figure(figsize=(.3 * len(keys) + 1, .3 * len(rows) + 1))
-    plt.imshow(torch.where(mask[..., None], colors, 1.))
+    plt.matshow(torch.where(mask[..., None], colors, 1.))
     plt.xticks(range(len(keys)), keys)
     plt.yticks(range(len(rows)), rows)
     save_figure(plt, path)
@@ -634,9 +621,8 @@ def picture_predictions(model, images, mean, std, given=None, looks=None):
         del rows["target"]
     pictures = {"image": images}
     for label, patches in rows.items():
-        values = x.shape[-1] // patches.shape[-1]              # a color paints all of a patch
-        patches = patches.to(x).repeat(1, 1, values)
-        filled = pixels.scatter(1, hidden[..., None].expand(patches.shape), patches)
+        patches = patches.repeat(1, 1, own.shape[-1] // patches.shape[-1])     # a color paints all of a patch
+        filled = pixels.scatter(1, hidden[..., None].expand_as(own), patches)
         pictures[label] = unpatchify(filled, p)
     return pictures
 
@@ -647,7 +633,6 @@ def main(argv=None):
     parser.add_argument("--patches", type=int, default=6, help="patches in the image (default 6)")
     parser.add_argument("--cut", type=int, default=3,
                         help="cutting point, class token included: C - 1 visible patches (default 3)")
-    parser.add_argument("--out", default="runs/masks", help="folder for the PNG (default runs/masks)")
     args = parser.parse_args(argv)
     if not 1 <= args.cut <= args.patches:
         parser.error(f"--cut {args.cut}: with --patches {args.patches} it is 1 to {args.patches}")
@@ -655,11 +640,10 @@ def main(argv=None):
     torch.manual_seed(0)
     if kind is MaPeT:
         order = random_order(1, args.patches)[0].tolist()
-        path = os.path.join(args.out, f"{args.objective}.png")
-        show_mask(order, args.cut, arguments["permute"], arguments["positions"], path)
+        show_mask(f"runs/masks/{args.objective}.png", order, args.cut, **arguments)
     else:
         print("All rows look at all; which rows its networks have, the docstring of objectives.py says.")
-    if "blockwise" in arguments:
+    if args.objective in BLOCKWISE:
         count = round(196 * share)
         print(f"It hides blocks, {count} of 14 x 14 patches, marked #")
         print_marks(blockwise_mask(1, 14, count).view(14, 14), range(14))
