@@ -145,7 +145,7 @@ class Objective(nn.Module):
         """Visible patches (b, c - 1), hidden ones (b, T), in the order z (None: drawn here)."""
         if order is None:
             order = self.draw_order(len(images), device=images.device)
-        return order[:, :self.cut - 1], order[:, self.cut - 1:]
+        return order.split([self.cut - 1, self.num_targets], 1)
 
     @torch.no_grad()
     def compute_target(self, images, given=None):
@@ -175,8 +175,8 @@ class Decoder(nn.Sequential):
     """Transformer blocks, norm and head: rows (b, m, d) -> (b, m, values)."""
 
     def __init__(self, width, depth, heads, values, layer_scale=None, drop_path=0.):
-        rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
-        blocks = [Block(width, heads, 4, layer_scale, rate) for rate in rates]
+        last = max(1, depth - 1)
+        blocks = [Block(width, heads, 4, layer_scale, drop_path * i / last) for i in range(depth)]
         super().__init__(*blocks, nn.LayerNorm(width, eps=1e-6), nn.Linear(width, values))
 
     def initialize(self, vit):
@@ -206,7 +206,7 @@ class MaskedAutoencoder(Objective):
         if not self.needs:
             blank = torch.zeros(1, 3, vit.image_size, vit.image_size)
             size = self.compute_target(blank).shape[-1]
-        width = min(512, max(32, 2 * vit.width // 3 // 32 * 32))
+        width = min(512, 32 * max(1, vit.width // 48))
         self.decoder_embed = nn.Linear(vit.width, width)
         self.register_buffer("pos", sincos_positions(vit.grid, width, prefix=0), persistent=False)
         self.decoder = Decoder(width, depth, width // 32, size)
@@ -401,6 +401,8 @@ class LearnedTokenizer(Objective):
         if target == "pixel":
             values = 3 * vit.patch_size ** 2
         self.decoder = Decoder(width, depth, vit.heads, values)
+        for part in (self.project, self.classify, self.decoder_embed):
+            part.apply(vit.initialize)
         self.decoder.initialize(vit)
         self.register_buffer("progress", torch.zeros(()))      # a tensor: nothing is compiled anew
         self.register_buffer("idle", torch.zeros(vocab_size))  # steps since a code was used
@@ -446,7 +448,7 @@ class LearnedTokenizer(Objective):
         with torch.autocast("cuda", enabled=False):
             code, loss, tokens = self.quantize(z)
         prediction = self.decoder(self.decoder_embed(code) + self.encoder.positions(None)).float()
-        return prediction, self.compute_target(images, features), loss, tokens, z
+        return prediction, self.compute_target(images, features), loss, tokens, z.detach()
 
     def loss(self, prediction, target, loss, tokens, z):
         if self.needs:
@@ -459,7 +461,7 @@ class LearnedTokenizer(Objective):
             for mine, true in zip(*layers):
                 loss = loss + F.mse_loss(mine, true)
         # What each code's z add up to, and how many there are: a 1 is appended to each.
-        rows = F.pad(z.detach(), (0, 1), value=1.).flatten(0, 1)
+        rows = F.pad(z, (0, 1), value=1.).flatten(0, 1)
         sums = torch.zeros_like(self.sums).index_add_(0, tokens.flatten(), rows)
         self.sums += sums
         self.example.copy_(z[0])
@@ -476,8 +478,8 @@ class LearnedTokenizer(Objective):
             dist.all_reduce(self.sums)
             dist.broadcast(self.example, 0)
         if self.unit:                                          # the direction of the sum is that of the mean
-            mean = F.normalize(self.sums[:, :-1], dim=-1)      # 0 of codes that were not used: they stay
-            self.codebook.copy_(F.normalize(.99 * self.codebook + .01 * mean, dim=-1))
+            mean = F.normalize(self.sums[:, :-1])              # 0 of codes that were not used: they stay
+            self.codebook.copy_(F.normalize(.99 * self.codebook + .01 * mean))
         self.idle += 1
         self.idle[self.sums[:, -1] > 0] = 0
         dead = (self.idle >= self.patience).nonzero()[:, 0]
@@ -572,7 +574,7 @@ def show_mask(path, order, cut, permute=True, positions=True):
         mask = two_stream_mask(cut, len(targets), positions)
     else:                                                      # MIM: all look at all
         rows = keys
-        mask = torch.ones(len(rows), len(keys), dtype=torch.bool)
+        mask = two_stream_mask(len(keys), 0)
     print("Rows look at keys marked #: x content, m mask token (position only), g query; and how many keys")
     print("      " + " ".join(f"{key:>3}" for key in keys))
     print_marks(mask, rows)
@@ -629,7 +631,7 @@ def picture_predictions(model, images, mean, std, given=None, looks=None):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="What each objective hides, and who looks at whom.")
-    parser.add_argument("objective", choices=list(OBJECTIVES))
+    parser.add_argument("objective", choices=OBJECTIVES)
     parser.add_argument("--patches", type=int, default=6, help="patches in the image (default 6)")
     parser.add_argument("--cut", type=int, default=3,
                         help="cutting point, class token included: C - 1 visible patches (default 3)")

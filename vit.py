@@ -118,7 +118,7 @@ def resize_positions(pos, grid, prefix=1):
     first, patches = pos[:, :prefix], pos[:, prefix:]
     side = math.isqrt(patches.shape[1])
     patches = rearrange(patches, "1 (y x) d -> 1 d y x", y=side)
-    patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", antialias=grid < side)
+    patches = F.interpolate(patches, grid, mode="bicubic", antialias=grid < side)
     return torch.cat([first, rearrange(patches, "1 d y x -> 1 (y x) d")], 1)
 
 
@@ -179,13 +179,14 @@ class Block(nn.Module):
 
     def __init__(self, width, heads, mlp_ratio=4, layer_scale=None, drop_path=0.):
         super().__init__()
+        scale = partial(LayerScale, width, layer_scale) if layer_scale else nn.Identity
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads)
-        self.ls1 = LayerScale(width, layer_scale) if layer_scale else nn.Identity()
+        self.ls1 = scale()
         self.drop_path1 = StochasticDepth(drop_path, "row")
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = MLP(width, int(width * mlp_ratio))
-        self.ls2 = LayerScale(width, layer_scale) if layer_scale else nn.Identity()
+        self.ls2 = scale()
         self.drop_path2 = StochasticDepth(drop_path, "row")
 
     def forward(self, x, mask=None, n_keys=None, n_out=None):
@@ -344,7 +345,7 @@ def read_checkpoint(path):
 def unwrap_weights(checkpoint, path):
     """The state dict in what a file holds, by DDP, torch.compile, DINO, MAE, BEiT, MaPeT or train.py."""
     state = checkpoint
-    for container in ("model", "state_dict", "teacher", "student"):          # MAE and DeiT, timm, DINO
+    for container in ("model", "state_dict", "teacher"):                     # MAE and DeiT, timm, DINO
         if isinstance(state, dict):
             state = state.get(container, state)
     if not isinstance(state, dict):
@@ -413,7 +414,7 @@ def from_weights(source, image_size=None, heads=None):
         raise ValueError(f"{name}: a ViT {width} wide; how many heads it has stands in no file: say --heads")
     cls_token = "cls_token" in state
     grid = math.isqrt(state["pos_embed"].shape[1] - cls_token)
-    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    depth = sum(key.endswith("attn.proj.weight") for key in state)
     mlp_ratio = len(state["blocks.0.mlp.fc1.bias"]) / width
     layer_scale = 1. if "blocks.0.ls1.gamma" in state else None              # its values are in the file
     vit = ViT(image_size or grid * p, p, width, depth, heads, mlp_ratio, layer_scale, cls_token=cls_token)
@@ -473,7 +474,7 @@ def load_matplotlib():
 
 def save_figure(plt, path):
     """The current figure as a PNG, in a folder that is made if need be."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with write_atomically(path) as temporary:
         plt.savefig(temporary, format="png", bbox_inches="tight")
     plt.close()
@@ -508,8 +509,7 @@ def principal_colors(target, *others):
     return [((x.float() - mean) @ axes / spread + .5).clamp(0, 1) for x in (target, *others)]
 
 
-def main(argv=None):
-    argparse.ArgumentParser(description="Parameters and FLOPs per image of every named ViT.").parse_args(argv)
+def main():
     for name, build in MODELS.items():
         with torch.device("meta"), FlopCounterMode(display=False) as counter:    # nothing is computed
             vit = build()
