@@ -36,7 +36,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from vit import (PATCH_FEATURES, Block, gather_patches, init_weights, load_matplotlib, patchify,
+from vit import (PATCH_FEATURES, Block, drop_rates, gather_patches, init_weights, load_matplotlib, patchify,
                  principal_colors, save_figure, sincos_positions, unpatchify)
 
 
@@ -175,8 +175,7 @@ class Decoder(nn.Sequential):
     """Transformer blocks, norm and head: rows (b, m, d) -> (b, m, values)."""
 
     def __init__(self, width, depth, heads, values, layer_scale=None, drop_path=0.):
-        last = max(1, depth - 1)
-        blocks = [Block(width, heads, 4, layer_scale, drop_path * i / last) for i in range(depth)]
+        blocks = [Block(width, heads, 4, layer_scale, rate) for rate in drop_rates(drop_path, depth)]
         super().__init__(*blocks, nn.LayerNorm(width, eps=1e-6), nn.Linear(width, values))
 
     def initialize(self, vit):
@@ -320,7 +319,7 @@ class CAE(Objective):
         super().__init__(vit, cut)
         self.mask_token = nn.Parameter(torch.empty(1, 1, vit.width))
         width, heads, scale = vit.width, vit.heads, vit.layer_scale
-        rates = torch.linspace(0, vit.drop_path, depth, device="cpu").tolist()
+        rates = drop_rates(vit.drop_path, depth)
         self.regressor = nn.ModuleList(RegressorBlock(width, heads, scale, rate) for rate in rates)
         self.regressor_norm = nn.LayerNorm(width, eps=1e-6)
         self.decoder = Decoder(width, depth, heads, vocab_size, scale, vit.drop_path)
@@ -616,17 +615,18 @@ def picture_predictions(model, images, mean, std, given=None, looks=None):
             variance, center = torch.var_mean(own, -1, keepdim=True)
             guess = guess * variance.sqrt() + center
         guess, target = guess * std + mean, own * std + mean
-    rows = {"visible": torch.full_like(own, .5), "predicted": guess, "target": target}
-    if not model.num_targets:
-        del rows["visible"]
-    if model.needs and given is None:
-        del rows["target"]
-    pictures = {"image": images}
-    for label, patches in rows.items():
-        patches = patches.repeat(1, 1, own.shape[-1] // patches.shape[-1])     # a color paints all of a patch
-        filled = pixels.scatter(1, hidden[..., None].expand_as(own), patches)
-        pictures[label] = unpatchify(filled, p)
-    return pictures
+
+    def fill(patches):                                         # a color paints all of a patch
+        patches = patches.repeat(1, 1, own.shape[-1] // patches.shape[-1])
+        return unpatchify(pixels.scatter(1, hidden[..., None].expand_as(own), patches), p)
+
+    rows = {"image": images}
+    if model.num_targets:
+        rows["visible"] = fill(torch.full_like(own, .5))
+    rows["predicted"] = fill(guess)
+    if given is not None or not model.needs:
+        rows["target"] = fill(target)
+    return rows
 
 
 def main(argv=None):

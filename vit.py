@@ -196,6 +196,11 @@ class Block(nn.Module):
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))        # ViT Eq. 3
 
 
+def drop_rates(drop_path, depth):
+    """The stochastic depth of each of `depth` blocks: rises linearly from 0 to `drop_path`."""
+    return torch.linspace(0, drop_path, depth, device="cpu").tolist()
+
+
 class PatchEmbed(nn.Module):
     def __init__(self, patch_size, width):
         super().__init__()
@@ -234,7 +239,7 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if cls_token else None
         self.pos_embed = nn.Parameter(torch.zeros(1, self.prefix + self.n_patches, width))
         self.patch_embed = PatchEmbed(patch_size, width)
-        rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
+        rates = drop_rates(drop_path, depth)
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, layer_scale, rate) for rate in rates)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.initialize = {"timm": init_weights, "mae": mae_init}[init]      # of heads and decoders, too
