@@ -255,9 +255,8 @@ class MaPeT(Objective):
         super().__init__(vit, cut)
         self.permute = permute
         self.positions = positions
-        self.mask_token = nn.Parameter(torch.empty(1, 1, vit.width))
         self.head = nn.Linear(vit.width, vocab_size)
-        nn.init.trunc_normal_(self.mask_token, std=.02)
+        self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, vit.width), std=.02))
         self.head.apply(init_weights)
         mask = two_stream_mask(cut, self.num_targets, positions) if permute else None
         self.register_buffer("mask", mask, persistent=False)
@@ -317,7 +316,6 @@ class CAE(Objective):
 
     def __init__(self, vit, cut, vocab_size, depth=4):
         super().__init__(vit, cut)
-        self.mask_token = nn.Parameter(torch.empty(1, 1, vit.width))
         width, heads, scale = vit.width, vit.heads, vit.layer_scale
         rates = drop_rates(vit.drop_path, depth)
         self.regressor = nn.ModuleList(RegressorBlock(width, heads, scale, rate) for rate in rates)
@@ -325,7 +323,7 @@ class CAE(Objective):
         self.decoder = Decoder(width, depth, heads, vocab_size, scale, vit.drop_path)
         self.regressor.apply(vit.initialize)
         self.decoder.initialize(vit)
-        nn.init.trunc_normal_(self.mask_token, std=.02)
+        self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, width), std=.02))
         self.teacher = copy.deepcopy(vit).requires_grad_(False)
 
     def train(self, mode=True):
@@ -397,9 +395,7 @@ class LearnedTokenizer(Objective):
         self.codebook = nn.Parameter(torch.randn(vocab_size, size), requires_grad=not unit)
         self.classify = nn.Linear(size, vocab_size) if soft else nn.Identity()
         self.decoder_embed = nn.Linear(size, width)
-        if target == "pixel":
-            values = 3 * vit.patch_size ** 2
-        self.decoder = Decoder(width, depth, vit.heads, values)
+        self.decoder = Decoder(width, depth, vit.heads, values if self.needs else 3 * vit.patch_size ** 2)
         for part in (self.project, self.classify, self.decoder_embed):
             part.apply(vit.initialize)
         self.decoder.initialize(vit)
@@ -426,7 +422,7 @@ class LearnedTokenizer(Objective):
         """z (b, n, size) -> code (b, n, size), the part of the loss that ties both, tokens (b, n)."""
         logits = F.linear(z, *self.linear_layer())
         tokens = logits.argmax(-1)
-        code = self.codebook[tokens]
+        code = F.embedding(tokens, self.codebook)
         if self.soft:
             ramp = (1 - torch.cos(math.pi * self.progress)) / 2    # 0 to 1
             if self.training:                                  # a mixture of codes while it learns
@@ -646,9 +642,8 @@ def main(argv=None):
     else:
         print("All rows look at all; which rows its networks have, the docstring of objectives.py says.")
     if args.objective in BLOCKWISE:
-        count = round(196 * share)
-        print(f"It hides blocks, {count} of 14 x 14 patches, marked #")
-        print_marks(blockwise_mask(1, 14, count).view(14, 14), range(14))
+        print("It hides blocks of the 14 x 14 patches, marked #")
+        print_marks(blockwise_mask(1, 14, round(196 * share)).view(14, 14), range(14))
 
 
 if __name__ == "__main__":
