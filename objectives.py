@@ -36,8 +36,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from vit import (PATCH_FEATURES, Block, drop_rates, gather_patches, init_weights, load_matplotlib, patchify,
-                 principal_colors, save_figure, sincos_positions, unpatchify)
+from vit import (PATCH_FEATURES, Block, drop_rates, gather_patches, init_weights, load_matplotlib, mae_init,
+                 patchify, principal_colors, save_figure, sincos_positions, unpatchify)
 
 
 # --- orders and masks -------------------------------------------------------------------------------------
@@ -322,6 +322,9 @@ class CAE(Objective):
         self.regressor_norm = nn.LayerNorm(width, eps=1e-6)
         self.decoder = Decoder(width, depth, heads, vocab_size, scale, vit.drop_path)
         self.regressor.apply(vit.initialize)
+        if vit.initialize is mae_init:                         # theirs are three matrices: Xavier's bound of
+            for block in self.regressor:                       # one, sqrt(6 / 2d), not of all, sqrt(6 / 4d)
+                block.attn.qkv.weight.data.mul_(math.sqrt(2))
         self.decoder.initialize(vit)
         self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, width), std=.02))
         self.teacher = copy.deepcopy(vit).requires_grad_(False)
