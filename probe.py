@@ -62,7 +62,7 @@ def prepare(x, ds):
 
 @torch.no_grad()
 def run_network(network, ds, device, workers):
-    """network(images) of all images (n, ...), on every process; more than 2^31 values (8 GB) are float16."""
+    """network(images) of all images (n, ...), labels (n,), on every process; beyond 8 GB it is float16."""
     rank, world = rank_and_world()
     mine = torch.arange(rank, len(ds), world)
     batches = load_batches(ds, mine, 256, workers, device, ds.name)
@@ -75,7 +75,7 @@ def run_network(network, ds, device, workers):
             found = x.new_zeros(len(ds), *x.shape[1:], dtype=torch.half if large else torch.float)
         found[rows] = x.to(found)
     all_reduce(found)
-    return found
+    return found, torch.as_tensor(ds.labels, device=device)
 
 
 def extract(vit, splits, device, workers=0, layers=slice(None)):
@@ -83,13 +83,12 @@ def extract(vit, splits, device, workers=0, layers=slice(None)):
 
     The training images' features get mean 0 and deviation 1, the others are treated alike.
     """
-    vit.to(device).eval()
+    vit.eval()
 
     def encode(images):
         return pool_features(vit, images, layers)
 
-    x, test_x = (run_network(encode, ds, device, workers) for ds in splits)
-    y, test_y = (torch.as_tensor(ds.labels, device=device) for ds in splits)
+    (x, y), (test_x, test_y) = (run_network(encode, ds, device, workers) for ds in splits)
     std, mean = torch.std_mean(x, 0)
     for features in (x, test_x):
         features.sub_(mean).div_(std.clamp(min=1e-6))          # in place: ImageNet's are 8 GB and more
@@ -121,23 +120,23 @@ RATES, DECAYS = (3e-3, 1e-2, 3e-2, .1), (1e-4, .1)
 
 
 def train_heads(choices, x, y, rows, epochs=50, batch_size=1024, seed=0):
-    """Linear heads, one for each (layer, pooling, learning rate, weight decay) of `choices`, all at once.
+    """Linear heads, one for each (block, pooling, learning rate, weight decay) of `choices`, all at once.
 
     They share the batches of standardized features x (n, l, s, d), labels y (n,), of `rows` only. AdamW, the
     rate a cosine down to 0; an epoch's last, small batch is left out.
     -> function of features (b, l, s, d): logits (heads, b, c)
     """
     heads, groups = [], []
-    for layer, pooling, lr, weight_decay in choices:
-        head = Head(x[0, layer, POOLINGS[pooling]].numel(), int(y.max()) + 1).to(y.device)
+    for block, pooling, lr, weight_decay in choices:
+        head = Head(x[0, block - 1, POOLINGS[pooling]].numel(), int(y.max()) + 1).to(y.device)
         nn.init.zeros_(head.weight)
         heads.append(head)
         groups.append(dict(params=head.parameters(), lr=lr, weight_decay=weight_decay))
 
     def predict(x):
         logits = []
-        for head, (layer, pooling, _, _) in zip(heads, choices):
-            logits.append(head(x[:, layer, POOLINGS[pooling]].flatten(1)))
+        for head, (block, pooling, _, _) in zip(heads, choices):
+            logits.append(head(x[:, block - 1, POOLINGS[pooling]].flatten(1)))
         return torch.stack(logits)
 
     generator = torch.Generator().manual_seed(seed)
@@ -165,7 +164,7 @@ def measure_heads(predict, x, y):
 
 def linear(train_x, train_y, test_x, test_y, **how):
     """Top-1 accuracy (0..1) of one linear head on standardized features (n, 1, s, d), labels (n,)."""
-    head = train_heads([(0, "both", 1e-2, 1e-4)], train_x, train_y, torch.arange(len(train_x)), **how)
+    head = train_heads([(1, "both", 1e-2, 1e-4)], train_x, train_y, torch.arange(len(train_x)), **how)
     return measure_heads(head, test_x, test_y)[0]
 
 
@@ -174,18 +173,17 @@ def choose_head(train_x, train_y, test_x, test_y, epochs=30, seed=0):
 
     x (n, l, s, d) standardized features, y (n,) labels.
     """
-    n, layers = train_x.shape[:2]
+    n, blocks = train_x.shape[:2]
     order = torch.randperm(n, generator=torch.Generator().manual_seed(train.derive_seed(seed, 1)))
     held, rest = order.tensor_split([n // 10])
-    choices = list(itertools.product(range(layers), POOLINGS, RATES, DECAYS))
+    choices = list(itertools.product(range(1, blocks + 1), POOLINGS, RATES, DECAYS))
     heads = train_heads(choices, train_x, train_y, rest, epochs, seed=seed)
     ranked = sorted(zip(measure_heads(heads, train_x[held], train_y[held]), choices))
-    held_out = {f"block {layer + 1}, {pooling}": score for score, (layer, pooling, _, _) in ranked}
+    held_out = {f"block {block}, {pooling}": score for score, (block, pooling, _, _) in ranked}
     _, best = ranked[-1]
-    layer, pooling, lr, weight_decay = best
     head = train_heads([best], train_x, train_y, order, epochs, seed=seed)
     accuracy, = measure_heads(head, test_x, test_y)
-    chosen = f"block {layer + 1}, {pooling}, lr {lr:g}, weight decay {weight_decay:g}"
+    chosen = "block {}, {}, lr {}, weight decay {}".format(*best)
     return dict(linear=accuracy, chosen=chosen, held_out=held_out)
 
 
@@ -301,7 +299,7 @@ def layer_groups(model, weight_decay, layer_decay):
             below = model.encoder.depth + 1
         if part[1] == "blocks":
             below -= int(part[2]) + 1
-        free = p.ndim < 2 or part[-1] in ("pos_embed", "cls_token")
+        free = p.ndim < 2 or name.endswith(("pos_embed", "cls_token"))
         decay = 0. if free else weight_decay
         groups.append(dict(params=[p], weight_decay=decay, scale=layer_decay ** below))
     return groups
@@ -410,7 +408,7 @@ def make_optimizer(model, args):
     return torch.optim.AdamW(model.parameters(), weight_decay=decay)
 
 
-def fit(model, ds, args, suffix=""):
+def fit(model, ds, args, suffix):
     """Train by the recipe. A checkpoint in OUT is gone on from, if it is of the same settings."""
     name = f"{args.out}/{args.what}-{args.variant}{suffix}"
     args.batch_size = min(args.batch_size, len(ds))
@@ -429,19 +427,22 @@ def fit(model, ds, args, suffix=""):
         by_head = net(x).unbind(1)
         return sum(F.cross_entropy(one, labels, label_smoothing=args.smoothing) for one in by_head), {}
 
-    model.to(args.device).train()
-    optimizer = make_optimizer(model, args)
+    optimizer = make_optimizer(model.train(), args)
     step, steps = train.train(model, optimizer, ds, args, compute_loss, args.device, f"{name}.pt")
     if step < steps:
         print0(f"{name}: step {step} of {steps}, no result yet; the same command without --steps goes on")
         raise SystemExit
 
 
-def score(model, ds, args):
-    """Top-1 accuracies (0..1) of the heads, a list; every image counts once."""
-    logits = run_network(model.to(args.device).eval(), ds, args.device, args.workers)
-    right = logits.argmax(-1).cpu().numpy() == ds.labels[:, None]
-    return right.mean(0).tolist()
+def learn(model, train_ds, test_ds, args, suffix=""):
+    """Top-1 accuracies (0..1) on the test images, of each head of the network; every image counts once."""
+    model.to(args.device)
+    if args.epochs:
+        fit(model, train_ds, args, suffix)
+    else:
+        load_head(model, args.run)
+    logits, labels = run_network(model.eval(), test_ds, args.device, args.workers)
+    return (logits.argmax(-1) == labels[:, None]).double().mean(0).tolist()
 
 
 # --- commands ---------------------------------------------------------------------------------------------
@@ -450,7 +451,7 @@ def measure(args, vit, splits, suffix):
     """What knn, linear or finetune finds; suffix: of the checkpoint's name."""
     torch.manual_seed(args.seed)
     weights = nn.utils.parameters_to_vector(vit.parameters())
-    args.weights = zlib.crc32(weights.detach().numpy())        # what a checkpoint was trained on
+    args.weights = zlib.crc32(weights.detach().cpu().numpy())  # what a checkpoint was trained on
     where = args.device, args.workers
     if args.what == "knn":
         return dict(knn=knn(*extract(vit, splits, *where, slice(-1, None)), args.k))
@@ -460,17 +461,13 @@ def measure(args, vit, splits, suffix):
     classes = len(train_ds.classes)
     if args.what == "linear":
         complete(args, PROTOCOLS[args.protocol])
-        model = LinearProbe(vit.to(args.device), classes, args.protocol == "mae")
+        model = LinearProbe(vit, classes, args.protocol == "mae")
     else:
         complete(args, RECIPES[args.recipe] | BY_WIDTH.get((args.recipe, vit.width), {}))
         model = Classifier(vit, classes, args.drop_path, args.head_std)
-    if args.epochs:
-        fit(model, training_view(train_ds, args), args, suffix)
-    else:
-        load_head(model, args.run)
     # BEiT prints the best block on the test images; the last block's is the number that nobody chose.
-    accuracies = score(model, test_view(test_ds, args), args)
-    return {args.what: accuracies[-1], "heads": accuracies}
+    heads = learn(model, training_view(train_ds, args), test_view(test_ds, args), args, suffix)
+    return {args.what: heads[-1], "heads": heads}
 
 
 def load_head(model, path):
@@ -486,7 +483,7 @@ def load_head(model, path):
 
 
 def run_tokens(args):
-    """What is learned from the tokens alone, of a run's folder or a tokenizer.pt."""
+    """What is learned from the tokens alone, of a folder's or a tokenizer.pt; floor: one class for all."""
     path = f"{args.run}/tokenizer.pt" if os.path.isdir(args.run) else args.run
     tokenizer = load_tokenizer(path).to(args.device)
     args.weights = zlib.crc32(tokenizer.weight.cpu().numpy())
@@ -506,10 +503,9 @@ def run_tokens(args):
         model = TokenMLP(*sizes)
     else:
         model = token_vit(args.head, *sizes, side, args.drop_path)
-    fit(model, train_ds, args)
-    accuracy, = score(model, test_ds, args)
-    counts = torch.as_tensor(test_ds.labels).bincount()
-    return dict(tokens=accuracy, most_frequent=counts.max().item() / len(test_ds))
+    accuracy, = learn(model, train_ds, test_ds, args)
+    counts = torch.as_tensor(train_ds.labels).bincount()
+    return dict(tokens=accuracy, floor=counts.max().item() / len(train_ds))
 
 
 def cls_attention(vit, images):
@@ -523,14 +519,12 @@ def cls_attention(vit, images):
 
 
 @torch.no_grad()
-def show(args):
+def show(args, vit, ds):
     """OUT/show.png: the attention of the class token, and three principal components of the features."""
-    vit = from_weights(args.run, args.image_size, args.heads).to(args.device).eval()
-    _, ds = open_data(args, vit.image_size)
     some = range(0, len(ds), math.ceil(len(ds) / 6))
     pixels, _, _ = next(load_batches(ds, some, 6, 0, args.device))
     images = normalize(pixels, ds.mean, ds.std)
-    colors, = principal_colors(vit(images)[:, vit.prefix:])
+    colors, = principal_colors(vit.eval()(images)[:, vit.prefix:])
     heat = cls_attention(vit, images)
     heat = heat / heat.amax(1, keepdim=True)
     rows = {"image": pixels / 255}
@@ -609,9 +603,10 @@ def untrain(vit, args):
     torch.manual_seed(args.seed)
     flags = args.settings
     scale = vit.layer_scale and flags.get("layer_scale", .1)
-    return ViT(
+    fresh = ViT(
         vit.image_size, vit.patch_size, vit.width, vit.depth, vit.heads, vit.mlp_ratio, scale,
         pos=flags.get("pos", "learned"), cls_token=bool(vit.prefix), init=flags.get("init", "timm"))
+    return fresh.to(args.device)
 
 
 # --- command line -----------------------------------------------------------------------------------------
@@ -647,6 +642,8 @@ FLAGS = {
         "mixup": "finetune: alpha of MixUp; 0: neither MixUp nor CutMix",
         "erase": "finetune: probability of random erasing",
         "randaugment": "finetune: magnitude from 0 to 10"}}
+
+
 def parse(argv):
     parser = argparse.ArgumentParser(description="What an encoder has learned, by both papers' evaluations.")
     add = parser.add_argument
@@ -674,23 +671,20 @@ def run(args):
     args.run, = args.run
     args.device = train.setup(args.device)
     open_run(args)
-    floor = None
-    if args.what == "show":
-        return show(args)
     if args.what == "tokens":
         result = run_tokens(args)
     else:
-        vit = from_weights(args.run, args.image_size, args.heads)
+        vit = from_weights(args.run, args.image_size, args.heads).to(args.device)
         splits = open_data(args, vit.image_size)
-        if not args.no_floor and args.epochs != 0:
-            floor = measure(args, untrain(vit, args), splits, "-random")
+        if args.what == "show":
+            return show(args, vit, splits[1])
         result = measure(args, vit, splits, "")
+        if not args.no_floor and args.epochs != 0:
+            result["floor"] = measure(args, untrain(vit, args), splits, "-random")[args.what]
     line = dict(
-        what=args.what, protocol=args.variant, source=args.run, data=args.data, seed=args.seed,
-        **result, floor=floor)
+        what=args.what, protocol=args.variant, source=args.run, data=args.data, seed=args.seed, **result)
     train.append_metrics(f"{args.out}/probe.jsonl", **line)
-    words = f"floor {100 * floor[args.what]:.1f} %, " if floor else ""
-    print0(f"{args.what} {100 * result[args.what]:.1f} % ({words}{args.run}, {args.data})")
+    print0(f"{args.what} {100 * result[args.what]:.1f} % ({args.run}, {args.data})")
     print0(json.dumps(result, indent=4))
     return line
 
