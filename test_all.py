@@ -2827,7 +2827,7 @@ def test_features_are_class_token_and_patch_mean_of_every_block(probe_textures):
         features.append(torch.stack(pooled, 1))
     std, mean = torch.std_mean(features[0], 0)
     for found, wanted in zip((x, test_x), features):
-        assert_close(found, (wanted - mean) / std, atol=1e-3, rtol=0)
+        assert_close(found.float(), (wanted - mean) / std, atol=.02, rtol=0)
     found = probe.pool_features(vit, images, final_norm=False)
     assert_close(found[:, 3, 0], output[:, 0])
     assert probe.pool_features(probe_tiny(cls_token=False), torch.randn(2, 3, 24, 24)).shape == (2, 2, 1, 32)
