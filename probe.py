@@ -12,10 +12,10 @@ python probe.py finetune FILE --epochs 0          the score of a fine-tuned netw
 python probe.py tokens RUN --head mlp             RUN: a run's folder or a tokenizer.pt
 python probe.py compare runs/mim-* runs/pim-*     curves, mean and deviation over seeds, differences
 
-RUN is a run's folder, an encoder.pt, a timm/DINO/DeiT/MAE/MaPeT file or a public name; --data another data
-set (MaPeT Table 5). Beside each result is the floor, the same network untrained; probe.jsonl in the run's
-folder has them all. Nothing is chosen on the test images: the epoch that counts is the last one. (MAE's code
-prints the best epoch on them, BEiT's the best epoch and layer.)
+RUN is a run's folder, which says the data, too, an encoder.pt, a timm/DINO/DeiT/MAE/MaPeT file or a public
+name; --data another data set (MaPeT Table 5). Beside each result is the floor, the same network untrained (by
+finetune: from scratch); probe.jsonl in the run's folder has them all. Nothing is chosen on the test images:
+the epoch that counts is the last one. (MAE's code prints the best on them, BEiT's the best epoch and layer.)
 """
 import argparse
 import itertools
@@ -40,10 +40,10 @@ from vit import (MODELS, ViT, draw_rows, exit_on_error, from_weights, load_matpl
 # --- features ---------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def pool_features(vit, images, layers=slice(None), final_norm=True):
-    """Normalized images (b, 3, S, S) -> (b, layers, s, d) float32; s: class token, if any, and patch mean.
+def pool_features(vit, images, final_norm=True):
+    """Normalized images (b, 3, S, S) -> (b, depth, s, d) float32; s: class token, if any, and patch mean.
 
-    layers: which blocks; final_norm: the last one's are the encoder's output (not so in BEiT's probe)
+    final_norm: the last block's are the encoder's output, after the final norm (not so in BEiT's probe)
     """
     features, x = [], vit.embed(images)
     for block in vit.blocks:
@@ -52,7 +52,7 @@ def pool_features(vit, images, layers=slice(None), final_norm=True):
             x = vit.norm(x)
         cls, patches = x.split([vit.prefix, vit.n_patches], 1)
         features.append(torch.cat([cls, patches.mean(1, keepdim=True)], 1))
-    return torch.stack(features[layers], 1)
+    return torch.stack(features, 1)
 
 
 def prepare(x, ds):
@@ -86,7 +86,7 @@ def extract(vit, splits, device, workers=0, layers=slice(None)):
     vit.eval()
 
     def encode(images):
-        return pool_features(vit, images, layers).half()
+        return pool_features(vit, images)[:, layers].half()
 
     (x, y), (test_x, test_y) = (run_network(encode, ds, device, workers) for ds in splits)
     std, mean = torch.std_mean(x, 0)

@@ -2694,7 +2694,6 @@ def test_a_file_that_is_not_what_it_should_be_is_named_and_kept(name, folder, tm
 
 # --- probe.py --------------------------------------------------------------------------------
 
-PROBE_TINY = dict(image_size=24, patch_size=8, width=32, depth=2, heads=2)              # 9 patches
 CPU = torch.device("cpu")
 
 
@@ -2739,10 +2738,6 @@ def probe_pictures(tmp_path_factory):
     return str(root)
 
 
-def probe_tiny(**over):
-    return V.ViT(**{**PROBE_TINY, **over})
-
-
 def probed(*argv):
     return probe.main([*map(str, argv), "--device", "cpu"])
 
@@ -2785,7 +2780,7 @@ def test_knn_is_brute_force(k, chunk):
             votes[y[j]] += math.exp(similarity[j] / .07)
         correct += int(votes.argmax() == label)
     assert .4 < correct / 70 < 1
-    assert probe.knn(x, y, asked, wanted, k, chunk=chunk) == pytest.approx(correct / 70)
+    assert probe.knn(x, y, asked, wanted, k, chunk=chunk) == approx(correct / 70)
 
 
 def test_heads_trained_together_are_each_trained_alone():
@@ -2806,31 +2801,29 @@ def test_heads_trained_together_are_each_trained_alone():
             optimizer.zero_grad()
             F.cross_entropy(head(part[batch]), y[batch]).backward()
             optimizer.step()
-        torch.testing.assert_close(found, head(part), atol=1e-5, rtol=0)
+        assert_close(found, head(part), atol=1e-5, rtol=0)
 
 
 def test_features_are_class_token_and_patch_mean_of_every_block(probe_textures):
     """Standardized by the training images; the last block's after the final norm."""
     vit, features = V.vit_micro(drop_path=.5).train(), []
     x, y, test_x, test_y = probe.extract(vit, probe_textures, CPU)
-    assert x.shape == (200, 4, 2, 96) and test_x.shape == (60, 4, 2, 96)
     for ds, labels in zip(probe_textures, (y, test_y)):
         assert labels.tolist() == ds.labels.tolist()
         images = V.normalize(torch.stack([ds[i][0] for i in range(len(ds))]), ds.mean, ds.std)
-        outputs, output = [], vit.embed(images)
         with torch.no_grad():
+            outputs = [vit.embed(images)]
             for block in vit.blocks:
-                output = block(output)
-                outputs.append(output)
-            outputs[3] = vit.norm(output)
-        pooled = [torch.stack([one[:, 0], one[:, 1:].mean(1)], 1) for one in outputs]
+                outputs.append(block(outputs[-1]))
+            normed = vit.norm(outputs[-1])
+        pooled = [torch.stack([x[:, 0], x[:, 1:].mean(1)], 1) for x in (*outputs[1:-1], normed)]
         features.append(torch.stack(pooled, 1))
     std, mean = torch.std_mean(features[0], 0)
     for found, wanted in zip((x, test_x), features):
         assert_close(found.float(), (wanted - mean) / std, atol=.02, rtol=0)
     found = probe.pool_features(vit, images, final_norm=False)
-    assert_close(found[:, 3, 0], output[:, 0])
-    assert probe.pool_features(probe_tiny(cls_token=False), torch.randn(2, 3, 24, 24)).shape == (2, 2, 1, 32)
+    assert_close(found[:, 3, 0], outputs[-1][:, 0])
+    assert probe.pool_features(tiny(cls_token=False), torch.randn(2, 3, 24, 24)).shape == (2, 2, 1, 32)
 
 
 def test_lars_by_hand():
@@ -2841,7 +2834,7 @@ def test_lars_by_hand():
     b.grad = torch.tensor([2.])
     optimizer.step()
     # g = grad + .1 w = (.6, 0), |w| = 5, |g| = .6: v = .001 * 5 / .6 * g = (.005, 0); w -= .5 v
-    torch.testing.assert_close(w.detach(), torch.tensor([[3 - .0025, 4.]]))
+    assert_close(w.detach(), torch.tensor([[3 - .0025, 4.]]))
     assert b.item() == 0
     before = w.detach().clone()
     w.grad = torch.tensor([[0., 1.]])
@@ -2849,12 +2842,12 @@ def test_lars_by_hand():
     optimizer.step()
     g = torch.tensor([[0., 1.]]) + .1 * before
     v = .9 * torch.tensor([[.005, 0.]]) + .001 * before.norm() / g.norm() * g
-    torch.testing.assert_close(w.detach(), before - .5 * v)
-    assert b.item() == pytest.approx(-.5 * (.9 * 2 + 2))                   # 1-D: plain momentum, no decay
+    assert_close(w.detach(), before - .5 * v)
+    assert b.item() == approx(-.5 * (.9 * 2 + 2))                   # 1-D: plain momentum, no decay
 
 
 def test_layer_decay_by_hand():
-    model = probe.Classifier(probe_tiny(layer_scale=.1), 4)
+    model = probe.Classifier(tiny(layer_scale=.1), 4)
     names = {id(p): name for name, p in model.named_parameters()}
     found = {names[id(p)]: (group["scale"], group["weight_decay"])
              for group in probe.layer_groups(model, .05, .65) for p in group["params"]}
@@ -2864,11 +2857,11 @@ def test_layer_decay_by_hand():
     for name, (scale, decay) in found.items():                             # depth 2: L + 1 = 3
         wanted = next(scales[key] for key in scales if name.startswith(key))
         is_matrix = name.endswith("weight") and "norm" not in name
-        assert (scale, decay) == (pytest.approx(wanted), .05 if is_matrix else 0), name
+        assert (scale, decay) == (approx(wanted), .05 if is_matrix else 0), name
 
 
 def test_attention_of_the_class_token_head_by_head():
-    vit = probe_tiny().eval()
+    vit = tiny().eval()
     images = torch.randn(2, 3, 24, 24)
     first, last = vit.blocks
     q, k, _ = last.attn.qkv(last.norm1(first(vit.embed(images)))).chunk(3, -1)
@@ -2877,15 +2870,15 @@ def test_attention_of_the_class_token_head_by_head():
         scores = (q[:, :1, part] * k[..., part]).sum(-1) / 4
         heads.append(scores.softmax(-1))
     wanted = torch.stack(heads).mean(0)[:, 1:]
-    torch.testing.assert_close(probe.cls_attention(vit, images), wanted)
+    assert_close(probe.cls_attention(vit, images), wanted)
 
 
 def test_token_mlp_is_a_bag_and_token_vit_is_not():
     tokens = torch.randint(6, (2, 3, 3), dtype=torch.int32)
     mlp, net = probe.TokenMLP(6, 3), probe.token_vit("vit_micro", 6, 3, 3, 0.).eval()
     patches = F.relu(mlp.hidden(mlp.table(tokens.flatten(1))))             # MaPeT Table 4, patch by patch
-    torch.testing.assert_close(mlp(tokens)[:, 0], mlp.head(patches.mean(1)))
-    torch.testing.assert_close(mlp(tokens), mlp(tokens.flip(1)))
+    assert_close(mlp(tokens)[:, 0], mlp.head(patches.mean(1)))
+    assert_close(mlp(tokens), mlp(tokens.flip(1)))
     assert net(tokens).shape == (2, 1, 3) and not torch.allclose(net(tokens), net(tokens.flip(1)))
 
 
@@ -2931,9 +2924,9 @@ def test_no_probe_changes_a_frozen_encoder(argv, few_textures, tmp_path, monkeyp
 
 
 def test_heads_are_float32_under_autocast():
-    images, vit = torch.randn(4, 3, 24, 24), probe_tiny()
+    images, vit = torch.randn(4, 3, 24, 24), tiny()
     mae, beit = probe.LinearProbe(vit, 5, True), probe.LinearProbe(vit, 5, False)
-    networks = [mae, beit, probe.Classifier(probe_tiny(), 5)]
+    networks = [mae, beit, probe.Classifier(tiny(), 5)]
     for model in networks:
         with torch.autocast("cpu", torch.bfloat16):
             assert model(images).dtype == torch.float32
@@ -3064,7 +3057,7 @@ def test_released_networks_are_scored_by_their_own_head(trained, tmp_path, capsy
     with torch.no_grad():
         right = model.eval()(images)[:, 0].argmax(1) == torch.tensor(ds.labels)
     argv = ["finetune", tmp_path / "mapet.tar", "--epochs", 0, "--no-floor", "--out", tmp_path]
-    assert probed(*argv)["finetune"] == pytest.approx(right.float().mean().item(), abs=.02)
+    assert probed(*argv)["finetune"] == approx(right.float().mean().item(), abs=.02)
     no_head = ["finetune", f"{trained}/encoder.pt", *argv[2:]]
     probe_refuses(capsys, no_head, "encoder.pt", "--epochs 0", "fc_norm")
     state["head.weight"], state["head.bias"] = state["head.weight"][:7], state["head.bias"][:7]
@@ -3148,8 +3141,8 @@ def test_two_processes_give_the_result_of_one(trained, tmp_path, monkeypatch):
     assert len(one) == len(two) == 3
     for a, b in zip(one, two):
         for line in (a, b):                                                # of 61 images, each counted once
-            assert line[line["what"]] * 61 == pytest.approx(round(line[line["what"]] * 61))
-        assert a[a["what"]] == pytest.approx(b[a["what"]], abs=.04)        # a near-tie may fall otherwise
+            assert line[line["what"]] * 61 == approx(round(line[line["what"]] * 61))
+        assert a[a["what"]] == approx(b[a["what"]], abs=.04)        # a near-tie may fall otherwise
 
 
 # --- faults -----------------------------------------------------------------------------------------------
@@ -3160,7 +3153,7 @@ def test_wrong_input_is_refused_in_one_line(trained, probe_pictures, tmp_path, c
     for flag, value in (("--smoothing", 1.5), ("--erase", 2), ("--k", 0), ("--epochs", "nan")):
         probe_refuses(capsys, ["finetune", trained, flag, value], flag)
     probe_refuses(capsys, ["finetune", trained, trained], "expected 1")
-    torch.save(probe_tiny(width=40, heads=5, image_size=48).state_dict(), tmp_path / "wide.pt")
+    torch.save(tiny(width=40, heads=5, image_size=48).state_dict(), tmp_path / "wide.pt")
     probe_refuses(capsys, ["knn", tmp_path / "wide.pt", "--out", tmp_path], "wide.pt", "--heads")
     assert probed("knn", tmp_path / "wide.pt", "--out", tmp_path, "--heads", 5, "--no-floor")["knn"] >= 0
     assert not list(tmp_path.glob("finetune*"))
