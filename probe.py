@@ -77,16 +77,16 @@ def run_network(network, ds, device, workers):
     return found, torch.as_tensor(ds.labels, device=device)
 
 
-def extract(vit, splits, device, workers=0, layers=slice(None)):
-    """Features (n, layers, s, d) and labels (n,) of the training images, then those of the test images.
+def extract(vit, splits, device, workers=0, blocks=slice(-1, None)):
+    """Features (n, blocks, s, d) and labels (n,) of the training images, then those of the test images.
 
     The training images' features get mean 0 and deviation 1, the others are treated alike. They are stored in
-    float16: ImageNet's of all of ViT-B are 47 GB.
+    float16: ImageNet's of all blocks of ViT-B are 47 GB.
     """
     vit.eval()
 
     def encode(images):
-        return pool_features(vit, images)[:, layers].half()
+        return pool_features(vit, images)[:, blocks].half()
 
     (x, y), (test_x, test_y) = (run_network(encode, ds, device, workers) for ds in splits)
     std, mean = torch.std_mean(x, 0)
@@ -126,7 +126,8 @@ def train_heads(choices, x, y, rows, epochs=50, batch_size=1024, seed=0):
     """
     heads, groups = [], []
     for block, pooling, lr, weight_decay in choices:
-        head = Head(x[0, block - 1, POOLINGS[pooling]].numel(), int(y.max()) + 1).to(y.device)
+        width = x[0, block - 1, POOLINGS[pooling]].numel()
+        head = Head(width, int(y.max()) + 1).to(y.device)
         nn.init.zeros_(head.weight)
         heads.append(head)
         groups.append(dict(params=head.parameters(), lr=lr, weight_decay=weight_decay))
@@ -162,7 +163,8 @@ def measure_heads(predict, x, y):
 
 def linear(train_x, train_y, test_x, test_y, **how):
     """Top-1 accuracy (0..1) of one linear head on standardized features (n, 1, s, d), labels (n,)."""
-    head = train_heads([(1, "both", 1e-2, 1e-4)], train_x, train_y, torch.arange(len(train_x)), **how)
+    choices, rows = [(1, "both", 1e-2, 1e-4)], torch.arange(len(train_x))
+    head = train_heads(choices, train_x, train_y, rows, **how)
     return measure_heads(head, test_x, test_y)[0]
 
 
@@ -191,7 +193,7 @@ def evaluate(vit, train_ds, test_ds, device, workers=0, seed=0):
 
     Of [class token, patch mean] after the final norm; the two differ in scale, so they are standardized.
     """
-    features = extract(vit, (train_ds, test_ds), device, workers, slice(-1, None))
+    features = extract(vit, (train_ds, test_ds), device, workers)
     return dict(knn=knn(*features), linear=linear(*features, seed=seed))
 
 
@@ -454,9 +456,10 @@ def measure(args, vit, splits, suffix):
     args.weights = zlib.crc32(weights.detach().cpu().numpy())  # what a checkpoint was trained on
     where = args.device, args.workers
     if args.what == "knn":
-        return dict(knn=knn(*extract(vit, splits, *where, slice(-1, None)), args.k))
+        return dict(knn=knn(*extract(vit, splits, *where), args.k))
     if args.variant == "fast":
-        return choose_head(*extract(vit, splits, *where), round(args.epochs or 30), args.seed)
+        features = extract(vit, splits, *where, slice(None))
+        return choose_head(*features, round(args.epochs or 30), args.seed)
     train_ds, test_ds = splits
     classes = len(train_ds.classes)
     if args.what == "linear":

@@ -2807,7 +2807,7 @@ def test_heads_trained_together_are_each_trained_alone():
 def test_features_are_class_token_and_patch_mean_of_every_block(probe_textures):
     """Standardized by the training images; the last block's after the final norm."""
     vit, features = V.vit_micro(drop_path=.5).train(), []
-    x, y, test_x, test_y = probe.extract(vit, probe_textures, CPU)
+    x, y, test_x, test_y = probe.extract(vit, probe_textures, CPU, 0, slice(None))
     for ds, labels in zip(probe_textures, (y, test_y)):
         assert labels.tolist() == ds.labels.tolist()
         images = V.normalize(torch.stack([ds[i][0] for i in range(len(ds))]), ds.mean, ds.std)
