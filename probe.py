@@ -91,7 +91,7 @@ def extract(vit, splits, device, workers=0, blocks=slice(-1, None)):
     (x, y), (test_x, test_y) = (run_network(encode, ds, device, workers) for ds in splits)
     std, mean = torch.std_mean(x, 0)
     for features in (x, test_x):
-        features.sub_(mean).div_(std.clamp(min=1e-6))          # in place: there is no room for two
+        features.sub_(mean).div_(std.clamp(min=1e-4))          # in place: there is no room for two
     return x, y, test_x, test_y
 
 
@@ -580,11 +580,11 @@ def print_row(name, values, divisor=1):
 def open_run(args):
     """Sets args.settings: the flags of the run, if RUN is a run's folder; and what follows from them."""
     file = Path(args.run, "settings.json")
-    args.settings = json.loads(file.read_text()) if file.exists() else {}
-    args.out = args.out or (args.run if args.settings else f"runs/{Path(args.run).stem}")
+    args.settings = settings = json.loads(file.read_text()) if file.exists() else {}
+    args.out = args.out or (args.run if settings else f"runs/{Path(args.run).stem}")
     os.makedirs(args.out, exist_ok=True)
     if args.data is None:
-        args.data, args.classes = args.settings.get("data", "textures"), args.settings.get("classes")
+        args.data, args.classes = settings.get("data", "textures"), settings.get("classes")
     args.recipe = args.recipe or ("textures" if args.data == "textures" else "mapet")
     args.variant = dict(linear=args.protocol, finetune=args.recipe, tokens=args.head).get(args.what)
 
