@@ -9,25 +9,22 @@ python probe.py knn runs/mapet-textures           or finetune, or show: where [C
 python probe.py linear runs/mapet-textures        the best of many heads on stored features: seconds
 python probe.py linear RUN --protocol mae         or beit: the papers' probes, the encoder runs every epoch
 python probe.py finetune FILE --epochs 0          the score of a fine-tuned network, by the head that it has
-python probe.py tokens RUN --head mlp             or TOKENS.npy --test-tokens FILE
+python probe.py tokens RUN --head mlp             RUN: a run's folder or a tokenizer.pt
 python probe.py compare runs/mim-* runs/pim-*     curves, mean and deviation over seeds, differences
 
-RUN is a run's folder, an encoder.pt, a timm/DINO/DeiT/MAE/MaPeT file or a public name; --data another data
-set (MaPeT Table 5). Beside each result is the floor, the same network untrained; probe.jsonl in the run's
-folder has them all. Nothing is chosen on the test images: the epoch that counts is the last one. (MAE's code
-prints the best epoch on them, BEiT's the best epoch and layer.)
+RUN is a run's folder, which says the data, too, an encoder.pt, a timm/DINO/DeiT/MAE/MaPeT file or a public
+name; --data another data set (MaPeT Table 5). Beside each result is the floor, the same network untrained (by
+finetune: from scratch); probe.jsonl in the run's folder has them all. Nothing is chosen on the test images:
+the epoch that counts is the last one. (MAE's code prints the best on them, BEiT's the best epoch and layer.)
 """
 import argparse
-import functools
 import itertools
 import json
 import math
 import os
-import time
 import zlib
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -35,9 +32,9 @@ from einops import rearrange
 from torchvision.transforms import InterpolationMode, v2
 
 import train
-from kmeans import all_reduce, load_batches, load_tokenizer, load_tokens, print0, rank_and_world, tokenize
+from kmeans import all_reduce, load_batches, load_tokenizer, print0, rank_and_world, tokenize
 from vit import (MODELS, ViT, draw_rows, exit_on_error, from_weights, load_matplotlib,
-                 normalize, principal_colors, read_checkpoint, unwrap_weights)
+                 normalize, principal_colors, read_checkpoint, unpatchify, unwrap_weights)
 
 
 # --- features ---------------------------------------------------------------------------------------------
@@ -53,21 +50,9 @@ def pool_features(vit, images, final_norm=True):
         x = block(x)
         if final_norm and block is vit.blocks[-1]:
             x = vit.norm(x)
-        x = x.float()
-        mean = x[:, vit.prefix:].mean(1, keepdim=True)
-        features.append(torch.cat([x[:, :vit.prefix], mean], 1))
+        cls, patches = x.split([vit.prefix, vit.n_patches], 1)
+        features.append(torch.cat([cls, patches.mean(1, keepdim=True)], 1))
     return torch.stack(features, 1)
-
-
-@torch.no_grad()
-def run_network(network, ds, device, workers):
-    """Yields network(images) and labels (b,), batch by batch, of this process's images."""
-    rank, world = rank_and_world()
-    mine = range(rank, len(ds), world)
-    for images, labels, _ in load_batches(ds, mine, 256, workers, device, ds.name):
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            found = network(prepare(images, ds))
-        yield found, labels
 
 
 def prepare(x, ds):
@@ -75,31 +60,39 @@ def prepare(x, ds):
     return normalize(x, ds.mean, ds.std) if x.dtype == torch.uint8 else x
 
 
-def extract(vit, ds, device, workers=0, layers=slice(None)):
-    """`pool_features` (n, layers, s, d) and labels (n,) of all images, on every process.
-
-    More than 2^31 values (8 GB) are float16; one process keeps those in the computer's memory.
-    """
+@torch.no_grad()
+def run_network(network, ds, device, workers):
+    """network(images) of all images (n, ...), labels (n,), on every process."""
     rank, world = rank_and_world()
-    shape = len(ds), len(vit.blocks[layers]), 1 + vit.prefix, vit.width
-    large = math.prod(shape) > 1 << 31
-    x = torch.zeros(
-        shape, dtype=torch.half if large else torch.float,
-        device="cpu" if large and world == 1 else device)
-    encode = functools.partial(pool_features, vit.to(device).eval())
-    batches = run_network(encode, ds, device, workers)
-    for rows, (features, _) in zip(x[rank::world].split(256), batches):
-        rows.copy_(features[:, layers])
-    all_reduce(x)
-    return x, torch.as_tensor(ds.labels, device=device)
+    mine = torch.arange(rank, len(ds), world)
+    batches = load_batches(ds, mine, 256, workers, device, ds.name)
+    found = None
+    for rows, (images, _, _) in zip(mine.split(256), batches):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            x = network(prepare(images, ds))
+        if found is None:
+            found = x.new_zeros(len(ds), *x.shape[1:])
+        found[rows] = x
+    all_reduce(found)
+    return found, torch.as_tensor(ds.labels, device=device)
 
 
-def standardize(x, *others):
-    """Features (n, ...) to mean 0 and deviation 1, `others` by the same; in place: ImageNet's are 8 GB."""
-    some = x[::1 + len(x) // 16384].float()                    # of many, these tell the moments
-    std, mean = torch.std_mean(some, 0, correction=0)
-    for features in (x, *others):
-        features.sub_(mean).div_(std.clamp(min=1e-6))
+def extract(vit, splits, device, workers=0, blocks=slice(-1, None)):
+    """Features (n, blocks, s, d) and labels (n,) of the training images, then those of the test images.
+
+    The training images' features get mean 0 and deviation 1, the others are treated alike. They are stored in
+    float16: ImageNet's of all blocks of ViT-B are 47 GB.
+    """
+    vit.eval()
+
+    def encode(images):
+        return pool_features(vit, images)[:, blocks].half()
+
+    (x, y), (test_x, test_y) = (run_network(encode, ds, device, workers) for ds in splits)
+    std, mean = torch.std_mean(x, 0)
+    for features in (x, test_x):
+        features.sub_(mean).div_(std.clamp(min=1e-4))          # in place: there is no room for two
+    return x, y, test_x, test_y
 
 
 # --- k-NN, and linear heads on the same stored features ---------------------------------------------------
@@ -108,80 +101,71 @@ def standardize(x, *others):
 def knn(train_x, train_y, test_x, test_y, k=20, chunk=256):
     """Top-1 accuracy (0..1) of weighted k-nearest neighbors under cosine similarity (Wu et al. 2018).
 
-    x features (n, d), y labels (n,) int64. The processes share the test images; `chunk` of them at once.
+    x features (n, ...), y labels (n,) int64; `chunk` test images at once.
     """
-    rank, world = rank_and_world()
-    bank, test_x = F.normalize(train_x), F.normalize(test_x)
-    correct = torch.zeros(1, device=bank.device)
-    for rows in torch.arange(rank, len(test_x), world).split(chunk):
-        similarity, nearest = (test_x[rows] @ bank.T).topk(min(k, len(bank)))     # (chunk, k)
+    bank, asked = (F.normalize(x.flatten(1).float()) for x in (train_x, test_x))
+    correct = 0
+    for x, y in zip(asked.split(chunk), test_y.split(chunk)):
+        similarity, nearest = (x @ bank.T).topk(min(k, len(bank)))                # (chunk, k)
         weight = (similarity / .07).exp()
         votes = F.one_hot(train_y[nearest]) * weight[..., None]                   # (chunk, k, c)
-        correct += (votes.sum(1).argmax(1) == test_y[rows]).sum()
-    all_reduce(correct)
-    return correct.item() / len(test_y)
+        correct += (votes.sum(1).argmax(1) == y).sum().item()
+    return correct / len(test_y)
 
 
-# What a head sees of [class token, patch mean].
+# What a head sees of [class token, patch mean]; of the mean alone, where there is no class token.
 POOLINGS = {"class token": slice(0, 1), "patch mean": slice(-1, None), "both": slice(None)}
-# The fast linear probe's learning rates and weight decays.
-RATES, DECAYS = (3e-3, 1e-2, 3e-2, .1), (1e-4, .1)
 
 
-def train_heads(choices, x, y, rows=None, epochs=50, batch_size=1024, seed=0):
-    """Linear heads, one for each (layer, pooling, learning rate, weight decay) of `choices`, all at once.
+def train_heads(choices, x, y, rows, epochs=50, batch_size=1024, seed=0):
+    """Linear heads, one for each (block, pooling, learning rate, weight decay) of `choices`, all at once.
 
     They share the batches of standardized features x (n, l, s, d), labels y (n,), of `rows` only. AdamW, the
     rate a cosine down to 0; an epoch's last, small batch is left out.
     -> function of features (b, l, s, d): logits (heads, b, c)
     """
     heads, groups = [], []
-    for layer, pooling, lr, weight_decay in choices:
-        width = x[0, layer, POOLINGS[pooling]].numel()
-        head = nn.Linear(width, int(y.max()) + 1, device=y.device)
-        for parameter in head.parameters():
-            nn.init.zeros_(parameter)
+    for block, pooling, lr, weight_decay in choices:
+        width = x[0, block - 1, POOLINGS[pooling]].numel()
+        head = Head(width, int(y.max()) + 1).to(y.device)
+        nn.init.zeros_(head.weight)
         heads.append(head)
         groups.append(dict(params=head.parameters(), lr=lr, weight_decay=weight_decay))
 
     def predict(x):
-        x = x.to(y.device).float()
         logits = []
-        for head, (layer, pooling, _, _) in zip(heads, choices):
-            logits.append(head(x[:, layer, POOLINGS[pooling]].flatten(1)))
+        for head, (block, pooling, _, _) in zip(heads, choices):
+            logits.append(head(x[:, block - 1, POOLINGS[pooling]].flatten(1)))
         return torch.stack(logits)
 
-    rows = torch.arange(len(x)) if rows is None else rows
-    batch_size = min(batch_size, len(rows))
-    per_epoch = len(rows) // batch_size
-    optimizer = torch.optim.AdamW(groups)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * per_epoch)
     generator = torch.Generator().manual_seed(seed)
+    batch_size, batches = min(batch_size, len(rows)), []
     for _ in range(epochs):
         order = rows[torch.randperm(len(rows), generator=generator)]
-        for batch in order.split(batch_size)[:per_epoch]:
-            # The sum over the heads: no head's gradient knows of another.
-            sum(F.cross_entropy(logits, y[batch]) for logits in predict(x[batch])).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            cosine.step()
+        batches += order.split(batch_size)[:len(rows) // batch_size]
+    optimizer = torch.optim.AdamW(groups)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
+    for batch in batches:
+        # The sum over the heads: no head's gradient knows of another.
+        sum(F.cross_entropy(logits, y[batch]) for logits in predict(x[batch])).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        cosine.step()
     return predict
 
 
 @torch.no_grad()
 def measure_heads(predict, x, y):
     """The share of x that each head gets right, a list."""
-    hits = 0
-    for part, labels in zip(x.split(1024), y.split(1024)):
-        hits += (predict(part).argmax(-1) == labels).sum(1)
-    return (hits.double() / len(x)).tolist()
+    predicted = torch.cat([predict(part).argmax(-1) for part in x.split(1024)], 1)
+    return (predicted == y).double().mean(1).tolist()
 
 
 def linear(train_x, train_y, test_x, test_y, **how):
-    """Top-1 accuracy (0..1) of one linear head on standardized features (n, d), labels (n,)."""
-    choices = [(0, "both", 1e-2, 1e-4)]
-    head = train_heads(choices, train_x[:, None, None], train_y, **how)
-    return measure_heads(head, test_x[:, None, None], test_y)[0]
+    """Top-1 accuracy (0..1) of one linear head on standardized features (n, 1, s, d), labels (n,)."""
+    choices, rows = [(1, "both", 1e-2, 1e-4)], torch.arange(len(train_x))
+    head = train_heads(choices, train_x, train_y, rows, **how)
+    return measure_heads(head, test_x, test_y)[0]
 
 
 def choose_head(train_x, train_y, test_x, test_y, epochs=30, seed=0):
@@ -189,41 +173,28 @@ def choose_head(train_x, train_y, test_x, test_y, epochs=30, seed=0):
 
     x (n, l, s, d) standardized features, y (n,) labels.
     """
-    how = dict(epochs=epochs, seed=seed)
-    n, layers, s, _ = train_x.shape
-    generator = torch.Generator().manual_seed(train.derive_seed(seed, 1))
-    order = torch.randperm(n, generator=generator)
-    held, rest = order[:n // 10], order[n // 10:]
-    poolings = POOLINGS if s == 2 else ["patch mean"]
-    choices = list(itertools.product(range(layers), poolings, RATES, DECAYS))
-    heads = train_heads(choices, train_x, train_y, rest, **how)
-    scores = measure_heads(heads, train_x[held], train_y[held])
-    ranked = sorted(zip(scores, choices))                      # the best one last
+    n, blocks = train_x.shape[:2]
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(train.derive_seed(seed, 1)))
+    held, rest = order.tensor_split([n // 10])
+    rates, decays = (3e-3, 1e-2, 3e-2, .1), (1e-4, .1)
+    choices = list(itertools.product(range(1, blocks + 1), POOLINGS, rates, decays))
+    heads = train_heads(choices, train_x, train_y, rest, epochs, seed=seed)
+    ranked = sorted(zip(measure_heads(heads, train_x[held], train_y[held]), choices))
+    held_out = {f"block {block}, {pooling}": score for score, (block, pooling, _, _) in ranked}
     _, best = ranked[-1]
-    layer, pooling, lr, weight_decay = best
-    head = train_heads([best], train_x, train_y, order, **how)
-    return dict(
-        linear=measure_heads(head, test_x, test_y)[0],
-        held_out={f"block {i + 1}, {name}": score for score, (i, name, _, _) in ranked},
-        chosen=f"block {layer + 1}, {pooling}, lr {lr:g}, weight decay {weight_decay:g}")
+    head = train_heads([best], train_x, train_y, order, epochs, seed=seed)
+    accuracy, = measure_heads(head, test_x, test_y)
+    chosen = "block {}, {}, lr {}, weight decay {}".format(*best)
+    return dict(linear=accuracy, chosen=chosen, held_out=held_out)
 
 
-def evaluate(vit, train_ds, test_ds, device, workers=0, seed=0, what=("knn", "linear"), k=20):
+def evaluate(vit, train_ds, test_ds, device, workers=0, seed=0):
     """{"knn": ..., "linear": ...}: top-1 accuracies (0..1), all settings fixed; train.py's closing table.
 
     Of [class token, patch mean] after the final norm; the two differ in scale, so they are standardized.
     """
-    last = slice(-1, None)
-    x, y = extract(vit, train_ds, device, workers, last)
-    test_x, test_y = extract(vit, test_ds, device, workers, last)
-    standardize(x, test_x)
-    x, test_x = (features.flatten(1).to(device).float() for features in (x, test_x))
-    found = {}
-    if "knn" in what:
-        found["knn"] = knn(x, y, test_x, test_y, k)
-    if "linear" in what:
-        found["linear"] = linear(x, y, test_x, test_y, seed=seed)
-    return found
+    features = extract(vit, (train_ds, test_ds), device, workers)
+    return dict(knn=knn(*features), linear=linear(*features, seed=seed))
 
 
 # --- the papers' networks: normalized images, or tokens -> logits (b, heads, c) ----------------------------
@@ -244,20 +215,16 @@ class Head(nn.Linear):
 class LinearProbe(nn.Module):
     """The papers' linear probes of a frozen encoder.
 
-    mae   class token after the final norm -> BatchNorm without parameters -> linear layer (MAE, ClusterMIM);
-          its moments are of the images that one process sees at once: up to 256 (MAE's code: 512)
+    mae   class token (if none: patch mean) after the final norm -> BatchNorm without parameters -> linear
+          layer (MAE, ClusterMIM); moments of the images that a process sees at once: up to 256 (MAE: 512)
     beit  [class token, patch mean] of every block -> a linear layer for each (BEiT, MaPeT)
     """
 
     def __init__(self, vit, classes, mae):
         super().__init__()
-        self.frozen = (vit.eval(),)                            # in a tuple: no part of this module
-        self.mae = mae
-        if mae:
-            self.norm = nn.BatchNorm1d(vit.width, eps=1e-6, affine=False)
-            widths = [vit.width]
-        else:
-            widths = [(1 + vit.prefix) * vit.width] * vit.depth
+        self.frozen, self.mae = (vit.eval(),), mae             # in a tuple: no part of this module
+        self.norm = nn.BatchNorm1d(vit.width, eps=1e-6, affine=False) if mae else None
+        widths = [vit.width] if mae else [(1 + vit.prefix) * vit.width] * vit.depth
         self.heads = nn.ModuleList(Head(width, classes, .01) for width in widths)
 
     def forward(self, images):
@@ -291,10 +258,10 @@ class TokenMLP(nn.Module):
     The widths are ViT-T's 192 and four times that: ours, as our copy of the paper lacks its digits.
     """
 
-    def __init__(self, vocab_size, classes, width=192, hidden=768):
+    def __init__(self, vocab_size, classes):
         super().__init__()
-        self.table, self.hidden = nn.Embedding(vocab_size, width), nn.Linear(width, hidden)
-        self.head = Head(hidden, classes)
+        self.table, self.hidden = nn.Embedding(vocab_size, 192), nn.Linear(192, 768)
+        self.head = Head(768, classes)
 
     def forward(self, tokens):
         # What comes before the mean knows only the code: computed once for every code, not for every patch.
@@ -333,7 +300,7 @@ def layer_groups(model, weight_decay, layer_decay):
             below = model.encoder.depth + 1
         if part[1] == "blocks":
             below -= int(part[2]) + 1
-        free = p.ndim < 2 or part[-1] in ("pos_embed", "cls_token")
+        free = p.ndim < 2 or name.endswith(("pos_embed", "cls_token"))
         decay = 0. if free else weight_decay
         groups.append(dict(params=[p], weight_decay=decay, scale=layer_decay ** below))
     return groups
@@ -352,19 +319,16 @@ class LARS(torch.optim.SGD):
             for p in group["params"]:
                 if p.ndim > 1:
                     p.grad.add_(p, alpha=group["decay"])
-                    p_norm, g_norm = p.norm(), p.grad.norm()
-                    trust = .001 * p_norm / g_norm
-                    p.grad.mul_(torch.where((p_norm > 0) & (g_norm > 0), trust, 1.))
+                    p.grad.mul_(.001 * p.norm() / p.grad.norm())
         super().step()
 
 
-# An explicit flag beats the recipe. base_lr: per 256 images, lr = base_lr * batch / 256.
-ADAMW = dict(
-    lr=None, base_lr=None, min_lr=0., clip_norm=0.,
-    warmup_lr=0., warmup_epochs=0., cosine="warmup",
-    layer_decay=1., drop_path=0., head_std=.02,
-    smoothing=0., mixup=0., erase=0., randaugment=0.,
-    test_crop=.875, interpolation="bicubic")
+# An explicit flag beats the recipe; what a recipe does not name is that of ADAMW, 0 unless said. base_lr: per
+# 256 images, lr = base_lr * batch / 256.
+ZERO = "min_lr clip_norm warmup_lr warmup_epochs drop_path smoothing mixup erase randaugment".split()
+ADAMW = dict.fromkeys(ZERO, 0.) | dict(
+    lr=None, base_lr=None, cosine="warmup", layer_decay=1., head_std=.02, test_crop=.875,
+    interpolation="bicubic")
 # Linear probes. mae: He et al. 2022, App. A.1, as in ClusterMIM. beit: MaPeT Sec. D; our copy lacks rate
 # and decay, which are of BEiT's code, as are bilinear crops and the decay of all parameters.
 PROTOCOLS = {
@@ -400,67 +364,39 @@ SMALL_TOKENS = dict(TOKENS, batch_size=128, epochs=20., warmup_epochs=1.)
 
 
 def complete(args, recipe):
-    """The recipe's values where the command line has none; args.chosen: them all, for the checkpoint."""
+    """The recipe's values where the command line has none."""
     if args.epochs and args.warmup_epochs is None:             # a shorter run keeps the share of the warm-up
         args.warmup_epochs = recipe["warmup_epochs"] * min(1, args.epochs / recipe["epochs"])
     for key, value in recipe.items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
-    args.chosen = {key: getattr(args, key) for key in recipe}
 
 
 # --- what is trained on -----------------------------------------------------------------------------------
 
 def test_view(ds, args):
     """The center 224 of 256 pixels a side (MaPeT's fine-tuning: of 248), from the whole picture."""
-    if not ds.from_files:
-        return ds
     square = train.center_square(int(ds.image_size / args.test_crop))
-    return ds.view(v2.Compose([square, v2.CenterCrop(ds.image_size)]))
+    return ds.view(v2.Compose([square, v2.CenterCrop(ds.image_size)])) if ds.from_files else ds
 
 
 def training_view(ds, args):
     """Random crops, mirrored; by the recipe RandAugment and random erasing, which give normalized floats."""
     size, interpolation = ds.image_size, InterpolationMode(args.interpolation)
-    crop = v2.RandomResizedCrop(size, (.08, 1), interpolation=interpolation)
-    steps = [crop, v2.RandomHorizontalFlip()]
+    steps = [v2.RandomResizedCrop(size, (.08, 1), interpolation=interpolation), v2.RandomHorizontalFlip()]
     if ds.name.startswith("textures"):                         # shifted, a twelfth of a side
         steps = [v2.RandomCrop(size, padding=size // 12, padding_mode="reflect")]
     if args.randaugment:
         # timm's two operations, each with probability 1/2; its 9 of 10 is 27 of torchvision's 31. Its small
         # noise on the magnitude (mstd 0.5) is left out. PIL's rotations are the faster ones.
         fill = [round(255 * m) for m in ds.mean]
-        one = v2.RandAugment(1, min(30, round(3 * args.randaugment)), 31, interpolation, fill)
+        one = v2.RandAugment(1, round(3 * args.randaugment), 31, interpolation, fill)
         maybe = v2.RandomApply([one], .5)
         steps += [v2.ToPILImage(), maybe, maybe, v2.ToImage()]
     if args.erase:                                             # by noise of unit variance, so after
-        steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(ds.mean, ds.std)]
-        steps += [v2.RandomErasing(args.erase, value="random")]
+        steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(ds.mean, ds.std),
+                  v2.RandomErasing(args.erase, value="random")]
     return ds.view(v2.Compose(steps), args.seed)
-
-
-def take(ds, n, seed):
-    """n images of a data set, drawn by the seed; None: all, in another order."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randperm(len(ds), generator=generator)[:n].tolist()
-    load = functools.partial(load_row, ds.load, rows)
-    return train.Images(
-        ds.name, load, ds.labels[rows], ds.classes, ds.image_size, ds.from_files,
-        mean_std=(ds.mean, ds.std))
-
-
-def load_row(load, rows, i):
-    return load(rows[i])
-
-
-def open_tokens(file, ds):
-    """The data set `ds` with token ids (y, x) in place of its pictures."""
-    tokens = load_tokens(file)
-    side = math.isqrt(tokens.shape[1])
-    if tokens.shape != (len(ds), side * side):
-        raise ValueError(f"{file}: tokens {tokens.shape} (images, patches), {ds.name} has {len(ds)} images")
-    tokens = torch.from_numpy(tokens.astype(np.int32)).view(-1, side, side)
-    return train.Images(ds.name, tokens.__getitem__, ds.labels, ds.classes, side, from_files=False)
 
 
 # --- training and scoring ---------------------------------------------------------------------------------
@@ -471,98 +407,70 @@ def make_optimizer(model, args):
         return torch.optim.AdamW(layer_groups(model, decay, args.layer_decay), fused=True)
     if model.mae:
         return LARS([dict(params=model.parameters(), decay=decay)], momentum=.9)
-    return torch.optim.AdamW(model.parameters(), weight_decay=decay, fused=True)
+    return torch.optim.AdamW(model.parameters(), weight_decay=decay)
 
 
-def make_mix(args, classes):
-    """MixUp or CutMix, the same chance: (images, labels) -> both mixed."""
-    if not args.mixup:
-        return v2.Identity()
-    mixup = v2.MixUp(alpha=args.mixup, num_classes=classes)
-    return v2.RandomChoice([mixup, v2.CutMix(num_classes=classes)])
-
-
-def fit(model, ds, args, name):
-    """Train by the recipe. OUT/NAME.pt is gone on from, if it is of the same settings: OUT/NAME.json."""
-    rank, world = rank_and_world()
-    path = f"{args.out}/{name}.pt"
-    args.batch_size = min(args.batch_size, len(ds) // world * world)
+def fit(model, ds, args, suffix):
+    """Train by the recipe. A checkpoint in OUT is gone on from, if it is of the same settings."""
+    name = f"{args.out}/{args.what}-{args.variant}{suffix}"
+    args.batch_size = min(args.batch_size, len(ds))
     args.lr = args.lr or args.base_lr * args.batch_size / 256
-    settings = dict(args.chosen, data=args.data, images=len(ds), seed=args.seed, weights=args.weights)
-    if args.fresh and rank == 0:
-        Path(path).unlink(missing_ok=True)
-    anew = args.fresh or not os.path.exists(path)
-    train.check_settings(f"{args.out}/{name}.json", settings, anew)
-    mix = make_mix(args, len(ds.classes))
+    settings = {key: getattr(args, key) for key in [*STRONG, "data", "seed", "weights"]}
+    if args.fresh:
+        Path(f"{name}.pt").unlink(missing_ok=True)
+    train.check_settings(f"{name}.json", settings, args.fresh)
+    mix, classes = v2.Identity(), len(ds.classes)
+    if args.mixup:                                             # or CutMix, the same chance
+        mixup = v2.MixUp(alpha=args.mixup, num_classes=classes)
+        mix = v2.RandomChoice([mixup, v2.CutMix(num_classes=classes)])
 
     def compute_loss(net, images, labels, read, step, rows):
         x, labels = mix(prepare(images, ds), labels)
-        loss = 0
-        for logits in net(x).unbind(1):
-            loss = loss + F.cross_entropy(logits, labels, label_smoothing=args.smoothing)
-        return loss, {}
+        by_head = net(x).unbind(1)
+        return sum(F.cross_entropy(one, labels, label_smoothing=args.smoothing) for one in by_head), {}
 
-    model.to(args.device).train()
-    optimizer = make_optimizer(model, args)
-    step, steps = train.train(model, optimizer, ds, args, compute_loss, args.device, path)
+    optimizer = make_optimizer(model.train(), args)
+    step, steps = train.train(model, optimizer, ds, args, compute_loss, args.device, f"{name}.pt")
     if step < steps:
-        print0(f"{path}: at step {step} of {steps}, no result yet; the same command without --steps goes on")
+        print0(f"{name}: step {step} of {steps}, no result yet; the same command without --steps goes on")
         raise SystemExit
-    for buffer in model.buffers():                             # BatchNorm's: each process has seen its part
-        if buffer.is_floating_point():
-            all_reduce(buffer)
-            buffer /= world
 
 
-def score(model, ds, args):
-    """Top-1 accuracies (0..1) of the heads, a list; every image counts once."""
-    hits = 0
-    model.to(args.device).eval()
-    for logits, labels in run_network(model, ds, args.device, args.workers):
-        hits += (logits.argmax(-1) == labels[:, None]).sum(0)
-    all_reduce(hits)
-    return (hits.double() / len(ds)).tolist()
-
-
-# --- commands: (args, encoder, training set, test set) -> result ------------------------------------------
-
-def run_knn(args, vit, train_ds, test_ds):
-    """weighted k-nearest neighbors on frozen features"""
-    return evaluate(vit, train_ds, test_ds, args.device, args.workers, what=["knn"], k=args.k)
-
-
-def run_linear(args, vit, train_ds, test_ds):
-    """a linear layer on frozen features"""
-    if args.protocol == "fast":
-        return run_fast(args, vit, train_ds, test_ds)
-    if args.protocol == "mae" and not vit.prefix:
-        raise ValueError("--protocol mae reads the class token, this encoder has none: take --protocol beit")
-    complete(args, PROTOCOLS[args.protocol])
-    model = LinearProbe(vit.to(args.device), len(train_ds.classes), args.protocol == "mae")
-    fit(model, training_view(train_ds, args), args, f"linear-{args.protocol}{args.suffix}")
-    by_layer = score(model, test_view(test_ds, args), args)
-    # BEiT prints the best block on the test images; the last block's is the number that nobody chose.
-    return dict(linear=by_layer[-1], by_layer=by_layer)
-
-
-def run_fast(args, vit, train_ds, test_ds):
-    x, y = extract(vit, train_ds, args.device, args.workers)
-    test_x, test_y = extract(vit, test_ds, args.device, args.workers)
-    standardize(x, test_x)
-    return choose_head(x, y, test_x, test_y, round(args.epochs or 30), args.seed)
-
-
-def run_finetune(args, vit, train_ds, test_ds):
-    """train the whole network on labels"""
-    complete(args, RECIPES[args.recipe] | BY_WIDTH.get((args.recipe, vit.width), {}))
-    model = Classifier(vit, len(train_ds.classes), args.drop_path, args.head_std)
+def learn(model, train_ds, test_ds, args, suffix=""):
+    """Top-1 accuracies (0..1) on the test images, of each head of the network; every image counts once."""
+    model.to(args.device)
     if args.epochs:
-        labelled = take(train_ds, args.labelled, args.seed)
-        fit(model, training_view(labelled, args), args, f"finetune{args.suffix}")
+        fit(model, train_ds, args, suffix)
     else:
         load_head(model, args.run)
-    accuracy, = score(model, test_view(test_ds, args), args)
-    return dict(finetune=accuracy)
+    logits, labels = run_network(model.eval(), test_ds, args.device, args.workers)
+    return (logits.argmax(-1) == labels[:, None]).double().mean(0).tolist()
+
+
+# --- commands ---------------------------------------------------------------------------------------------
+
+def measure(args, vit, splits, suffix):
+    """What knn, linear or finetune finds; suffix: of the checkpoint's name."""
+    torch.manual_seed(args.seed)
+    weights = nn.utils.parameters_to_vector(vit.parameters())
+    args.weights = zlib.crc32(weights.detach().cpu().numpy())  # what a checkpoint was trained on
+    where = args.device, args.workers
+    if args.what == "knn":
+        return dict(knn=knn(*extract(vit, splits, *where), args.k))
+    if args.variant == "fast":
+        features = extract(vit, splits, *where, slice(None))
+        return choose_head(*features, round(args.epochs or 30), args.seed)
+    train_ds, test_ds = splits
+    classes = len(train_ds.classes)
+    if args.what == "linear":
+        complete(args, PROTOCOLS[args.protocol])
+        model = LinearProbe(vit, classes, args.protocol == "mae")
+    else:
+        complete(args, RECIPES[args.recipe] | BY_WIDTH.get((args.recipe, vit.width), {}))
+        model = Classifier(vit, classes, args.drop_path, args.head_std)
+    # BEiT prints the best block on the test images; the last block's is the number that nobody chose.
+    heads = learn(model, training_view(train_ds, args), test_view(test_ds, args), args, suffix)
+    return {args.what: heads[-1], "heads": heads}
 
 
 def load_head(model, path):
@@ -578,146 +486,118 @@ def load_head(model, path):
 
 
 def run_tokens(args):
-    """classify from the tokens alone"""
-    files, splits = make_tokens(args)
-    train_ds, test_ds = map(open_tokens, files, splits)
-    complete(args, SMALL_TOKENS if args.data == "textures" else TOKENS)
-    args.weights = zlib.crc32(Path(files[0]).read_bytes())
-    vocab_size = 1 + max(int(load_tokens(file).max()) for file in files)
-    classes = len(train_ds.classes)
-    torch.manual_seed(args.seed)
-    if args.head == "mlp":
-        model = TokenMLP(vocab_size, classes)
-    else:
-        model = token_vit(args.head, vocab_size, classes, train_ds.image_size, args.drop_path)
-    fit(model, train_ds, args, f"tokens-{args.head}")
-    accuracy, = score(model, test_ds, args)
-    most_frequent = np.bincount(train_ds.labels).max() / len(train_ds)
-    return dict(tokens=accuracy), dict(tokens=most_frequent), test_ds
-
-
-def make_tokens(args):
-    """Files with the tokens of the training and the test images, and these: by a tokenizer, or given."""
-    if args.test_tokens:
-        return (args.run, args.test_tokens), open_data(args, args.image_size)
+    """What is learned from the tokens alone, of a folder's or a tokenizer.pt; floor: one class for all."""
     path = f"{args.run}/tokenizer.pt" if os.path.isdir(args.run) else args.run
     tokenizer = load_tokenizer(path).to(args.device)
-    splits = open_data(args, tokenizer.input_size)
-    made_by = zlib.crc32(tokenizer.weight.cpu().numpy())
-    files = []
-    for ds, split in zip(splits, ("train", "test")):
-        file = f"{args.out}/tokens-{Path(args.data).name}-{made_by:08x}-{split}.npy"
-        tokenize(tokenizer, ds, file, 64, args.workers, args.device)
-        files.append(file)
-    return files, splits
+    args.weights = zlib.crc32(tokenizer.weight.cpu().numpy())
+    side = tokenizer.image_size // tokenizer.patch_size
+    splits = []
+    for ds in open_data(args, tokenizer.input_size):
+        name = f"tokens-{Path(args.data).name}-{Path(ds.name).name}-{args.weights:08x}.npy"
+        tokens = tokenize(tokenizer, ds, f"{args.out}/{name}", 64, args.workers, args.device)
+        ds = ds.view(None, image_size=side)
+        ds.load = torch.from_numpy(tokens.astype("int32")).view(-1, side, side).__getitem__
+        splits.append(ds)
+    train_ds, test_ds = splits
+    complete(args, SMALL_TOKENS if args.data == "textures" else TOKENS)
+    torch.manual_seed(args.seed)
+    sizes = tokenizer.vocab_size, len(train_ds.classes)
+    if args.head == "mlp":
+        model = TokenMLP(*sizes)
+    else:
+        model = token_vit(args.head, *sizes, side, args.drop_path)
+    accuracy, = learn(model, train_ds, test_ds, args)
+    counts = torch.as_tensor(train_ds.labels).bincount()
+    return dict(tokens=accuracy, floor=counts.max().item() / len(train_ds))
 
 
 def cls_attention(vit, images):
     """Where the class token (without one: the mean patch) looks in the last block, mean of heads: (b, n)."""
-    x = vit.embed(images)
-    for block in vit.blocks[:-1]:
-        x = block(x)
-    last = vit.blocks[-1]
-    q, k, _ = last.attn.qkv(last.norm1(x)).chunk(3, -1)
-    q, k = (rearrange(y, "b n (h d) -> b h n d", h=vit.heads) for y in (q, k))
-    scores = q @ k.mT / q.shape[-1] ** .5
-    attention = scores.softmax(-1).mean(1)
+    *blocks, last = vit.blocks
+    x = nn.Sequential(*blocks)(vit.embed(images))
+    qkv = last.attn.qkv(last.norm1(x))
+    q, k, _ = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=vit.heads)
+    attention = (q @ k.mT / q.shape[-1] ** .5).softmax(-1).mean(1)
     return attention[:, 0, 1:] if vit.prefix else attention.mean(1)
 
 
 @torch.no_grad()
-def show(args):
-    """draw the attention of the class token, and three principal components of the features"""
-    vit = from_weights(args.run, args.image_size, args.heads)
-    vit = untrain(vit, args) if args.random_init else vit
-    vit = vit.to(args.device).eval()
-    _, ds = open_data(args, vit.image_size)
-    some = range(0, len(ds), math.ceil(len(ds) / 6))
+def show(args, vit, ds):
+    """OUT/show.png: the attention of the class token, and three principal components of the features."""
+    some = torch.linspace(0, len(ds) - 1, 6).long()
     pixels, _, _ = next(load_batches(ds, some, 6, 0, args.device))
     images = normalize(pixels, ds.mean, ds.std)
-    heat = cls_attention(vit, images)[..., None]
+    colors, = principal_colors(vit.eval()(images)[:, vit.prefix:])
+    heat = cls_attention(vit, images)
     heat = heat / heat.amax(1, keepdim=True)
-    colors, = principal_colors(vit(images)[:, vit.prefix:])
     rows = {"image": pixels / 255}
-    for label, x in (("attention", heat.expand(colors.shape)), ("features", colors)):
-        grid = rearrange(x, "b (y x) c -> b c y x", y=vit.grid)
-        rows[label] = F.interpolate(grid, vit.image_size)
-    if rank_and_world()[0] == 0:
-        draw_rows(rows, f"{args.out}/show.png")
+    for label, x in (("attention", heat[..., None].expand(colors.shape)), ("features", colors)):
+        rows[label] = unpatchify(x.repeat(1, 1, vit.patch_size ** 2), vit.patch_size)
+    draw_rows(rows, f"{args.out}/show.png")
 
 
 # --- runs side by side ------------------------------------------------------------------------------------
 
 def compare(args):
-    """curves of several runs in one picture; their accuracies, mean and deviation over seeds
+    """Curves of several runs in one picture; their accuracies, mean and deviation over seeds.
 
     Runs of one objective, data and settings but the seed are a group, named after its first run; all others
     are compared with the first group, seed by seed.
     """
-    groups, curves = {}, {}
+    names, groups, curves = {}, {}, {}
     for folder in args.run:
         end, why = train.read_summary(folder)
         if why:
             print(f"{folder}: left out, {why}")
             continue
-        same = json.dumps([end["objective"], end["data"], end["settings"]], sort_keys=True)
-        name, by_seed = groups.setdefault(same, (folder, {}))
-        by_seed[end["seed"]] = 100 * np.array([end["knn"], end["linear"]])
+        same = str([end["objective"], end["data"], end["settings"]])
+        name = names.setdefault(same, folder)
+        groups.setdefault(name, {})[end["seed"]] = 100 * torch.tensor([end["knn"], end["linear"]])
         curves.setdefault(name, []).append(train.read_metrics(f"{folder}/metrics.jsonl"))
-    if not groups:
-        raise ValueError("compare: none of these runs has accuracies")
     print("k-NN and linear probe, top-1 %: mean ± deviation over seeds; differences ± standard error")
-    groups = dict(groups.values())
-    first, reference = next(iter(groups.items()))
+    first = next(iter(groups.values()), {})
     for name, by_seed in groups.items():
-        print_row(name, by_seed.values(), 1)
-    for name, by_seed in groups.items():
-        if name != first:
-            differences = [by_seed[seed] - reference[seed] for seed in by_seed if seed in reference]
-            print_row(f"{name} - {first}", differences, len(differences) ** .5)
+        print_row(name, list(by_seed.values()))
+        differences = [by_seed[seed] - first[seed] for seed in by_seed if seed in first]
+        if differences and by_seed is not first:
+            print_row("    minus the first", differences, len(differences) ** .5)
     plt = load_matplotlib()
     if plt:
         train.plot_metrics(plt, curves, f"{args.out or 'runs'}/compare.png")
     return groups
 
 
-def print_row(name, values, divisor):
+def print_row(name, values, divisor=1):
     """values: (k-NN, linear probe) of each seed."""
-    words = []
-    for column in zip(*values):
-        spread = np.std(column, ddof=1) / divisor if len(column) > 1 else math.nan
-        words.append(f"{np.mean(column):6.1f} ± {spread:.1f}")
-    print(f"{name}: {len(values)} seeds", *words)
+    n, x = len(values), torch.stack(values)
+    knn, linear = x.mean(0)
+    knn_std, linear_std = x.std(0) / divisor if n > 1 else (math.nan, math.nan)
+    print(f"{name}: {n} seeds, {knn:6.1f} ± {knn_std:.1f} {linear:6.1f} ± {linear_std:.1f}")
 
 
 # --- what the arguments name ------------------------------------------------------------------------------
 
 def open_run(args):
-    """Sets args.settings: the flags of the run that is named or that has the file; what follows from them."""
-    folder = args.run if os.path.isdir(args.run) else os.path.dirname(args.run)
-    file = Path(folder, "settings.json")
+    """Sets args.settings: the flags of the run, if RUN is a run's folder; and what follows from them."""
+    file = Path(args.run, "settings.json")
     args.settings = settings = json.loads(file.read_text()) if file.exists() else {}
-    args.out = args.out or (folder if settings else f"runs/{Path(args.run).stem}")
+    args.out = args.out or (args.run if settings else f"runs/{Path(args.run).stem}")
     os.makedirs(args.out, exist_ok=True)
     if args.data is None:
-        args.data = settings.get("data", "textures")
-        args.classes = args.classes or settings.get("classes")
-    if args.recipe is None:
-        by_mae = settings.get("objective") in ("mae", "maskfeat", "clustermim")
-        args.recipe = "mae" if by_mae else "mapet"
-        if args.data == "textures":
-            args.recipe = "textures"
+        args.data, args.classes = settings.get("data", "textures"), settings.get("classes")
+    args.recipe = args.recipe or ("textures" if args.data == "textures" else "mapet")
+    args.variant = dict(linear=args.protocol, finetune=args.recipe, tokens=args.head).get(args.what)
 
 
 def open_data(args, image_size):
     """(training set, test set), with labels: of --data, or of what the run was trained on."""
-    squares = args.settings.get("preset") == "laptop" and not args.settings["crop"]
+    squares = args.settings.get("preset") == "laptop"
     train_ds, test_ds, why = train.open_splits(args.data, image_size, args.classes, squares)
     if test_ds is None:
         raise ValueError(f"--data {args.data}: {why}; a probe needs labels: train/CLASS/ and val/CLASS/")
     if args.workers is None:
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        args.workers = os.cpu_count() // processes if train_ds.from_files else 0
+        share = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        args.workers = share if train_ds.from_files else 0
     return train_ds, test_ds
 
 
@@ -725,69 +605,28 @@ def untrain(vit, args):
     """The same network, untrained, as its run began it."""
     torch.manual_seed(args.seed)
     flags = args.settings
-    scale = flags.get("layer_scale", .1) if vit.layer_scale else None
-    return ViT(
+    scale = vit.layer_scale and flags.get("layer_scale", .1)
+    fresh = ViT(
         vit.image_size, vit.patch_size, vit.width, vit.depth, vit.heads, vit.mlp_ratio, scale,
         pos=flags.get("pos", "learned"), cls_token=bool(vit.prefix), init=flags.get("init", "timm"))
-
-
-def measure(args):
-    """knn, linear, finetune: the result, the floor (the network untrained) or None, the test set."""
-    vit = from_weights(args.run, args.image_size, args.heads)
-    train_ds, test_ds = open_data(args, vit.image_size)
-    networks = {"-random": untrain(vit, args), "": vit}
-    if args.random_init:
-        del networks[""]
-    elif args.no_floor or args.epochs == 0:
-        del networks["-random"]
-    results = [None]
-    for args.suffix, network in networks.items():
-        weights = nn.utils.parameters_to_vector(network.parameters())
-        args.weights = zlib.crc32(weights.detach().numpy())    # what a checkpoint was trained on
-        torch.manual_seed(args.seed)
-        results.append(COMMANDS[args.what](args, network, train_ds, test_ds))
-    return results[-1], results[-2], test_ds
-
-
-def report(args, seconds, result, floor, test_ds):
-    """Prints the result and appends it to probe.jsonl."""
-    source = f"random init of {args.run}" if args.random_init else args.run
-    protocols = dict(linear=args.protocol, finetune=args.recipe, tokens=args.head)
-    tested_on = f"{test_ds.name}, {len(test_ds)} images"
-    line = dict(
-        what=args.what, protocol=protocols.get(args.what), source=source, data=args.data, seed=args.seed,
-        **result, floor=floor, tested_on=tested_on, seconds=round(seconds, 1))
-    train.append_metrics(f"{args.out}/probe.jsonl", **line)
-    words = f"floor {100 * floor[args.what]:.1f} %, " if floor else ""
-    print0(f"{args.what} {100 * result[args.what]:.1f} % ({words}{source}, {tested_on})")
-    for key, value in result.items():
-        print0(f"    {key}: {value}")
-    return line
+    return fresh.to(args.device)
 
 
 # --- command line -----------------------------------------------------------------------------------------
 
-COMMANDS = dict(knn=run_knn, linear=run_linear, finetune=run_finetune,
-                tokens=run_tokens, show=show, compare=compare)
 CHOICES = {"protocol": ["fast", *PROTOCOLS], "recipe": list(RECIPES), "head": ["mlp", *MODELS]}
 # Type -> flags -> help. A flag beats the recipe.
 FLAGS = {
-    bool: {
-        "random-init": "untrained weights: the floor alone",
-        "no-floor": "do not measure the untrained network as well",
-        "fresh": "start over instead of going on from what is in --out"},
     str: {
         "protocol": "linear: many heads on stored features (default), or a paper's probe",
-        "recipe": "finetune (default: the data's, else that of the run's objective)",
+        "recipe": "finetune (default: textures for textures, else mapet)",
         "head": "tokens: the network (default mlp; MaPeT has mlp and vit_tiny)",
         "data": "as in train.py (default: what the run was trained on, else textures)",
         "classes": "file with the class folders to keep, one a line",
-        "test-tokens": "tokens: of the test images, with a tokens.npy as RUN",
         "out": "folder of what is written (default: the run's; of compare: runs)",
         "device": "cuda, cpu (default: cuda if there is one)"},
     int: {
         "k": "knn: neighbors that vote (default 20)",
-        "labelled": "finetune: use so many labelled images only, drawn by the seed",
         "heads": "attention heads of an encoder of unusual width",
         "image-size": "pixels a side (default: the encoder's)",
         "seed": "of weights, order and transforms (default 0)",
@@ -806,50 +645,57 @@ FLAGS = {
         "mixup": "finetune: alpha of MixUp; 0: neither MixUp nor CutMix",
         "erase": "finetune: probability of random erasing",
         "randaugment": "finetune: magnitude from 0 to 10"}}
-MAY_BE_ZERO = {"seed", "workers", "weight_decay", "warmup_epochs", "layer_decay", "drop_path",
-               "smoothing", "mixup", "erase", "randaugment"}
 
 
 def parse(argv):
     parser = argparse.ArgumentParser(description="What an encoder has learned, by both papers' evaluations.")
     add = parser.add_argument
-    texts = [f"{name}: {run.__doc__.splitlines()[0]}" for name, run in COMMANDS.items()]
-    add("what", choices=COMMANDS, help="; ".join(texts))
+    add("what", choices="knn linear finetune tokens show compare".split(),
+        help="k-NN; a linear layer on frozen features; all trained on labels; classes from the tokens alone; "
+             "pictures; curves and accuracies of several runs")
     add("run", metavar="RUN", nargs="+",
-        help="a run's folder, a timm, DINO, DeiT, MAE or MaPeT file, a public name")
+        help="a run's folder, a timm, DINO, DeiT, MAE or MaPeT file, a public name; tokens: a tokenizer.pt")
     for kind, flags in FLAGS.items():
         for flag, text in flags.items():
-            if kind is bool:
-                add(f"--{flag}", action="store_true", help=text)
-            else:
-                add(f"--{flag}", type=kind, choices=CHOICES.get(flag), help=text)
-    parser.set_defaults(k=20, seed=0, protocol="fast", head="mlp", log_every=50, save_every=500)
+            add(f"--{flag}", type=kind, choices=CHOICES.get(flag), help=text)
+    add("--no-floor", action="store_true", help="do not measure the untrained network as well")
+    add("--fresh", action="store_true", help="start over instead of going on from what is in --out")
+    parser.set_defaults(k=20, seed=0, protocol="fast", head="mlp", log_every=50, save_every=500,
+                        compile=False)
     args = parser.parse_args(argv)
-    if args.what != "compare" and len(args.run) > 1:
-        parser.error(f"{args.what} takes one RUN, not {len(args.run)}")
-    zero = {"epochs"} if args.what == "finetune" else set()
-    train.check_numbers(parser, args, MAY_BE_ZERO | zero)
+    may_be_zero = """seed workers epochs weight_decay warmup_epochs layer_decay drop_path smoothing mixup
+                     erase randaugment"""
+    train.check_numbers(parser, args, may_be_zero.split())
     return args
 
 
 def run(args):
-    if args.what == "compare":
-        return compare(args)
-    started = time.time()
+    """Measures, prints the result, and appends it to OUT/probe.jsonl."""
     args.run, = args.run
     args.device = train.setup(args.device)
-    args.compile = args.device.type == "cuda" and args.what != "linear"
     open_run(args)
-    if args.what == "show":
-        return show(args)
-    found = run_tokens(args) if args.what == "tokens" else measure(args)
-    return report(args, time.time() - started, *found)
+    if args.what == "tokens":
+        result = run_tokens(args)
+    else:
+        vit = from_weights(args.run, args.image_size, args.heads).to(args.device)
+        splits = open_data(args, vit.image_size)
+        if args.what == "show":
+            return show(args, vit, splits[1])
+        result = measure(args, vit, splits, "")
+        if not args.no_floor and args.epochs != 0:
+            result["floor"] = measure(args, untrain(vit, args), splits, "-random")[args.what]
+    line = dict(
+        what=args.what, protocol=args.variant, source=args.run, data=args.data, seed=args.seed, **result)
+    train.append_metrics(f"{args.out}/probe.jsonl", **line)
+    print0(f"{args.what} {100 * result[args.what]:.1f} % ({args.run}, {args.data})")
+    print0(json.dumps(result, indent=4))
+    return line
 
 
 def main(argv=None):
     args = parse(argv)
     with exit_on_error("probe.py"):
-        return run(args)
+        return compare(args) if args.what == "compare" else run(args)
 
 
 if __name__ == "__main__":
