@@ -3,7 +3,7 @@
     t(x) = argmin_k ||f(x) - c_k||^2          f: raw pixels, HOG, a frozen encoder (DINO, MAE, CLIP, ours)
          = argmax_k c_k . f(x) - ||c_k||^2/2  ||f(x)||^2 is the same for every k
 
-So a tokenizer is a function f and a linear layer; cosine and learned ones differ in the bias and in f.
+So a tokenizer is a function f and a linear layer; learned ones differ in the bias and in f.
 `lloyd` is all of K-means: for any number of rows, on any device, in one process or many. Rows are read block
 by block and a block's scores are gone after its argmax: memory beyond the data is O(block K + K d).
 
@@ -29,7 +29,7 @@ from torchvision.models import resnet
 from tqdm import tqdm
 
 from vit import (CLIP, IMAGENET, PATCH_FEATURES, PUBLIC, SYMMETRIC, download, draw_rows, exit_on_error,
-                 from_weights, gather_patches, normalize, patchify, read_checkpoint, read_vit, save,
+                 from_weights, gather_patches, normalize, patchify, read_checkpoint, save,
                  unpatchify, write_atomically)
 
 try:
@@ -83,7 +83,8 @@ def find_nearest(x, weight, bias):
 
     On the CPU as a 1x1 convolution, by oneDNN: on AMD's processors that is twice as fast as MKL's product.
     """
-    if triton and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0):        # from Ampere on
+    ampere = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    if triton and ampere:
         return find_nearest_triton(x, weight, bias)
     x = x.float()
     if x.is_cuda:
@@ -210,7 +211,8 @@ def kmeans_plusplus(x, k, generator=None):
     """
     x = x - x.mean(0)                                          # small numbers round less
     norm = x.square().sum(1)
-    draws = torch.rand(k, 2 + int(math.log(k)), generator=generator, dtype=torch.float64).to(x.device)
+    draws = torch.rand(k, 2 + int(math.log(k)), generator=generator, dtype=torch.float64)
+    draws = draws.to(x.device)
     trials = (draws[:1, 0] * len(x)).long()
     closest, seeds = torch.full_like(norm, math.inf), []
     for u in draws.roll(-1, 0):                                # draws of the next seed
@@ -298,8 +300,10 @@ if triton:
             score = tl.zeros((ROWS, CODES), tl.float32)
             for at in range(0, d, WIDTH):
                 column = at + tl.arange(0, WIDTH)
-                x_part = tl.load(x + row[:, None] * d + column, (row[:, None] < m) & (column < d), 0)
-                w_part = tl.load(weight + code[:, None] * d + column, (code[:, None] < k) & (column < d), 0)
+                x_part = tl.load(x + row[:, None] * d + column,
+                                 (row[:, None] < m) & (column < d), 0)
+                w_part = tl.load(weight + code[:, None] * d + column,
+                                 (code[:, None] < k) & (column < d), 0)
                 score = tl.dot(x_part.to(tl.float32), w_part.T, score, input_precision="tf32x3")
             score += tl.load(bias + code, code < k, float("-inf"))
             top, arg = tl.max(score, 1, return_indices=True)
@@ -459,8 +463,8 @@ def open_vqkd(state):
     vit = from_weights(state)
     encoder = {key.replace("encode_task_layer.", "project."): value for key, value in state.items()}
     codes = F.normalize(state["quantize.embedding.weight"].float(), dim=1)
-    bias = torch.zeros(len(codes))
-    return KMeansTokenizer("vqkd", codes, bias, vit.patch_size, vit.image_size, *SYMMETRIC, encoder)
+    return KMeansTokenizer("vqkd", codes, torch.zeros(len(codes)), vit.patch_size, vit.image_size,
+                           *SYMMETRIC, encoder)
 
 
 def load_tokenizer(path):
@@ -494,9 +498,8 @@ def load_batches(ds, indices, batch_size, workers=0, device="cpu", desc=None):
 def blank_tokenizer(ds, features, patch_size, image_size=None):
     """A tokenizer before its fit: it knows the features of the images of `ds`, but no codes."""
     known = dict.fromkeys(ENCODERS, IMAGENET) | {"clip": CLIP}
-    mean, std = known.get(features, (ds.mean, ds.std))
-    image_size = image_size or ds.image_size
-    return KMeansTokenizer(features, torch.zeros(1, 1), torch.zeros(1), patch_size, image_size, mean, std)
+    return KMeansTokenizer(features, torch.zeros(1, 1), torch.zeros(1), patch_size,
+                           image_size or ds.image_size, *known.get(features, (ds.mean, ds.std)))
 
 
 def sample_features(tokenizer, ds, k, seed, workers, device):
@@ -597,14 +600,18 @@ def draw(tokenizer, ds, out, codes=None):
     """
     torch.manual_seed(0)
     images, _, _ = next(load_batches(ds, torch.randperm(len(ds))[:200], 200))
-    tokens, k = tokenizer(images), tokenizer.vocab_size
+    tokens = tokenizer(images)
+    k = tokenizer.vocab_size
     side = images.shape[-1] // math.isqrt(tokens.shape[1])                   # of a patch, in pixels of `ds`
     patches = patchify(images, side) / 255
     looks = torch.stack([patches[tokens == code].mean(0) for code in range(k)])
     few = tokens[:6]
     maps = unpatchify(torch.rand(k, 3)[few], 1)
-    draw_rows({"image": images[:6] / 255, "tokens": F.interpolate(maps, images.shape[-1]),
-               "rebuilt": unpatchify(looks[few], side)}, f"{out}/tokens.png")
+    rows = {
+        "image": images[:6] / 255,
+        "tokens": F.interpolate(maps, images.shape[-1]),
+        "rebuilt": unpatchify(looks[few], side)}
+    draw_rows(rows, f"{out}/tokens.png")
     rows = {}
     for code in codes or range(min(k, 16)):
         row = torch.cat([looks[code, None], patches[tokens == code][:12]])
@@ -659,15 +666,14 @@ def fit(args, device):
     size = args.image_size or size
     pixels = 2 * size if args.features == "clip" else size     # CLIP sees twice the pixels
     ds = open_dataset(args.data, "train", pixels, args.classes)
-    k, p = args.k or k, args.patch_size or p
-    tokenizer = fit_tokenizer(ds, args.features, k, p, size, workers=args.workers, device=device,
-                              max_iter=args.max_iter)
+    tokenizer = fit_tokenizer(ds, args.features, args.k or k, args.patch_size or p, size,
+                              workers=args.workers, device=device, max_iter=args.max_iter)
     if rank_and_world()[0] == 0:
         tokenizer.save(f"{args.out}/tokenizer.pt")
     found = tokenizer.kmeans
     print0(f"{found.counts.sum()} patches, {found.n_iter} iterations, sum of squared distances "
-           f"{found.history[0]:.4g} -> {found.inertia:.4g}; {(found.counts > 0).sum()} of {k} codes used; "
-           f"wrote {args.out}/tokenizer.pt")
+           f"{found.history[0]:.4g} -> {found.inertia:.4g}; {(found.counts > 0).sum()} of {found.k} "
+           f"codes used; wrote {args.out}/tokenizer.pt")
 
 
 def main(argv=None):
