@@ -57,8 +57,8 @@ def tcas_terms(counts, norm="l2"):
     c_ii = r.square().sum(1)
     gram = r.T @ r                                  # ||R'^T R'||^2 = ||R' R'^T||^2, the sum of all C_ij^2
     impurity = (1 - c_ii).square().mean().item()
-    confusion = (gram.square().sum() - c_ii.square().sum()).item()
-    confusion = abs(confusion) / used ** 2          # abs: rounding may leave less than 0
+    confusion = gram.square().sum() - c_ii.square().sum()
+    confusion = confusion.abs().item() / used ** 2  # abs: rounding may leave less than 0
     return {"tcas": impurity + confusion, "impurity": impurity, "confusion": confusion,
             "used": used, "perplexity": torch.special.entr(share).sum().exp().item()}
 
@@ -102,12 +102,13 @@ def assign_tokens(tokenizer, points):
 
     Points stand group by group, in even numbers: every other one is half of each group.
     """
+    # S^MAE: every point is a token. S^class: the label, of points of two classes in turn. S^cross: two
+    # tokens, each has half of every group. Pairs (ours, for the ring): two neighbors are a token.
     named = {
-        "mae": range(len(points)),                  # S^MAE: every point is a token of its own
-        "classwise": [owners[i % len(owners)] for i, owners in enumerate(points)],       # S^class: the label,
-        "crossclass": [i % 2 for i in range(len(points))],     # in turn where there are two; S^cross: halves
-        "pairs": [i // 2 for i in range(len(points))],         # ours, for the ring: two neighbors
-    }
+        "mae": range(len(points)),
+        "classwise": [owners[i % len(owners)] for i, owners in enumerate(points)],
+        "crossclass": [i % 2 for i in range(len(points))],
+        "pairs": [i // 2 for i in range(len(points))]}
     tokens = named[tokenizer] if isinstance(tokenizer, str) else tokenizer
     return np.unique(tokens, return_inverse=True)[1]
 
@@ -224,7 +225,7 @@ def theorem1(mask, z):
 # --- python tcas.py toy -----------------------------------------------------------------------------------
 
 def print_numbers(name, numbers):
-    print(f"{name:12}", *[f"{key} {numbers[key]:.6f}" for key in numbers if key != "graph"])
+    print(f"{name:12}", *[f"{key} {value:.6f}" for key, value in numbers.items() if key != "graph"])
 
 
 def print_window(order, low, high):
