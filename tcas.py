@@ -21,6 +21,7 @@ python tcas.py toy --graph ring --n 12 --width 1             a sparse graph: cla
 """
 import argparse
 import math
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -39,8 +40,6 @@ def cooccurrence(tokens, labels, k, c):
     tokens, labels = np.asarray(tokens), np.asarray(labels)
     if len(tokens) != len(labels):
         raise ValueError(f"tokens of {len(tokens)} images but {len(labels)} labels: of two data sets?")
-    if tokens.max() >= k:
-        raise ValueError(f"token {tokens.max()} is beyond the codebook, 0..{k - 1}")
     counts = [np.bincount(tokens[labels == label].ravel(), minlength=k) for label in range(c)]
     return torch.from_numpy(np.stack(counts, 1))
 
@@ -52,15 +51,14 @@ def tcas_terms(counts, norm="l2"):
     Few patches look like alignment: random tokens have l2 (p / (1 + p))^2, p patches a cell of counts.
     """
     r = counts[counts.sum(1) > 0].double()          # dead codes have no class distribution
-    used, classes = r.shape
+    used = len(r)
     share = r.sum(1) / r.sum()
     r = F.normalize(r, p={"l2": 2, "l1": 1}[norm], dim=1)
     c_ii = r.square().sum(1)
-    # The sum of all C_ij^2 is ||R' R'^T||^2 = ||R'^T R'||^2, whichever is smaller.
-    gram = r @ r.T if used < classes else r.T @ r
+    gram = r.T @ r                                  # ||R'^T R'||^2 = ||R' R'^T||^2, the sum of all C_ij^2
     impurity = (1 - c_ii).square().mean().item()
-    confusion = (gram.square().sum() - c_ii.square().sum()).item()
-    confusion = abs(confusion) / used ** 2          # abs: rounding may leave less than 0
+    confusion = gram.square().sum() - c_ii.square().sum()
+    confusion = confusion.abs().item() / used ** 2  # abs: rounding may leave less than 0
     return {"tcas": impurity + confusion, "impurity": impurity, "confusion": confusion,
             "used": used, "perplexity": torch.special.entr(share).sum().exp().item()}
 
@@ -70,25 +68,16 @@ def tcas(counts, norm="l2"):
     return tcas_terms(counts, norm)["tcas"]
 
 
-def describe_codebook(tokens, labels, k, seed=0):
-    """What a codebook is worth before any training -> lines of text: used codes, TCAS beside that of shuffled
-    labels; and the entropy of its codes, which is the loss of a guess by code frequency.
-
-    tokens (m, n) in 0..k-1; labels (m,), or None: then, as with one class, there is no TCAS.
+def describe_codebook(tokens, labels, k):
+    """What a codebook is worth before any training, one line: used codes; the entropy of its codes, which is
+    the loss of a guess by their frequency; TCAS, if labels (m,) tell two classes. tokens (m, n) in 0..k-1.
     """
-    if labels is None:
-        labels = np.zeros(len(tokens), int)
-    c = labels.max() + 1
-    terms = tcas_terms(cooccurrence(tokens, labels, k, c))
-    entropy = math.log(terms["perplexity"])
-    lines = [f"codebook: {terms['used']} of {k} codes used, perplexity {terms['perplexity']:.1f}; a uniform "
-             f"guess has loss ln {k} = {math.log(k):.3f}, one by code frequency {entropy:.3f}"]
-    if c > 1:
-        shuffled = np.random.default_rng(seed).permutation(labels)           # the same codes, of no class
-        chance = tcas(cooccurrence(tokens, shuffled, k, c))
-        lines.append(f"TCAS {terms['tcas']:.3f}, with shuffled labels {chance:.3f} "
-                     "(0: no two tokens share a class)")
-    return lines, entropy
+    known = labels is not None and labels.max() > 0
+    labels = labels if known else np.zeros(len(tokens), int)
+    terms = tcas_terms(cooccurrence(tokens, labels, k, labels.max() + 1))
+    line = (f"codebook: {terms['used']} of {k} codes used, perplexity {terms['perplexity']:.1f}; a guess by "
+            f"code frequency has loss {math.log(terms['perplexity']):.3f}")
+    return f"{line}; TCAS {terms['tcas']:.3f} (0: no two tokens share a class)" if known else line
 
 
 # --- the toy model (Sec. 2.2, App. B and C), point by point -----------------------------------------------
@@ -113,15 +102,15 @@ def assign_tokens(tokenizer, points):
 
     Points stand group by group, in even numbers: every other one is half of each group.
     """
-    if tokenizer == "mae":                          # S^MAE: every point is a token of its own
-        tokenizer = range(len(points))
-    elif tokenizer == "classwise":                  # S^class: the label, of points of two classes in turn
-        tokenizer = [owners[i % len(owners)] for i, owners in enumerate(points)]
-    elif tokenizer == "crossclass":                 # S^cross: two tokens, each has half of every group
-        tokenizer = [i % 2 for i in range(len(points))]
-    elif tokenizer == "pairs":                      # ours, for the ring: two neighbors are a token
-        tokenizer = [i // 2 for i in range(len(points))]
-    return np.unique(tokenizer, return_inverse=True)[1]
+    # S^MAE: every point is a token. S^class: the label, of points of two classes in turn. S^cross: two
+    # tokens, each has half of every group. Pairs (ours, for the ring): two neighbors are a token.
+    named = {
+        "mae": range(len(points)),
+        "classwise": [owners[i % len(owners)] for i, owners in enumerate(points)],
+        "crossclass": [i % 2 for i in range(len(points))],
+        "pairs": [i // 2 for i in range(len(points))]}
+    tokens = named[tokenizer] if isinstance(tokenizer, str) else tokenizer
+    return np.unique(tokens, return_inverse=True)[1]
 
 
 def mask_graph(z, graph="complete", width=1):
@@ -171,12 +160,11 @@ def toy_model(n, overlap, tokenizer="mae", classes=2, graph="complete", width=1,
     sum, tail   of squared eigenvalues: of all (Eq. 17); of all but the `classes` largest (HaoChen et al.)
     alpha       labeling error P(y(x) != y(x')) (Eq. 18), points of two classes count half for each
     linked      fraction of the pairs of one class that have an edge at all
-    bound       c1 sum + c2 alpha (Eq. 3), less is better, c2 = `classes` by default; bound_tail: c1 tail
+    bound       c1 sum + c2 alpha (Eq. 3), less is better, c2 = `classes` by default
     """
     points, z = populations(n, overlap, classes)
     numbers = measure_graph(mask_graph(z, graph, width), z, assign_tokens(tokenizer, points))
-    error = numbers["alpha"] * (c2 or classes)
-    return numbers | {"bound": c1 * numbers["sum"] + error, "bound_tail": c1 * numbers["tail"] + error}
+    return numbers | {"bound": c1 * numbers["sum"] + (c2 or classes) * numbers["alpha"]}
 
 
 # --- the same by algebra, and Theorem 1 -------------------------------------------------------------------
@@ -230,42 +218,35 @@ def theorem1(mask, z):
     -> {"sum": (low, inf), "tail": (low, inf)}, the c2/c1 where no bound is below that of the labels
     """
     labels = measure_graph(mask, z, z.argmax(1))                   # alpha = 0: no window has an upper end
-    windows = {"sum": (0, math.inf), "tail": (0, math.inf)}
-    for tokens in partitions(len(z)):
-        rival = measure_graph(mask, z, tokens)
-        for key in windows:
-            windows[key] = max(windows[key], window(labels, rival, key))     # the larger low
-    return windows
+    rivals = [measure_graph(mask, z, tokens) for tokens in partitions(len(z))]
+    return {key: max(window(labels, rival, key) for rival in rivals) for key in ("sum", "tail")}
 
 
 # --- python tcas.py toy -----------------------------------------------------------------------------------
 
-def print_window(order, windows):
-    words = [f"{low:.4g} to {high:.4g}" if low < high else "never" for low, high in windows]
-    print(f"{order:34}{words[0]:>16}{words[1]:>16}")
+def print_numbers(name, numbers):
+    print(f"{name:12}", *[f"{key} {value:.6f}" for key, value in numbers.items() if key != "graph"])
+
+
+def print_window(order, low, high):
+    print(f"{order:44} c2/c1", f"{low:.4g} to {high:.4g}" if low < high else "never")
 
 
 def toy(args):
     """Prints the numbers of each tokenizer, by brute force and by algebra, the windows; draws the graphs."""
     import vit
-    print("                  w_in       w_x       sum     alpha      tail    linked     bound bound_tail")
-    toys = {}
+    classes, toys = int(args.classes or 2), {}
     for name in ("mae", "classwise", "crossclass", "pairs"):
-        x = toys[name] = toy_model(args.n, args.overlap, name, args.classes, args.graph, args.width)
-        print(f"{name:12}{x['w_in']:10.6f}{x['w_x']:10.6f}{x['sum']:10.6f}{x['alpha']:10.6f}"
-              f"{x['tail']:10.6f}{x['linked']:10.6f}{x['bound']:10.6f}{x['bound_tail']:10.6f}")
+        toys[name] = toy_model(args.n, args.overlap, name, classes, args.graph, args.width)
+        print_numbers(name, toys[name])
         if args.graph == "complete" and name != "pairs":
-            x = closed_form(args.n, args.overlap, name, args.classes)
-            print(f"  algebra   {x['w_in']:10.6f}{x['w_x']:10.6f}{x['sum']:10.6f}{x['alpha']:10.6f}")
+            print_numbers("  algebra", closed_form(args.n, args.overlap, name, classes))
     print(toy_model.__doc__)
-
-    print("for c2/c1 from .. to                         bound      bound_tail")
     z = np.repeat(np.eye(2), 4, axis=0)             # Theorem 1: two classes without overlap
-    windows = theorem1(mask_graph(z, args.graph), z)
-    print_window("labels <= all others (Theorem 1)", windows.values())
-    for better, worse in (("classwise", "mae"), ("mae", "crossclass")):
-        print_window(f"{better} <= {worse}", [window(toys[better], toys[worse], key) for key in windows])
-
+    for key, found in theorem1(mask_graph(z, args.graph), z).items():
+        print_window(f"labels <= all others (Theorem 1), {key}", *found)
+        for better, worse in (("classwise", "mae"), ("mae", "crossclass")):
+            print_window(f"{better} <= {worse}, {key}", *window(toys[better], toys[worse], key))
     plt = vit.load_matplotlib()
     if plt:                                         # A, points sorted by class; roots show small weights, too
         plt.matshow(np.sqrt(np.hstack([x["graph"] for x in toys.values()])), cmap="Blues")
@@ -286,7 +267,7 @@ def read_runs(args):
     for folder in map(Path, args.probes):
         summary, why = train.read_summary(folder)
         if why or summary["data"] != args.data:
-            print(f"{folder}: left out, {why or 'its data are ' + summary['data']}")
+            print(f"{folder}: left out, {why or 'it has other data'}")
             continue
         accuracy = summary["linear"] if args.against == "closing" else None
         for line in train.read_metrics(folder / "probe.jsonl"):    # the last result counts
@@ -308,16 +289,16 @@ def load_labeled_tokens(path, args):
     import kmeans
     import train
     if str(path).endswith(".npy"):
-        ds = train.open_dataset(args.data, "train", classes=args.classes)
         tokens = kmeans.load_tokens(path)
+        ds = train.open_dataset(args.data, classes=args.classes)
     else:
         device = train.setup()
         tokenizer = kmeans.load_tokenizer(path).to(device)
         ds = train.open_dataset(args.data, "train", tokenizer.input_size, args.classes)
-        batches = kmeans.load_batches(ds, range(len(ds)), 64, device=device, desc="tokens")
-        tokens = torch.cat([tokenizer(images).cpu() for images, _, _ in batches]).numpy().astype(np.uint16)
-    if ds.labels is None or ds.labels.max() < 1:
-        raise ValueError(f"--data {args.data}: no labels of 2 classes or more, and TCAS compares classes")
+        with tempfile.TemporaryDirectory() as folder:
+            tokens = np.array(kmeans.tokenize(tokenizer, ds, f"{folder}/tokens.npy", device=device))
+    if ds.labels is None:
+        raise ValueError(f"--data {args.data}: no labels, and TCAS compares classes")
     if args.group == 2:                             # neighbors, 16 bits each, are one token, numbered anew
         tokens = np.unique(tokens.view(np.uint32), return_inverse=True)[1].reshape(len(tokens), -1)
     return tokens, ds.labels
@@ -331,27 +312,16 @@ def print_row(name, tokens, labels):
     return l2
 
 
-def draw_lines(dots, args):
-    """The least-squares line of each objective, printed and drawn; dots {objective: {TCAS: accuracies}}."""
-    import vit
-    plt = vit.load_matplotlib()
-    for i, (objective, runs) in enumerate(dots.items()):
+def print_lines(dots, against):
+    """The least-squares line of each objective; dots {objective: {TCAS: accuracies}}."""
+    for objective, runs in dots.items():
         if len(runs) < 3:
             print(f"{objective}: left out, a line needs 3 tokenizers of unequal TCAS or more")
             continue
-        x, y = np.array([(score, np.mean(accuracies)) for score, accuracies in runs.items()]).T
-        r, slope, intercept = fit_line(x, y)
-        print(f"{objective}: {args.against} = {intercept:.1f} {slope:+.1f} TCAS l2 (%), Pearson r = {r:.3f}, "
-              f"r^2 = {r * r:.3f}, {len(x)} tokenizers")
-        if plt:
-            plt.plot(x, y, f"oC{i}")
-            plt.plot(x, intercept + slope * x, f"C{i}", label=f"{objective}, r = {r:.2f}")
+        r, slope, intercept = fit_line(list(runs), [np.mean(accuracies) for accuracies in runs.values()])
+        print(f"{objective}: {against} = {intercept:.1f} {slope:+.1f} TCAS l2 (%), Pearson r = {r:.3f}, "
+              f"r^2 = {r * r:.3f}, {len(runs)} tokenizers")
     print("the paper's Table 7: 62.9 -24.0 TCAS, r = -0.920, r^2 = 0.846, 16 tokenizers")
-    if plt and plt.get_fignums():
-        plt.xlabel("TCAS")
-        plt.ylabel(f"{args.against}, %")
-        plt.legend()
-        vit.save_figure(plt, args.out)
 
 
 def score(args):
@@ -371,33 +341,28 @@ def score(args):
     # What a score can be: 0 for Theorem 1's optimum, and what K lets tokens score that know nothing.
     print_row("labels as tokens", np.broadcast_to(labels[:, None], tokens.shape), labels)
     for k in sorted(sizes):
-        random = np.random.default_rng(0).integers(k, size=tokens.shape, dtype="uint32")
-        print_row("random tokens", random, labels)
+        print_row("random tokens", np.random.default_rng(0).integers(k, size=tokens.shape), labels)
     if dots:
-        draw_lines(dots, args)
+        print_lines(dots, args.against)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawTextHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("score", help="TCAS of tokenizers on a data set with labels").add_argument
-    add("--data", default="textures", help="data set, see train.py (%(default)s)")
-    add("--classes", help="file of the class folders to keep, one a line (ImageNet-100)")
+    parser = argparse.ArgumentParser(description="TCAS, and its theory; see the top of tcas.py")
+    add = parser.add_argument
+    add("command", choices=["score", "toy"])
+    add("--data", default="textures", help="score: data set with labels, see train.py (%(default)s)")
+    add("--classes", help="score: file of the class folders to keep; toy: how many classes (2)")
     add("--tokenizer", "--tokens", nargs="+", action="extend", default=[],
         help="tokenizer.pt files, or tokens.npy files of the training split")
     add("--probes", nargs="+", default=[], help="folders of train.py's runs")
-    add("--against", default="closing", help="the runs' accuracy, of train.py's closing table or of probe.py",
-        choices=("closing", "linear-fast", "linear-mae", "linear-beit", "finetune"))
-    add("--group", type=int, default=1, choices=(1, 2), help="2: neighboring pairs are one token")
-    add("--out", default="runs/tcas.png")
-    add = commands.add_parser("toy", help="Sec. 2.2; classes of --n points, two share --overlap").add_argument
-    add("--n", type=int, default=10)
-    add("--overlap", type=int, default=0)
-    add("--classes", type=int, default=2)
-    add("--graph", choices=("complete", "ring"), default="complete")
+    add("--against", default="closing", help="accuracy of the runs: closing (the table of train.py), or of "
+        "probe.py linear-fast, linear-mae, linear-beit, finetune (%(default)s)")
+    add("--group", type=int, choices=[2], help="2: neighboring pairs are one token")
+    add("--n", type=int, default=10, help="toy: points a class")
+    add("--overlap", type=int, default=0, help="toy: points that two classes share")
+    add("--graph", choices=["complete", "ring"], default="complete")
     add("--width", type=int, default=1)
-    add("--out", default="runs/toy.png")
+    add("--out", default="runs/toy.png", help="toy: picture of the graphs")
     args = parser.parse_args(argv)
     import train                                    # only here: train.py imports this file
     import vit

@@ -884,7 +884,7 @@ def make_targets(args, ds, device):
             pictures = view_at(ds, make.input_size)
             tokens = tokenize(make, pictures, f"{args.out}/tokens.npy", workers=args.workers, device=device)
     if tokens is not None and is_main_process():
-        print("\n".join(describe_codebook(tokens, ds.labels, size, args.seed)[0]))
+        print(describe_codebook(tokens, ds.labels, size))
 
     def give(images, read=None):
         if tokens is not None and read is not None:
@@ -898,7 +898,7 @@ def compare_by(teacher, ds):
     """The teacher's layers, as a function of images that were normalized for the model."""
     def layers(images):
         channels = [x * std + mean for x, mean, std in zip(images.float().unbind(1), ds.mean, ds.std)]
-        return teacher.extract.layers(normalize(255 * torch.stack(channels, 1), teacher.mean, teacher.std))
+        return teacher.layers(normalize(255 * torch.stack(channels, 1), teacher.mean, teacher.std))
     return layers
 
 
