@@ -55,7 +55,8 @@ def tcas_terms(counts, norm="l2"):
     share = r.sum(1) / r.sum()
     r = F.normalize(r, p={"l2": 2, "l1": 1}[norm], dim=1)
     c_ii = r.square().sum(1)
-    gram = r.T @ r                                  # ||R'^T R'||^2 = ||R' R'^T||^2, the sum of all C_ij^2
+    # The sum of all C_ij^2 is ||R' R'^T||^2 = ||R'^T R'||^2, whichever is smaller.
+    gram = r @ r.T if used < r.shape[1] else r.T @ r
     impurity = (1 - c_ii).square().mean().item()
     confusion = gram.square().sum() - c_ii.square().sum()
     confusion = confusion.abs().item() / used ** 2  # abs: rounding may leave less than 0
