@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader
 from torchvision.models import resnet
 from tqdm import tqdm
@@ -597,8 +596,8 @@ def tokenize(tokenizer, ds, path, batch_size=64, workers=0, device="cpu"):
 def draw(tokenizer, ds, out, codes=None):
     """OUT/tokens.png: images, their tokens in a color each, and rebuilt of the looks of their tokens.
 
-    OUT/codebook.png: a row for each of `codes` (the first 16): how it looks, the mean of its patches in 200
-    images, and 12 of these.
+    OUT/codebook.png: a row for each of `codes` (the 16 most used): how it looks, the mean of its patches in
+    200 images, and 12 of these.
     """
     torch.manual_seed(0)
     images, _, _ = next(load_batches(ds, torch.randperm(len(ds))[:200], 200))
@@ -614,8 +613,8 @@ def draw(tokenizer, ds, out, codes=None):
         "tokens": F.interpolate(maps, images.shape[-1]),
         "rebuilt": unpatchify(looks[few], side)}
     draw_rows(rows, f"{out}/tokens.png")
-    rows = {}
-    for code in codes or range(min(k, 16)):
+    rows, most = {}, tokens.flatten().bincount().argsort(descending=True)
+    for code in codes or most[:16].tolist():
         row = torch.cat([looks[code, None], patches[tokens == code][:12]])
         rows[f"code {code}"] = unpatchify(row[:, None], side)
     draw_rows(rows, f"{out}/codebook.png")
@@ -625,6 +624,7 @@ def draw(tokenizer, ds, out, codes=None):
 
 def bench(device):
     """Prints the time of a Lloyd iteration beside that of the bare product X C^T, the mean of 8."""
+    from torch.utils.benchmark import Timer                    # only here: it warns where there is no CUDA
     cases = [(100_000, 768, k, torch.float32) for k in (50, 100, 1000)]
     if device.type == "cuda":
         cases = [(24_800_000, 768, 100, torch.uint8), (4_200_000, 1024, 8192, torch.bfloat16)]
@@ -650,7 +650,7 @@ def parse(argv):
     add("--patch-size", type=int, help="pixels a side (textures 8, otherwise 16)")
     add("--k", type=int, help="codebook size (textures 64; others pixel 50, features 100)")
     add("--max-iter", type=int, help="passes over the patches (100; clip 20)")
-    add("--codes", type=int, nargs="+", help="codes to show (the first 16)")
+    add("--codes", type=int, nargs="+", help="codes to show (the 16 most used)")
     add("--workers", type=int, default=0, help="loading processes (0)")
     add("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     add("--out", help="folder for what is written (that of --tokenizer)")

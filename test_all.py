@@ -855,10 +855,11 @@ def test_fit_tokenizer_is_kmeans_of_the_normalized_patches():
     torch.testing.assert_close(cosine.weight.norm(dim=1), torch.ones(5))
 
 
-def test_kmeans_is_fitted_on_random_images_and_of_many_on_5_percent_of_their_patches():
-    tokenizer = toy_tokenizer(p=2)
-    for n, kept in (30, 64), (6500, 3):
+def test_kmeans_is_fitted_on_random_images_and_of_textures_on_5_percent_of_their_patches():
+    tokenizer, n = toy_tokenizer(p=2), 60
+    for name, kept in ("photos", 64), ("textures/train", 3):
         ds = Toy(n)
+        ds.name = name
         rows = kmeans.sample_features(tokenizer, ds, 5, 0, 0, "cpu")
         assert rows.shape == (n * kept, 12)
         assert sorted(ds.asked) == list(range(n)) != ds.asked
