@@ -19,9 +19,9 @@ its parents appear:
     MaPeT  max E_x E_z  sum_{i >= c} log p(t_{z_i} | x_{z_<i}, m_{z_>=i})           (MaPeT Eq. 2)
     MaPeT without positions of what is not seen yet (m) is PIM, without content of predicted targets MIM.
 x_j is a patch, t_j its token, z an order of the patches, visible ones first, c the cutting point, and
-m_j = mask token + position j: "there is a patch at j", without its content. c counts the class token (MaPeT
-Table 6): c = 50 of 197 tokens leaves 49 visible patches and 147 targets, 75 %. `beit` and `cae` hide blocks
-of patches, all others random ones: only the order z differs.
+m_j = mask token + position j: "there is a patch at j", without its content. c counts the class token, whose
+rank is 0 here, so the papers' i > c is i >= c (MaPeT Table 6): c = 50 of 197 tokens leaves 49 visible patches
+and 147 targets, 75 %. `beit` and `cae` hide blocks of patches, all others random ones: only z differs.
 
 python objectives.py mapet --patches 6 --cut 3   who looks at whom, printed and drawn; also mim, pim, beit
 python objectives.py cae                         the blocks that it hides; also beit
@@ -53,7 +53,8 @@ def blockwise_mask(b, grid, count, generator=None):
     Blocks are hidden one after the other: area uniform from 16 of 196 patches to what is left to be hidden,
     height / width log-uniform from 0.3 to 1 / 0.3, sides rounded, place uniform. A block is taken if both
     sides are less than the grid's, it hides something new, and `count` in all at most. When 10 tries for a
-    block fail, the image's blocks are done, and random patches make up `count` (BEiT v2; v1 leaves them out).
+    block fail, the image's blocks are done, and random patches make up `count` (BEiT v2; v1 leaves them out,
+    CAE tries on).
     All images at once: of the 10 tries, made in parallel, each image takes the first that fits.
     """
     def uniform():
@@ -69,16 +70,16 @@ def blockwise_mask(b, grid, count, generator=None):
     unfinished = torch.ones(b, 1, dtype=torch.bool)
     while unfinished.any():
         remaining = count - hidden.sum((1, 2))[:, None]
-        area = least + (remaining - least) * uniform()
+        area = least + (remaining - least) * uniform()         # downwards, where less is left: as in BEiT
         aspect = .3 ** (2 * uniform() - 1)
         h = (area * aspect).sqrt().round()
         w = (area / aspect).sqrt().round()
         rows = cover(h)
         columns = cover(w)
-        new = h * w - torch.einsum("b t y, b y x, b t x -> b t", rows, hidden, columns)
+        new = h * w - torch.einsum("b r y, b y x, b r x -> b r", rows, hidden, columns)
         fits = unfinished & (h < grid) & (w < grid) & (new > 0) & (new <= remaining)
         first = fits & (fits.cumsum(1) == 1)
-        block = torch.einsum("b t, b t y, b t x -> b y x", first.float(), rows, columns)
+        block = torch.einsum("b r, b r y, b r x -> b y x", first.float(), rows, columns)
         hidden = hidden.maximum(block)
         unfinished = fits.any(1, keepdim=True)
     score = hidden.flatten(1) + torch.rand(b, grid ** 2, generator=generator)   # above 1: hidden by a block
@@ -89,7 +90,7 @@ def blockwise_mask(b, grid, count, generator=None):
 def two_stream_mask(visible, targets, positions=True):
     """Who may look at whom in PIM and MaPeT: (rows, keys) bool, True = may attend (MaPeT Eq. 3 and Fig. 2).
 
-    visible    V, rows that every row may see: the class token and the visible patches, the cutting point c
+    visible    V, rows that every row may see: the class token, if any, and the visible patches
     targets    T, how many patches are predicted, in the order z
     positions  True: MaPeT, with the T position-only mask tokens; False: PIM, without them
 
@@ -179,7 +180,7 @@ class Decoder(nn.Sequential):
         super().__init__(*blocks, nn.LayerNorm(width, eps=1e-6), nn.Linear(width, values))
 
     def initialize(self, vit):
-        """As the encoder; but the head small: an untrained network guesses uniformly, its loss is ln K."""
+        """As the encoder; ours: a small head, so that an untrained network guesses uniformly, loss ln K."""
         self.apply(vit.initialize)
         self[-1].apply(init_weights)
 
@@ -195,7 +196,8 @@ class MaskedAutoencoder(Objective):
                    = CE(prediction, t(x))                                ClusterMIM (Sec. 3.2)
 
     target   "tokens": ClusterMIM, t(x) of a codebook of `size`; "pixel", "pixel-norm" (standardized): MAE;
-             "hog": MaskFeat; "features": MaskFeat, rows of `size` values, brought to unit length
+             "hog": MaskFeat; "features": MaskFeat, rows of `size` values, brought to unit length.
+             MaskFeat is the row of ClusterMIM's tables; its own paper has mask tokens in the encoder
     depth    of the decoder; its width is 2/3 of the encoder's, at most MAE's 512, in heads of 32
     The rows stay in the order z: MAE puts them back into raster order first, which attention cannot notice.
     """
@@ -258,7 +260,8 @@ class MaPeT(Objective):
         self.head = nn.Linear(vit.width, vocab_size)
         self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, vit.width), std=.02))
         self.head.apply(init_weights)
-        mask = two_stream_mask(cut, self.num_targets, positions) if permute else None
+        visible = vit.prefix + cut - 1
+        mask = two_stream_mask(visible, self.num_targets, positions) if permute else None
         self.register_buffer("mask", mask, persistent=False)
 
     def predict(self, images, tokens, order=None):
@@ -296,10 +299,10 @@ class RegressorBlock(Block):
         rows = torch.cat([visible, x], 1)
         read = self.norm1(x + pos[:, visible.shape[1]:]), self.norm_k(rows + pos), self.norm_v(rows)
         qkv = map(F.linear, read, self.attn.qkv.weight.chunk(3), self.attn.qkv.bias.chunk(3))
-        q, k, v = (rearrange(y, "b r (h d) -> b h r d", h=self.attn.heads) for y in qkv)
-        attended = rearrange(F.scaled_dot_product_attention(q, k, v), "b h r d -> b r (h d)")
-        x = self.norm2(x + self.drop_path1(self.ls1(self.attn.proj(attended))))
-        return x + self.drop_path2(self.ls2(self.mlp(x)))
+        q, k, v = (rearrange(y, "b r (h e) -> b h r e", h=self.attn.heads) for y in qkv)
+        attended = rearrange(F.scaled_dot_product_attention(q, k, v), "b h r e -> b r (h e)")
+        x = self.norm2(x + self.drop_path(self.ls1(self.attn.proj(attended))))
+        return x + self.drop_path(self.ls2(self.mlp(x)))
 
 
 class CAE(Objective):
@@ -322,8 +325,8 @@ class CAE(Objective):
         self.regressor_norm = nn.LayerNorm(width, eps=1e-6)
         self.decoder = Decoder(width, depth, heads, vocab_size, scale, vit.drop_path)
         self.regressor.apply(vit.initialize)
-        if vit.initialize is mae_init:                         # theirs are three matrices: Xavier's bound of
-            for block in self.regressor:                       # one, sqrt(6 / 2d), not of all, sqrt(6 / 4d)
+        if vit.initialize is mae_init:                         # CAE draws q, k, v apart, with Xavier's bound
+            for block in self.regressor:                       # sqrt(6 / 2d); that of all three: sqrt(6 / 4d)
                 block.attn.qkv.weight.data.mul_(math.sqrt(2))
         self.decoder.initialize(vit)
         self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, width), std=.02))
@@ -371,13 +374,15 @@ class LearnedTokenizer(Objective):
         prediction = decoder(V code + pos)                       hard: code = C_t; soft: see below
         loss       = distance(prediction, target) + what ties codes and z together
 
-    soft        dVAE (DALL-E, arXiv:2102.12092, Sec. 2.1): code = y C, y = softmax((W z + b + Gumbel) / tau),
-                tau falls from 1 to 1/16; KL(softmax(W z + b) || uniform) joins, by half a cosine; as it is,
-                it is the evidence bound's for pixels of variance 1/2 (DALL-E: 6.6 of it, and logit-Laplace)
-                else (VQ-VAE, Eq. 3) straight-through gradients, and beta ||z - sg C_t||^2, the commitment
-    unit        VQ-KD (BEiT v2, arXiv:2208.06366, Sec. 3.1): z and codes have unit length and 32 values; a
-                code moves to the mean direction of its z, 1 % a step; beta is 1
-                else codes learn by gradient, hard ones by that of ||sg z - C_t||^2; beta is 1/4 (VQ-VAE)
+    soft        dVAE (DALL-E, arXiv:2102.12092, Sec. 2.1), r rising from 0 to 1 by half a cosine:
+                    code = y C, y = softmax((W z + b + Gumbel) / tau), tau = 1 - 15/16 r
+                    loss = MSE + r KL(softmax(W z + b) || uniform) / (3 p^2)     (DALL-E: 6.6 KL, Laplace)
+    else        VQ-VAE (arXiv:1711.00937, Eq. 3), sg: no gradient, so codes get one of the last term alone:
+                    code = z + sg(C_t - z)
+                    loss = MSE + ||z - sg C_t||^2 / 4 + ||sg z - C_t||^2
+    unit        VQ-KD (BEiT v2, arXiv:2208.06366, Sec. 3.1): z and codes have unit length and 32 values
+                    loss = 1 - cosine + ||z - sg C_t||^2
+                    C_k <- norm(.99 C_k + .01 norm(sum of its z)) each step
     target      VQ-KD: "features", a teacher's, 1 - cosine; else "pixel", MSE
     perceptual  PeCo (arXiv:2111.12710, Sec. 3.2): and what a frozen network sees in both should be the same;
                 a function of normalized images -> list of (b, rows, d)
@@ -411,12 +416,15 @@ class LearnedTokenizer(Objective):
     def encode_patches(self, images):
         """z (b, n, size) float32 of all patches."""
         x = self.encoder(images)[:, self.encoder.prefix:]
-        with torch.autocast("cuda", enabled=False):
+        with torch.autocast(images.device.type, enabled=False):
             z = self.project(x.float())
             return F.normalize(z, dim=-1) if self.unit else z
 
     def linear_layer(self):
-        """weight (K, size), bias (K,): the token of z is argmax_k weight_k . z + bias_k."""
+        """weight (K, size), bias (K,): the token of z is argmax_k weight_k . z + bias_k.
+
+        The nearest code has the greatest, as ||z - C||^2 = ||z||^2 - 2 (z . C - ||C||^2 / 2).
+        """
         if self.soft:
             return self.classify.weight, self.classify.bias
         return self.codebook, -self.codebook.square().sum(-1) / 2
@@ -440,20 +448,20 @@ class LearnedTokenizer(Objective):
             code = z + (code - z).detach()                     # straight through: the code, with z's gradient
         return code, loss, tokens
 
-    def predict(self, images, features=None, order=None):
+    def predict(self, images, given=None, order=None):
         """Prediction (b, n, values), its target, the codes' part of the loss, tokens (b, n), z."""
         z = self.encode_patches(images)
-        with torch.autocast("cuda", enabled=False):
-            code, loss, tokens = self.quantize(z)
+        with torch.autocast(images.device.type, enabled=False):
+            code, tie, tokens = self.quantize(z)
         prediction = self.decoder(self.decoder_embed(code) + self.encoder.positions(None)).float()
-        return prediction, self.compute_target(images, features), loss, tokens, z.detach()
+        return prediction, self.compute_target(images, given), tie, tokens, z.detach()
 
-    def loss(self, prediction, target, loss, tokens, z):
+    def loss(self, prediction, target, tie, tokens, z):
         if self.needs:
             error = 1 - F.cosine_similarity(prediction, target, dim=-1).mean()
         else:
             error = F.mse_loss(prediction, target)
-        loss = loss + error
+        loss = tie + error
         if self.perceptual:
             layers = [self.perceptual(unpatchify(x, self.encoder.patch_size)) for x in (prediction, target)]
             for mine, true in zip(*layers):
@@ -461,8 +469,9 @@ class LearnedTokenizer(Objective):
         # What each code's z add up to, and how many there are: a 1 is appended to each.
         rows = F.pad(z, (0, 1), value=1.).flatten(0, 1)
         sums = torch.zeros_like(self.sums).index_add_(0, tokens.flatten(), rows)
-        self.sums += sums
-        self.example.copy_(z[0])
+        if self.training:                                      # for `before_step`
+            self.sums += sums
+            self.example.copy_(z[0])
         share = sums[:, -1] / len(rows)
         return loss, {"error": error.detach(), "perplexity": torch.special.entr(share).sum().exp()}
 
@@ -481,7 +490,7 @@ class LearnedTokenizer(Objective):
         self.idle += 1
         self.idle[self.sums[:, -1] > 0] = 0
         dead = (self.idle >= self.patience).nonzero()[:, 0]
-        self.codebook[dead] = self.example[dead % len(self.example)]
+        self.codebook[dead] = self.example[dead % len(self.example)]         # of equal ones the first is used
         self.sums.zero_()
 
     def export(self):
@@ -506,7 +515,7 @@ OBJECTIVES = {
     "mapet": (MaPeT, dict(), .75),
     "dvae": (LearnedTokenizer, dict(soft=True), 0),
     "vq": (LearnedTokenizer, dict(), 0),
-    "peco": (LearnedTokenizer, dict(), 0),
+    "peco": (LearnedTokenizer, dict(), 0),                     # vq, with `perceptual`
     "vqkd": (LearnedTokenizer, dict(unit=True, target="features"), 0),
 }
 TARGETS = {"mae": ("pixel", "pixel-norm"), "maskfeat": ("hog", "features")}     # the others predict tokens

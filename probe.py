@@ -33,7 +33,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 import train
 from kmeans import all_reduce, load_batches, load_tokenizer, print0, rank_and_world, tokenize
-from vit import (MODELS, ViT, draw_rows, exit_on_error, from_weights, load_matplotlib,
+from vit import (MODELS, ViT, draw_rows, drop_rates, exit_on_error, from_weights, load_matplotlib,
                  normalize, principal_colors, read_checkpoint, unpatchify, unwrap_weights)
 
 
@@ -242,8 +242,8 @@ class Classifier(nn.Module):
         super().__init__()
         self.encoder = vit.requires_grad_(True)
         vit.norm = nn.Identity()
-        for block, rate in zip(vit.blocks, torch.linspace(0, drop_path, vit.depth).tolist()):
-            block.drop_path1.p = block.drop_path2.p = rate
+        for block, rate in zip(vit.blocks, drop_rates(drop_path, vit.depth)):
+            block.drop_path.p = rate
         self.fc_norm = nn.LayerNorm(vit.width, eps=1e-6)
         self.head = Head(vit.width, classes, head_std)
 

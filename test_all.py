@@ -257,8 +257,8 @@ def test_stochastic_depth_is_one_draw_per_sample():
     assert kept.float().mean().item() == approx(.75, abs=.04)
     branch = block.eval()(x) - x
     assert_close(y[kept], branch[kept] / .75, atol=1e-5, rtol=1e-4)     # the mean stays
-    assert tiny(drop_path=.2, depth=1).blocks[0].drop_path1.p == 0
-    assert [block.drop_path2.p for block in tiny(drop_path=.3, depth=4).blocks] == approx([0, .1, .2, .3])
+    assert tiny(drop_path=.2, depth=1).blocks[0].drop_path.p == 0
+    assert [block.drop_path.p for block in tiny(drop_path=.3, depth=4).blocks] == approx([0, .1, .2, .3])
 
 
 @pytest.mark.parametrize("init", ["timm", "mae"])
@@ -302,6 +302,8 @@ def test_weights_of_every_layout_give_the_same_features(tmp_path):
 
     def prefixed(prefix):
         return {prefix + key: value for key, value in flat.items()}
+    beit = split_qkv(flat, bias=True)
+    beit = {re.sub(r"ls(\d).gamma", r"gamma_\1", key): value for key, value in beit.items()}
     tuned = {key.replace("norm.", "fc_norm.") if key.startswith("norm.") else key: flat[key] for key in flat}
     layouts = {
         "timm": flat | {"head.weight": other},
@@ -311,7 +313,7 @@ def test_weights_of_every_layout_give_the_same_features(tmp_path):
         "ddp of compiled": prefixed("module._orig_mod."),
         "ours": {"model": prefixed("encoder.") | {"regressor.0.q.weight": other}},
         "fine-tuned": tuned,
-        "beit": split_qkv(flat, bias=True) | {"lm_head.weight": other},
+        "beit": beit | {"lm_head.weight": other},
         "mapet": split_qkv(flat, bias=False),
     }
     for name, state in layouts.items():
@@ -1595,7 +1597,7 @@ def test_decoders_are_those_of_the_paper():
         cae = objectives.make("cae", V.vit_small(drop_path=.3), 50)
     assert cae.decoder[-1].in_features == 384 and cae.regressor[0].attn.heads == 6
     for blocks in (cae.regressor, list(cae.decoder)[:4]):
-        assert [block.drop_path1.p for block in blocks] == approx([0, .1, .2, .3])
+        assert [block.drop_path.p for block in blocks] == approx([0, .1, .2, .3])
 
 
 def literal_cae(model, image, tokens, z):
@@ -1651,9 +1653,11 @@ def sees(output, images):
 
 
 @pytest.mark.parametrize("name", ["mapet", "pim", "mim"])
-def test_no_target_leaks_through_12_layers(name):
+@pytest.mark.parametrize("cls_token", [True, False])
+def test_no_target_leaks_through_12_layers(name, cls_token):
     """Prediction t depends on the visible patches and on targets before t, and on nothing else."""
-    model, images, tokens, order = example(name, vit=small_vit(depth=12), b=1, cut=4)
+    vit = small_vit(depth=12, cls_token=cls_token)
+    model, images, tokens, order = example(name, vit=vit, b=1, cut=4)
     strengthen(model, .3).double()
     images = images.double().requires_grad_()
     logits, _ = model.predict(images, tokens, order)

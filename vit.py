@@ -75,7 +75,7 @@ def hog(images, p):
     top, _, bottom = (left + 2 * middle + right).unfold(2, 3, 1).unbind(-1)
     gy = top - bottom
     angle_bin = (torch.atan2(gx, gy) / math.pi * 9).floor() % 9              # x first: from the y axis
-    magnitude = torch.linalg.vector_norm(torch.stack([gx, gy]), dim=0)       # hypot's gradient at 0 is NaN
+    magnitude = torch.linalg.vector_norm(torch.stack([gx, gy]), dim=0)       # PeCo: hypot's slope at 0 is NaN
     bins = [F.avg_pool2d(magnitude * (angle_bin == o), cell) for o in range(9)]
     cells = F.normalize(torch.stack(bins, 2), dim=2)                         # (b, c, 9, cell rows, columns)
     return rearrange(cells, "b c o (y i) (x j) -> b (y x) (c o i j)", i=p // cell, j=p // cell)
@@ -143,7 +143,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x, mask=None, n_keys=None, n_out=None):
-        """softmax(q k^T / sqrt(d / h)) v: x (b, rows, d) -> (b, n_out or rows, d).
+        """softmax(q k^T / sqrt(e)) v in each head, e = d / h wide: x (b, rows, d) -> (b, n_out or rows, d).
 
         The last n_out rows ask (None: all), the first n_keys are looked at (None: all). mask (rows, n_keys)
         bool, True = may attend, one for all images and heads. `qkv` gives q, then k, then v, head after head.
@@ -153,12 +153,12 @@ class Attention(nn.Module):
         n_out = n_out or x.shape[1]
         q = F.linear(x[:, -n_out:], weight[:d], bias[:d])
         kv = F.linear(x[:, :n_keys], weight[d:], bias[d:])
-        q = rearrange(q, "b q (h d) -> b h q d", h=self.heads)
-        k, v = rearrange(kv, "b s (two h d) -> two b h s d", two=2, h=self.heads)
+        q = rearrange(q, "b q (h e) -> b h q e", h=self.heads)
+        k, v = rearrange(kv, "b s (two h e) -> two b h s e", two=2, h=self.heads)
         if mask is not None:
             mask = mask[-n_out:]
         x = F.scaled_dot_product_attention(q, k, v, mask)
-        return self.proj(rearrange(x, "b h q d -> b q (h d)"))
+        return self.proj(rearrange(x, "b h q e -> b q (h e)"))
 
 
 class MLP(nn.Module):
@@ -183,17 +183,16 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads)
         self.ls1 = scale()
-        self.drop_path1 = StochasticDepth(drop_path, "row")
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = MLP(width, int(width * mlp_ratio))
+        self.mlp = MLP(width, round(width * mlp_ratio))
         self.ls2 = scale()
-        self.drop_path2 = StochasticDepth(drop_path, "row")
+        self.drop_path = StochasticDepth(drop_path, "row")
 
     def forward(self, x, mask=None, n_keys=None, n_out=None):
         """x (b, rows, d) -> (b, n_out or rows, d), of the last n_out rows; arguments as in `Attention`."""
         branch = self.attn(self.norm1(x), mask, n_keys, n_out)
-        x = x[:, -branch.shape[1]:] + self.drop_path1(self.ls1(branch))      # ViT Eq. 2
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))        # ViT Eq. 3
+        x = x[:, -branch.shape[1]:] + self.drop_path(self.ls1(branch))       # ViT Eq. 2
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))         # ViT Eq. 3
 
 
 def drop_rates(drop_path, depth):
@@ -269,7 +268,10 @@ class ViT(nn.Module):
         return torch.cat([cls.expand(len(x), -1, -1), x], 1)
 
     def encode(self, x, mask=None, n_keys=None, n_out=None):
-        """All blocks and the final norm: x (b, rows, d) -> (b, n_out or rows, d), as in `Attention`."""
+        """All blocks and the final norm: x (b, rows, d) -> (b, n_out or rows, d), as in `Attention`.
+
+        n_out is for the last block only, where no later one looks at the rows that do not ask.
+        """
         for block in self.blocks[:-1]:
             x = block(x, mask, n_keys)
         return self.norm(self.blocks[-1](x, mask, n_keys, n_out))
@@ -364,6 +366,8 @@ def unwrap_weights(checkpoint, path):
         if key.endswith("attn.q_bias"):                                      # BEiT: keys have no bias
             q, v = state.pop(key), state.pop(key.replace("q_bias", "v_bias"))
             state[key.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
+        if ".gamma_" in key:                                                 # BEiT's and CAE's LayerScale
+            state[key.replace("gamma_", "ls") + ".gamma"] = state.pop(key)
         if ".attn.q." in key:                                                # MaPeT: q apart from k and v
             q, kv = state.pop(key), state.pop(key.replace(".q.", ".kv."))
             state[key.replace(".q.", ".qkv.")] = torch.cat([q, kv])
@@ -371,7 +375,7 @@ def unwrap_weights(checkpoint, path):
 
 
 def read_vit(source):
-    """(state dict of a ViT under timm's names, what errors call it); heads and decoders are left out.
+    """(state dict of a ViT under timm's names, its name in error messages), without heads and decoders.
 
     source: a public name, a file, a run's folder, or what a file holds. A network that was fine-tuned on the
     mean of its patches (probe.py, MAE, MaPeT) has fc_norm in place of the norm. ValueError for parts that our
