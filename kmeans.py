@@ -27,9 +27,9 @@ from torch.utils.data import DataLoader
 from torchvision.models import resnet
 from tqdm import tqdm
 
-from vit import (CLIP, IMAGENET, PATCH_FEATURES, PUBLIC, SYMMETRIC, download, draw_rows, exit_on_error,
-                 from_weights, gather_patches, normalize, patchify, read_checkpoint, save,
-                 unpatchify, write_atomically)
+from vit import (CLIP, IMAGENET, PATCH_FEATURES, PUBLIC, SYMMETRIC, ViT, download, draw_rows, exit_on_error,
+                 from_weights, gather_patches, normalize, patchify, read_checkpoint, save, unpatchify,
+                 write_atomically)
 
 try:
     import triton
@@ -69,8 +69,8 @@ def print0(*words):
 def linear_layer(centroids, origin=0.):
     """weight (k, d), bias (k,): argmax_k weight_k . x + bias_k is the nearest centroid of x.
 
-    ||x - c||^2 = ||x - o||^2 - 2 ((c - o) . x - (c - o) . o - ||c - o||^2 / 2) for any origin o: with the
-    data's mean, float32 tells near centroids apart.
+    ||x - c||^2 = ||x - o||^2 - 2 ((c - o) . x - (c - o) . o - ||c - o||^2 / 2) for any origin o, so weight =
+    c - o, and the rest is the bias. With the data's mean, float32 tells near centroids apart.
     """
     weight = centroids.double() - origin
     bias = -(weight * origin).sum(1) - weight.square().sum(1) / 2
@@ -78,9 +78,9 @@ def linear_layer(centroids, origin=0.):
 
 
 def find_nearest(x, weight, bias):
-    """argmax_k weight_k . x + bias_k -> (m,) int64, of a block x (m, d) of any dtype; ties: the smallest k.
+    """argmax_k weight_k . x + bias_k -> (m,) int64, of a block x (m, d) of any dtype.
 
-    On the CPU as a 1x1 convolution, by oneDNN: on AMD's processors that is twice as fast as MKL's product.
+    On the CPU as a 1x1 convolution, by oneDNN, which some of AMD's processors do faster than MKL's product.
     """
     ampere = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
     if triton and ampere:
@@ -128,7 +128,8 @@ def compute_moments(x, device, metric="euclidean"):
 def add_up(x, centroids, origin=0., metric="euclidean"):
     """Sums (k, d) float64 and counts (k,) int64 of the rows nearest to each centroid, over all processes.
 
-    Sorted by cluster, the rows of one are neighbors and are summed without atomics: all runs give the same.
+    `embedding_bag` sums the rows order[starts_k] to order[starts_k+1 - 1], which are those of cluster k, in
+    this order: all runs give the same, as they do not where threads add to one place.
     """
     weight, bias = linear_layer(centroids, origin)
     sums = counts = 0
@@ -144,7 +145,10 @@ def add_up(x, centroids, origin=0., metric="euclidean"):
 
 
 def split_empty(centroids, counts, step):
-    """Each empty cluster takes half of one of the largest (faiss), from a `step` beside its centroid on."""
+    """An empty cluster moves to the centroid of one of the largest, and a `step` of alternating sign (faiss).
+
+    The next assignment splits the largest between the two.
+    """
     empty = (counts == 0).nonzero()[:, 0]
     largest = counts.topk(len(empty)).indices
     sign = torch.ones_like(centroids[0])
@@ -160,14 +164,14 @@ def lloyd(x, centroids, n_iter, tol=0., metric="euclidean"):
         c_k  = mean of the rows with t(x) = k     update; cosine: of unit length
 
     -> centroids (k, d) float32, their counts (k,) int64, history: the inertia sum_x ||x - c_t(x)||^2 of each
-    assignment. Ends when it does not fall, or when the centroids move (squares, summed) no more than tol
-    times a column's variance. x as in `blocks`, worked on where the first centroids are; in a process group
-    every process passes its own rows, and all end with the same centroids.
+    pass. Ends when it does not fall, or when sum_k ||new c_k - c_k||^2 <= tol * the mean variance of a column
+    (scikit-learn). x as in `blocks`, worked on where the first centroids are; in a process group every
+    process passes rows of its own, and all end with the same centroids.
     """
     sizes, mean, scatter = compute_moments(x, centroids.device, metric)
     variance = scatter / (sum(sizes) * len(mean))
-    new, history = centroids.double(), []
-    for _ in range(n_iter + 1):
+    new, history = centroids.double(), []                      # c: of this pass, new: of the next one
+    for _ in range(n_iter + 1):                                # the last pass only assigns
         new = F.normalize(new, dim=1) if metric == "cosine" else new
         if history and (new - c).square().sum() <= tol * variance:
             break
@@ -215,7 +219,7 @@ def kmeans_plusplus(x, k, generator=None):
     draws = draws.to(x.device)
     trials = (draws[:1, 0] * len(x)).long()
     closest, seeds = torch.full_like(norm, math.inf), []
-    for u in draws.roll(-1, 0):                                # draws of the next seed
+    for u in draws.roll(-1, 0):                                # draws of the next seed; of the last one: idle
         distances = norm + norm[trials, None] - 2 * x[trials] @ x.T
         distances = torch.minimum(closest, distances.clamp(min=0))           # squared: (trials, m)
         best = distances.sum(1).argmin()
@@ -250,6 +254,10 @@ class KMeans:
     device: object = None
 
     def fit(self, x):
+        if self.metric not in ("euclidean", "cosine"):
+            raise ValueError(f"metric must be euclidean or cosine, not {self.metric!r}")
+        if not torch.is_tensor(self.init) and self.init not in ("k-means++", "random"):
+            raise ValueError(f"init must be k-means++, random or a tensor (k, d), not {self.init!r}")
         device = torch.device(self.device or getattr(x, "device", "cpu"))
         generator = torch.Generator().manual_seed(self.seed)
         self.inertia = math.inf
@@ -257,6 +265,9 @@ class KMeans:
             first = self.init
             if not torch.is_tensor(first):                     # the same rows on all processes
                 rows = sample_rows(x, max(16384, 4 * self.k), generator, device, self.metric)
+                directed = rows.any(1)                         # by cosine, a row of zeros has no direction
+                if self.metric == "cosine" and directed.sum() >= self.k:
+                    rows = rows[directed]
                 if len(rows) < self.k:
                     raise ValueError(f"{self.k} clusters of {len(rows)} rows: as many rows are wanted")
                 first = rows[:self.k]
@@ -441,7 +452,7 @@ class KMeansTokenizer(nn.Module):
 
         Of a ViT, after the blocks 3, 6, 9 and 11 (PeCo); where there is no network, the features.
         """
-        if self.encoder is None:
+        if not isinstance(self.encoder, ViT):
             rows = [self.compute_features(images)]
         else:
             x, rows = self.encoder.embed(images), []
@@ -507,8 +518,8 @@ def sample_features(tokenizer, ds, k, seed, workers, device):
     """What K-means is fitted on, this process's part: features (rows, d), those of an encoder in float16.
 
     All patches of 20,000 seeded random images, or of as many as give 512 rows a code; of each image 5 % for
-    clip, as in its released code, and for textures. (Sorted by class, as folders are, the images would seed
-    k-means++ with one class, as ClusterMIM's code does.)
+    clip (MaPeT Sec. 4.2; its code: 1.7 %), and for textures. (Sorted by class, as folders are, the images
+    would seed k-means++ with one class, as in ClusterMIM's code, whose K-means sees all images, in batches.)
     """
     n = keep = tokenizer.n_patches
     if tokenizer.features == "clip" or ds.name.startswith("textures/"):
@@ -537,11 +548,11 @@ def fit_tokenizer(ds, features="pixel", k=64, patch_size=16, image_size=None, se
     tokenizer = blank_tokenizer(ds, features, patch_size, image_size).to(device)
     rows = sample_features(tokenizer, ds, k, seed, workers, device)
     kmeans = KMeans(k, metric, max_iter=max_iter or 100, seed=seed)
-    if k > 1000:
-        print0("K-means starts from random patches: k-means++ takes long for so many codes")
-        kmeans.init = "random"
     if features == "clip":
         kmeans.init, kmeans.max_iter, kmeans.restarts = "random", max_iter or 20, 5
+    elif k > 1000:
+        print0("K-means starts from random patches: k-means++ takes long for so many codes")
+        kmeans.init = "random"
     tokenizer.kmeans = kmeans.fit(rows)
     tokenizer.weight, tokenizer.bias = linear_layer(kmeans.centroids)
     return tokenizer
@@ -606,6 +617,8 @@ def draw(tokenizer, ds, out, codes=None):
     side = images.shape[-1] // math.isqrt(tokens.shape[1])                   # of a patch, in pixels of `ds`
     patches = patchify(images, side) / 255
     looks = torch.stack([patches[tokens == code].mean(0) for code in range(k)])
+    if codes and max(codes) >= k:
+        raise ValueError(f"--codes {max(codes)}: the last code of this tokenizer is {k - 1}")
     few = tokens[:6]
     maps = unpatchify(torch.rand(k, 3)[few], 1)
     rows = {
@@ -693,6 +706,8 @@ def main(argv=None):
         if args.command == "show":
             return draw(tokenizer, ds, args.out, args.codes)
         path = f"{args.out}/tokens.npy"
+        if os.path.exists(path):                               # of which tokenizer?
+            raise ValueError(f"{path} is there already: remove it, or choose another --out")
         tokens = tokenize(tokenizer.to(device), ds, path, 64, args.workers, device)
         print0(f"{path}: tokens {tokens.shape} (images, patches) of {tokenizer.vocab_size}")
 

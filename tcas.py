@@ -17,7 +17,7 @@ not stated                     codes without patches (here: dropped), the split 
 python tcas.py score --data textures --tokenizer a.pt b.pt   labels < good tokenizers < random tokens
 python tcas.py score --probes runs/*                         finished runs: Pearson r, a line per objective
 python tcas.py toy --n 10 --overlap 2 --classes 2            Sec. 2.2 by brute force and by algebra, seconds
-python tcas.py toy --graph ring --n 12 --width 1             a sparse graph: class-wise tokens always win
+python tcas.py toy --graph ring --n 12 --width 1             a sparse graph, where neighbors only are linked
 """
 import argparse
 import math
@@ -165,7 +165,7 @@ def toy_model(n, overlap, tokenizer="mae", classes=2, graph="complete", width=1,
     """
     points, z = populations(n, overlap, classes)
     numbers = measure_graph(mask_graph(z, graph, width), z, assign_tokens(tokenizer, points))
-    return numbers | {"bound": c1 * numbers["sum"] + (c2 or classes) * numbers["alpha"]}
+    return numbers | {"bound": c1 * numbers["sum"] + (classes if c2 is None else c2) * numbers["alpha"]}
 
 
 # --- the same by algebra, and Theorem 1 -------------------------------------------------------------------

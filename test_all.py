@@ -532,10 +532,19 @@ def test_assign_is_exact_far_from_the_origin():
     assert far == pytest.approx(near, rel=1e-3)
 
 
-def test_ties_go_to_the_smallest_code():
-    c = torch.eye(2).repeat(2, 1)
-    x = torch.tensor([[5., 0], [0, 5.], [1., 1.]])
-    assert assign(x, c)[0].tolist() == [0, 1, 0]
+def test_rows_of_zeros_are_no_seeds_by_cosine():
+    x = rows_of(300, 8)
+    x[::10] = 0
+    for seed in range(5):
+        found = KMeans(8, "cosine", seed=seed).fit(x)
+        assert_close(found.centroids.norm(dim=1), torch.ones(8))
+        assert found.n_iter > 1
+
+
+@pytest.mark.parametrize("wrong", [dict(metric="cos"), dict(init="kmeans++")])
+def test_kmeans_refuses_unknown_names(wrong):
+    with pytest.raises(ValueError, match=list(wrong.values())[0].replace("+", ".")):
+        KMeans(2, **wrong).fit(rows_of(9, 2))
 
 
 @pytest.mark.parametrize("n, d, k", [(60, 2, 3), (5000, 30, 20)])

@@ -500,7 +500,7 @@ def draw_rows(rows, path):
     images = F.pad(images, (1, 1, 1, 1), value=1.).clamp(0, 1)               # white lines between them
     side = images.shape[-1]
     plt.figure(figsize=(10, 10))
-    plt.imshow(rearrange(images, "row b c y x -> (row y) (b x) c"))
+    plt.imshow(rearrange(images, "row b c y x -> (row y) (b x) c").numpy())
     plt.yticks([side * (i + .5) for i in range(len(rows))], list(rows))
     plt.xticks([])
     save_figure(plt, path)
