@@ -6,13 +6,13 @@
     tokens         softmax(W g(tokens) + b): no pixels at all (MaPeT Table 4)
 
 python probe.py knn runs/mapet-textures           or finetune, or show: where [CLS] looks, what patches share
-python probe.py linear runs/mapet-textures        the best of many heads on stored features: seconds
+python probe.py linear runs/mapet-textures        the best of many heads on stored features: a minute
 python probe.py linear RUN --protocol mae         or beit: the papers' probes, the encoder runs every epoch
 python probe.py finetune FILE --epochs 0          the score of a fine-tuned network, by the head that it has
 python probe.py tokens RUN --head mlp             RUN: a run's folder or a tokenizer.pt
 python probe.py compare runs/mim-* runs/pim-*     curves, mean and deviation over seeds, differences
 
-RUN is a run's folder, which says the data, too, an encoder.pt, a timm/DINO/DeiT/MAE/MaPeT file or a public
+RUN is a run's folder or encoder.pt, which say the data, too, a timm/DINO/DeiT/MAE/MaPeT file or a public
 name; --data another data set (MaPeT Table 5). Beside each result is the floor, the same network untrained (by
 finetune: from scratch); probe.jsonl in the run's folder has them all. Nothing is chosen on the test images:
 the epoch that counts is the last one. (MAE's code prints the best on them, BEiT's the best epoch and layer.)
@@ -175,13 +175,15 @@ def choose_head(train_x, train_y, test_x, test_y, epochs=30, seed=0):
     """
     n, blocks = train_x.shape[:2]
     order = torch.randperm(n, generator=torch.Generator().manual_seed(train.derive_seed(seed, 1)))
-    held, rest = order.tensor_split([n // 10])
+    held, rest = order.tensor_split([max(1, n // 10)])
     rates, decays = (3e-3, 1e-2, 3e-2, .1), (1e-4, .1)
     choices = list(itertools.product(range(1, blocks + 1), POOLINGS, rates, decays))
     heads = train_heads(choices, train_x, train_y, rest, epochs, seed=seed)
-    ranked = sorted(zip(measure_heads(heads, train_x[held], train_y[held]), choices))
-    held_out = {f"block {block}, {pooling}": score for score, (block, pooling, _, _) in ranked}
-    _, best = ranked[-1]
+    ranked = sorted(zip(measure_heads(heads, train_x[held], train_y[held]), choices), reverse=True)
+    held_out = {}                                              # by the best rate and decay
+    for score, (block, pooling, _, _) in ranked:
+        held_out.setdefault(f"block {block}, {pooling}", score)
+    _, best = ranked[0]
     head = train_heads([best], train_x, train_y, order, epochs, seed=seed)
     accuracy, = measure_heads(head, test_x, test_y)
     chosen = "block {}, {}, lr {}, weight decay {}".format(*best)
@@ -222,13 +224,13 @@ class LinearProbe(nn.Module):
 
     def __init__(self, vit, classes, mae):
         super().__init__()
-        self.frozen, self.mae = (vit.eval(),), mae             # in a tuple: no part of this module
+        self.frozen, self.mae = [vit.eval()], mae              # in a list: no part of this module
         self.norm = nn.BatchNorm1d(vit.width, eps=1e-6, affine=False) if mae else None
         widths = [vit.width] if mae else [(1 + vit.prefix) * vit.width] * vit.depth
         self.heads = nn.ModuleList(Head(width, classes, .01) for width in widths)
 
     def forward(self, images):
-        x = pool_features(*self.frozen, images, final_norm=self.mae)
+        x = pool_features(self.frozen[0], images, final_norm=self.mae)
         if self.mae:
             x = self.norm(x[:, -1, 0])[:, None]
         logits = [head(x[:, i].flatten(1)) for i, head in enumerate(self.heads)]
@@ -319,28 +321,29 @@ class LARS(torch.optim.SGD):
             for p in group["params"]:
                 if p.ndim > 1:
                     p.grad.add_(p, alpha=group["decay"])
-                    p.grad.mul_(.001 * p.norm() / p.grad.norm())
+                    trust = .001 * p.norm() / p.grad.norm()
+                    p.grad.mul_(trust.nan_to_num(1, 1))        # a gradient of 0 stays 0
         super().step()
 
 
-# An explicit flag beats the recipe; what a recipe does not name is that of ADAMW, 0 unless said. base_lr: per
-# 256 images, lr = base_lr * batch / 256.
+# An explicit flag beats the recipe; what a recipe does not name is that of DEFAULTS, 0 unless said. base_lr:
+# per 256 images, lr = base_lr * batch / 256. cosine="start": it begins at step 0, under the warm-up (timm).
 ZERO = "min_lr clip_norm warmup_lr warmup_epochs drop_path smoothing mixup erase randaugment".split()
-ADAMW = dict.fromkeys(ZERO, 0.) | dict(
+DEFAULTS = dict.fromkeys(ZERO, 0.) | dict(
     lr=None, base_lr=None, cosine="warmup", layer_decay=1., head_std=.02, test_crop=.875,
     interpolation="bicubic")
 # Linear probes. mae: He et al. 2022, App. A.1, as in ClusterMIM. beit: MaPeT Sec. D; our copy lacks rate
 # and decay, which are of BEiT's code, as are bilinear crops and the decay of all parameters.
 PROTOCOLS = {
     "mae": dict(
-        ADAMW, base_lr=.1, weight_decay=0.,
+        DEFAULTS, base_lr=.1, weight_decay=0.,
         batch_size=16384, epochs=90., warmup_epochs=10.),
     "beit": dict(
-        ADAMW, lr=4e-3, weight_decay=1e-4,
+        DEFAULTS, lr=4e-3, weight_decay=1e-4,
         batch_size=1024, epochs=50., interpolation="bilinear")}
 # Fine-tuning of ViT-B. mapet: Table 8; mae: App. A.1. RandAugment 9 is timm's m9 of 10.
 STRONG = dict(
-    ADAMW, batch_size=1024, epochs=100., min_lr=1e-6,
+    DEFAULTS, batch_size=1024, epochs=100., min_lr=1e-6,
     weight_decay=.05, layer_decay=.65, drop_path=.1,
     smoothing=.1, mixup=.8, erase=.25, randaugment=9.)
 # Ours: the embedded data's class is an orientation and a period, so nothing may turn, flip or zoom it.
@@ -350,7 +353,7 @@ RECIPES = {
         warmup_epochs=20., warmup_lr=1e-6, cosine="start"),
     "mae": dict(STRONG, base_lr=5e-4, warmup_epochs=5., head_std=2e-5),
     "textures": dict(
-        ADAMW, lr=2e-3, min_lr=1e-6, weight_decay=.05,
+        DEFAULTS, lr=2e-3, min_lr=1e-6, weight_decay=.05,
         batch_size=64, epochs=10., warmup_epochs=1., smoothing=.1)}
 BY_WIDTH = {
     ("mapet", 192): dict(lr=2.5e-4, epochs=300., layer_decay=1.),
@@ -358,7 +361,7 @@ BY_WIDTH = {
     ("mae", 1024): dict(base_lr=1e-3, epochs=50., layer_decay=.75, drop_path=.2)}
 # Ours: MaPeT states no recipe for its Table 4. The second is for textures, on two CPU cores.
 TOKENS = dict(
-    ADAMW, lr=1e-3, weight_decay=.05, smoothing=.1,
+    DEFAULTS, lr=1e-3, weight_decay=.05, smoothing=.1,
     batch_size=1024, epochs=100., warmup_epochs=5., drop_path=.1)
 SMALL_TOKENS = dict(TOKENS, batch_size=128, epochs=20., warmup_epochs=1.)
 
@@ -381,19 +384,23 @@ def test_view(ds, args):
 
 
 def training_view(ds, args):
-    """Random crops, mirrored; by the recipe RandAugment and random erasing, which give normalized floats."""
+    """Random crops, mirrored; by the recipe RandAugment, and random erasing, which gives normalized floats.
+
+    torchvision's crops for all; MAE's linear probe has TensorFlow's, of one draw.
+    """
     size, interpolation = ds.image_size, InterpolationMode(args.interpolation)
     steps = [v2.RandomResizedCrop(size, (.08, 1), interpolation=interpolation), v2.RandomHorizontalFlip()]
     if ds.name.startswith("textures"):                         # shifted, a twelfth of a side
         steps = [v2.RandomCrop(size, padding=size // 12, padding_mode="reflect")]
     if args.randaugment:
-        # timm's two operations, each with probability 1/2; its 9 of 10 is 27 of torchvision's 31. Its small
-        # noise on the magnitude (mstd 0.5) is left out. PIL's rotations are the faster ones.
+        # timm's two operations, each with probability 1/2; its 9 of 10 is 27 of torchvision's 31. Not timm's:
+        # torchvision has other operations, all of which grow with the magnitude (timm: "inc1"), and no noise
+        # on it (mstd 0.5). PIL's rotations are the faster ones.
         fill = [round(255 * m) for m in ds.mean]
-        one = v2.RandAugment(1, round(3 * args.randaugment), 31, interpolation, fill)
+        one = v2.RandAugment(1, min(30, round(3 * args.randaugment)), 31, interpolation, fill)
         maybe = v2.RandomApply([one], .5)
         steps += [v2.ToPILImage(), maybe, maybe, v2.ToImage()]
-    if args.erase:                                             # by noise of unit variance, so after
+    if args.erase:                                             # by noise of unit variance: normalized
         steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(ds.mean, ds.std),
                   v2.RandomErasing(args.erase, value="random")]
     return ds.view(v2.Compose(steps), args.seed)
@@ -412,10 +419,13 @@ def make_optimizer(model, args):
 
 def fit(model, ds, args, suffix):
     """Train by the recipe. A checkpoint in OUT is gone on from, if it is of the same settings."""
-    name = f"{args.out}/{args.what}-{args.variant}{suffix}"
-    args.batch_size = min(args.batch_size, len(ds))
+    name = f"{args.out}/{args.what}-{args.variant}-{Path(args.data).name}{suffix}"
+    if args.batch_size > len(ds):                              # in whole micro-batches, where there are many
+        unit = rank_and_world()[1] * (256 if len(ds) > 4096 else 1)
+        args.batch_size = len(ds) // unit * unit
     args.lr = args.lr or args.base_lr * args.batch_size / 256
-    settings = {key: getattr(args, key) for key in [*STRONG, "data", "seed", "weights"]}
+    settings = {key: getattr(args, key) for key in [*STRONG, "seed", "weights"]}
+    settings.update(images=len(ds), image_size=ds.image_size, labels=str(ds.classes))
     if args.fresh:
         Path(f"{name}.pt").unlink(missing_ok=True)
     train.check_settings(f"{name}.json", settings, args.fresh)
@@ -432,19 +442,20 @@ def fit(model, ds, args, suffix):
     optimizer = make_optimizer(model.train(), args)
     step, steps = train.train(model, optimizer, ds, args, compute_loss, args.device, f"{name}.pt")
     if step < steps:
-        print0(f"{name}: step {step} of {steps}, no result yet; the same command without --steps goes on")
-        raise SystemExit
+        raise SystemExit                                       # without a result
 
 
 def learn(model, train_ds, test_ds, args, suffix=""):
-    """Top-1 accuracies (0..1) on the test images, of each head of the network; every image counts once."""
+    """Top-1 and top-5 accuracies (0..1) on the test images, two lists of one for each head of the network."""
     model.to(args.device)
     if args.epochs:
         fit(model, train_ds, args, suffix)
     else:
         load_head(model, args.run)
     logits, labels = run_network(model.eval(), test_ds, args.device, args.workers)
-    return (logits.argmax(-1) == labels[:, None]).double().mean(0).tolist()
+    right = logits.topk(min(5, logits.shape[-1])).indices == labels[:, None, None]       # (n, heads, 5)
+    top1, top5 = right[..., 0], right.any(-1)
+    return top1.double().mean(0).tolist(), top5.double().mean(0).tolist()
 
 
 # --- commands ---------------------------------------------------------------------------------------------
@@ -469,8 +480,8 @@ def measure(args, vit, splits, suffix):
         complete(args, RECIPES[args.recipe] | BY_WIDTH.get((args.recipe, vit.width), {}))
         model = Classifier(vit, classes, args.drop_path, args.head_std)
     # BEiT prints the best block on the test images; the last block's is the number that nobody chose.
-    heads = learn(model, training_view(train_ds, args), test_view(test_ds, args), args, suffix)
-    return {args.what: heads[-1], "heads": heads}
+    top1, top5 = learn(model, training_view(train_ds, args), test_view(test_ds, args), args, suffix)
+    return {args.what: top1[-1], "top5": top5[-1], "heads": top1}
 
 
 def load_head(model, path):
@@ -486,16 +497,17 @@ def load_head(model, path):
 
 
 def run_tokens(args):
-    """What is learned from the tokens alone, of a folder's or a tokenizer.pt; floor: one class for all."""
+    """What is learned from tokens alone, of a folder's tokenizer.pt or of one; floor: one class for all."""
     path = f"{args.run}/tokenizer.pt" if os.path.isdir(args.run) else args.run
     tokenizer = load_tokenizer(path).to(args.device)
     args.weights = zlib.crc32(tokenizer.weight.cpu().numpy())
     side = tokenizer.image_size // tokenizer.patch_size
     splits = []
     for ds in open_data(args, tokenizer.input_size):
-        name = f"tokens-{Path(args.data).name}-{Path(ds.name).name}-{args.weights:08x}.npy"
-        tokens = tokenize(tokenizer, ds, f"{args.out}/{name}", 64, args.workers, args.device)
-        ds = ds.view(None, image_size=side)
+        made_of = zlib.crc32(repr([ds.name, len(ds), ds.classes]).encode(errors="replace"), args.weights)
+        path = f"{args.out}/tokens-{made_of:08x}.npy"
+        tokens = tokenize(tokenizer, ds, path, 64, args.workers, args.device)
+        ds = ds.view(v2.Identity(), image_size=side)           # whose pictures are maps of tokens
         ds.load = torch.from_numpy(tokens.astype("int32")).view(-1, side, side).__getitem__
         splits.append(ds)
     train_ds, test_ds = splits
@@ -506,9 +518,9 @@ def run_tokens(args):
         model = TokenMLP(*sizes)
     else:
         model = token_vit(args.head, *sizes, side, args.drop_path)
-    accuracy, = learn(model, train_ds, test_ds, args)
-    counts = torch.as_tensor(train_ds.labels).bincount()
-    return dict(tokens=accuracy, floor=counts.max().item() / len(train_ds))
+    (top1,), (top5,) = learn(model, train_ds, test_ds, args)
+    counts = torch.as_tensor(test_ds.labels).bincount()
+    return dict(tokens=top1, top5=top5, floor=counts.max().item() / len(test_ds))
 
 
 def cls_attention(vit, images):
@@ -541,8 +553,8 @@ def show(args, vit, ds):
 def compare(args):
     """Curves of several runs in one picture; their accuracies, mean and deviation over seeds.
 
-    Runs of one objective, data and settings but the seed are a group, named after its first run; all others
-    are compared with the first group, seed by seed.
+    Accuracies of train.py's closing table. Runs of one objective, data and settings but the seed are a group,
+    named after its first run; all others are compared with the first group, seed by seed.
     """
     names, groups, curves = {}, {}, {}
     for folder in args.run:
@@ -554,8 +566,10 @@ def compare(args):
         name = names.setdefault(same, folder)
         groups.setdefault(name, {})[end["seed"]] = 100 * torch.tensor([end["knn"], end["linear"]])
         curves.setdefault(name, []).append(train.read_metrics(f"{folder}/metrics.jsonl"))
+    if not groups:
+        raise ValueError("compare: none of these runs has accuracies")
     print("k-NN and linear probe, top-1 %: mean ± deviation over seeds; differences ± standard error")
-    first = next(iter(groups.values()), {})
+    first = next(iter(groups.values()))
     for name, by_seed in groups.items():
         print_row(name, list(by_seed.values()))
         differences = [by_seed[seed] - first[seed] for seed in by_seed if seed in first]
@@ -578,13 +592,14 @@ def print_row(name, values, divisor=1):
 # --- what the arguments name ------------------------------------------------------------------------------
 
 def open_run(args):
-    """Sets args.settings: the flags of the run, if RUN is a run's folder; and what follows from them."""
-    file = Path(args.run, "settings.json")
+    """Sets args.settings: the flags of the run whose folder or file RUN is; and what follows from them."""
+    folder = args.run if os.path.isdir(args.run) else os.path.dirname(args.run)
+    file = Path(folder, "settings.json")
     args.settings = settings = json.loads(file.read_text()) if file.exists() else {}
-    args.out = args.out or (args.run if settings else f"runs/{Path(args.run).stem}")
+    args.out = args.out or (folder if settings else f"runs/{Path(args.run).stem}")
     os.makedirs(args.out, exist_ok=True)
     if args.data is None:
-        args.data, args.classes = settings.get("data", "textures"), settings.get("classes")
+        args.data, args.classes = settings.get("data", "textures"), args.classes or settings.get("classes")
     args.recipe = args.recipe or ("textures" if args.data == "textures" else "mapet")
     args.variant = dict(linear=args.protocol, finetune=args.recipe, tokens=args.head).get(args.what)
 
@@ -663,9 +678,13 @@ def parse(argv):
     parser.set_defaults(k=20, seed=0, protocol="fast", head="mlp", log_every=50, save_every=500,
                         compile=False)
     args = parser.parse_args(argv)
-    may_be_zero = """seed workers epochs weight_decay warmup_epochs layer_decay drop_path smoothing mixup
-                     erase randaugment"""
-    train.check_numbers(parser, args, may_be_zero.split())
+    may_be_zero = """seed workers weight_decay warmup_epochs layer_decay drop_path smoothing mixup erase
+                     randaugment""".split()
+    if args.what == "finetune":
+        may_be_zero.append("epochs")
+    train.check_numbers(parser, args, may_be_zero)
+    if args.what != "compare" and len(args.run) > 1:
+        parser.error(f"{args.what} takes one RUN, not {len(args.run)}")
     return args
 
 
@@ -682,12 +701,12 @@ def run(args):
         if args.what == "show":
             return show(args, vit, splits[1])
         result = measure(args, vit, splits, "")
+        print0(f"{args.what} {100 * result[args.what]:.1f} % ({args.run}, {args.data})")
         if not args.no_floor and args.epochs != 0:
             result["floor"] = measure(args, untrain(vit, args), splits, "-random")[args.what]
     line = dict(
         what=args.what, protocol=args.variant, source=args.run, data=args.data, seed=args.seed, **result)
     train.append_metrics(f"{args.out}/probe.jsonl", **line)
-    print0(f"{args.what} {100 * result[args.what]:.1f} % ({args.run}, {args.data})")
     print0(json.dumps(result, indent=4))
     return line
 

@@ -3001,8 +3001,8 @@ def test_linear_protocols(trained, tmp_path, monkeypatch):
     assert sum(seen) == 260 + 2 * 200 + 60
     assert beit["heads"][-1] == beit["linear"] and len(beit["heads"]) == 4
     mae = probed("linear", trained, *same[1:], "--protocol", "mae")
-    assert 0 < mae["floor"] < 1 and (tmp_path / "linear-mae-random.pt").exists()
-    saved = torch.load(tmp_path / "linear-mae.pt", weights_only=True)["model"]
+    assert 0 < mae["floor"] < 1 and (tmp_path / "linear-mae-textures-random.pt").exists()
+    saved = torch.load(tmp_path / "linear-mae-textures.pt", weights_only=True)["model"]
     wanted = "heads.0.bias heads.0.weight norm.num_batches_tracked norm.running_mean norm.running_var"
     assert sorted(saved) == wanted.split()
     lines = train.read_metrics(tmp_path / "probe.jsonl")
@@ -3017,18 +3017,30 @@ def test_finetune_resumes_exactly_and_keeps_its_head(trained, tmp_path, capsys):
     assert not stop.value.code and "step 2 of 10" in capsys.readouterr().out
     parts = probed("finetune", trained, *how, "--epochs", 2, "--out", tmp_path / "parts")
     assert parts["finetune"] == whole["finetune"]
-    files = [tmp_path / name / "finetune-textures.pt" for name in ("whole", "parts")]
+    files = [tmp_path / name / "finetune-textures-textures.pt" for name in ("whole", "parts")]
     a, b = (torch.load(file, weights_only=True)["model"] for file in files)
     assert all(torch.equal(a[key], b[key]) for key in a)                   # bit for bit
     again = ["finetune", trained, *how, "--out", tmp_path / "parts"]
-    probe_refuses(capsys, [*again, "--epochs", 3], "finetune-textures.json", "--epochs", "--fresh")
+    probe_refuses(capsys, [*again, "--epochs", 3], "finetune-textures-textures.json", "--epochs", "--fresh")
     state = torch.load(f"{trained}/encoder.pt", weights_only=True)
     shutil.copytree(trained, tmp_path / "other")
     torch.save({key: value + .1 for key, value in state.items()}, tmp_path / "other" / "encoder.pt")
     again[1] = tmp_path / "other"
-    probe_refuses(capsys, [*again, "--epochs", 2], "finetune-textures.json", "--weights", "--fresh")
+    probe_refuses(capsys, [*again, "--epochs", 2], "finetune-textures-textures.json", "--weights", "--fresh")
     kept = probed("finetune", files[0], "--epochs", 0, "--out", tmp_path)
     assert kept["finetune"] == whole["finetune"]
+
+
+def test_a_head_of_other_classes_is_not_taken_for_this_data(trained, probe_pictures, tmp_path, capsys):
+    """Two folders of one name and size: checkpoint and tokens of the first are not those of the second."""
+    other = shutil.copytree(probe_pictures, tmp_path / "b" / Path(probe_pictures).name)
+    for split in ("train", "val"):
+        os.rename(other / split / "ant", other / split / "cow")
+    how = ["--epochs", 1, "--no-floor", "--out", tmp_path, "--data"]
+    for command in ("linear", trained, "--protocol", "beit"), ("tokens", trained):
+        probed(*command, *how, probe_pictures)
+        probe_refuses(capsys, [*command, *how, other], ".json", "--labels", "--fresh")
+    assert len(list(tmp_path.glob("tokens-*.npy"))) == 4
 
 
 def test_released_networks_are_scored_by_their_own_head(trained, tmp_path, capsys):
@@ -3070,10 +3082,9 @@ def test_tokens_alone(trained, tmp_path):
     how = ["--epochs", 2, "--batch-size", 50, "--out"]
     found = probed("tokens", trained, *how, tmp_path)
     assert found["protocol"] == "mlp" and .1 <= found["floor"] < .2
-    file, = tmp_path.glob("tokens-textures-train-*.npy")
-    tokens = kmeans.load_tokens(file)
-    assert tokens.shape == (200, 36)
-    assert np.array_equal(tokens, kmeans.load_tokens(f"{trained}/tokens.npy"))
+    made = {len(tokens): tokens for tokens in map(kmeans.load_tokens, tmp_path.glob("tokens-*.npy"))}
+    assert sorted(made) == [60, 200] and found["top5"] > found["tokens"]
+    assert np.array_equal(made[200], kmeans.load_tokens(f"{trained}/tokens.npy"))
     again = probed("tokens", f"{trained}/tokenizer.pt", *how, tmp_path / "again")
     assert again["tokens"] == found["tokens"]
     assert probed("tokens", trained, "--head", "vit_micro", *how, tmp_path)["protocol"] == "vit_micro"
