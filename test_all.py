@@ -2091,7 +2091,8 @@ def test_gradients_are_clipped(folder, tmp_path):
 def settings(flags, n=1_281_167):
     args = train.parse(flags.split())
     args.preset = args.preset or ("laptop" if args.data == "textures" else "paper")
-    train.complete(args, train.recipe(args.objective, args.preset, args.model), n, torch.device("cpu"))
+    ds = train.Images("none", None, np.zeros(n), None, 224)
+    train.complete(args, train.recipe(args.objective, args.preset, args.model), ds, torch.device("cpu"))
     return args
 
 
@@ -2386,8 +2387,7 @@ def test_laptop_squares_are_decoded_once_for_all_runs(folder, tmp_path, capsys, 
     data = make_folder(tmp_path / "d", 4)
     squares = [train.open_dataset(data, "train", 24)[i][0].numpy() for i in range(8)]
     run(data, "a", "--steps", 1)
-    kept, = tmp_path.glob("data/squares/*train*.npy")
-    assert np.array_equal(np.load(kept), squares)
+    assert any(np.array_equal(np.load(kept), squares) for kept in tmp_path.glob("data/squares/*.npy"))
     for path in Path(data).rglob("*.png"):                     # from now on there is nothing to decode
         time_ns = os.stat(path).st_mtime_ns
         path.write_bytes(b"gone")
@@ -2440,7 +2440,7 @@ def test_what_is_left_out_is_counted(tmp_path, capsys):
     train.open_dataset(touch(tmp_path, *files.split()))
     taken, left_out = capsys.readouterr().out.splitlines()[0].split("left out")
     assert "2 pictures" in taken and "2 class folders" in taken
-    assert "'.heic': 2" in left_out and ".bmp" in left_out and "1 files beside" in left_out
+    assert "'.heic': 2" in left_out and ".bmp" in left_out and "beside the class folders {'.gif': 1}" in left_out
 
 
 @pytest.mark.parametrize("text, classes", [
@@ -2619,11 +2619,11 @@ def test_errors_of_the_machine_are_not_the_pictures(number, crop, tmp_path, caps
     monkeypatch.chdir(tmp_path)
     data = make_folder(tmp_path / "d", 10)
 
-    def fail(path, *how):
-        if str(path).endswith("005.png"):
+    def fail(path):
+        if path.name == "005.png":
             raise OSError(number, os.strerror(number), path)
-        return open(path, *how)
-    monkeypatch.setattr(train, "open", fail, raising=False)
+        return open(path, "rb").read()
+    monkeypatch.setattr(Path, "read_bytes", fail)
     refused(data, "run", capsys, ["--crop", crop], os.strerror(number), "005.png")
 
 

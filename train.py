@@ -21,11 +21,9 @@ import io
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import sys
-import threading
 import time
 import warnings
 import zlib
@@ -209,7 +207,10 @@ def train(model, optimizer, ds, args, compute_loss, device, checkpoint, metrics=
     step = load_checkpoint(checkpoint, model, optimizer, metrics)
     if args.compile:
         model.compile()                                        # in place, so that parameter names stay
-    net = wrap_model(model, device)
+    net = model
+    if world > 1:
+        warnings.filterwarnings("ignore", ".*broadcast_buffers.*")          # torch 2.14 renames it
+        net = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     batches = load_steps(ds, args, step, stop, device)
     sums, waited, logged, since = 0., 0., step, time.time()
     asked = False
@@ -265,25 +266,17 @@ def train(model, optimizer, ds, args, compute_loss, device, checkpoint, metrics=
     return step, steps
 
 
-def wrap_model(model, device):
-    """DistributedDataParallel, where there are several processes."""
-    if rank_and_world()[1] == 1:
-        return model
-    warnings.filterwarnings("ignore", ".*broadcast_buffers.*")              # torch 2.14 renames it
-    devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
-
-
 def load_checkpoint(path, model, optimizer, metrics=None):
     """The step to go on from, 0 without a checkpoint. Lines of `metrics` written after it are dropped."""
     if not os.path.exists(path):
         return 0
     state = read_checkpoint(path)
-    if not isinstance(state, dict) or not {"model", "optimizer", "step"} <= state.keys():
-        raise ValueError(f"{path}: not a checkpoint of this script; --fresh starts over")
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    step = state["step"]
+    try:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+    except (KeyError, RuntimeError, TypeError, ValueError):
+        raise ValueError(f"{path}: not a checkpoint of this run; --fresh starts over") from None
     print0(f"going on from {path} at step {step}")
     barrier()                                                  # nobody writes before everybody has read
     if metrics and is_main_process():
@@ -315,7 +308,7 @@ def ignore_signals(_):
 @contextlib.contextmanager
 def catch_signals(device, every=8):
     """Yields stopping(step): did any process get SIGTERM or SIGINT? The same answer on all of them."""
-    received, before = [], {}
+    received = []
 
     def note(number, frame):
         received.append(number)
@@ -329,8 +322,10 @@ def catch_signals(device, every=8):
         all_reduce(flag)
         return flag.item() > 0
 
-    if threading.current_thread() is threading.main_thread():  # others cannot have handlers
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {}
+    with contextlib.suppress(ValueError):                      # only the main thread can have handlers
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, note)
     try:
         yield stopping
     finally:
@@ -378,15 +373,14 @@ class Images(Dataset):
 
     def __init__(self, name, load, labels, classes, image_size, from_files=True, paths=(), mean_std=IMAGENET):
         self.name, self.load, self.paths = name, load, paths
-        self.all_labels, self.classes = np.asarray(labels, dtype=np.int64), classes
-        self.labels = self.all_labels if classes else None
+        self.labels, self.classes = np.asarray(labels, dtype=np.int64), classes
         self.image_size, self.from_files = image_size, from_files
         self.mean, self.std = mean_std
-        self.transform = center_square(image_size) if from_files else None
+        self.transform = center_square(image_size) if from_files else v2.Identity()
         self.seed, self.damaged = 0, set()
 
     def __len__(self):
-        return len(self.all_labels)
+        return len(self.labels)
 
     def view(self, transform, seed=0, image_size=None):
         """The same pictures under another transform."""
@@ -397,31 +391,28 @@ class Images(Dataset):
     def __getitem__(self, key):
         epoch, i = key if isinstance(key, tuple) else (0, key)
         picture, read = self.read(i)
-        if self.transform is not None:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(derive_seed(self.seed, epoch, i))
-                picture = self.transform(picture)
-        return picture, int(self.all_labels[read]), i, read
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(self.seed, epoch, i))
+            picture = self.transform(picture)
+        return picture, int(self.labels[read]), i, read
 
     def read(self, i):
         """Picture i, or the first after it that is not damaged; its index."""
-        for read in range(i, i + 100):
-            read %= len(self)
+        for _ in range(100):
             try:
-                return self.load(read), read
+                return self.load(i), i
             except Damaged as error:
-                print(f"cannot read {self.describe(read)} ({error}): its neighbor stands in", file=sys.stderr)
-        raise OSError(f"{self.describe(i)} and the 99 after it cannot be read: are these pictures?")
-
-    def describe(self, i):
-        return self.paths[i] if self.paths else f"picture {i} of {self.name}"
+                why = f"cannot read {error}"
+                print(f"{why}: its neighbor stands in", file=sys.stderr)
+            i = (i + 1) % len(self)
+        raise OSError(f"{why}; 100 in a row cannot be read: are these pictures?")
 
     def note_damaged(self, wanted, read):
         """More pictures for which a neighbor stood in, indices (b,); beyond 1 % of all it is an error."""
         self.damaged |= set(wanted[wanted != read].tolist())
         if len(self.damaged) > .01 * len(self):
-            raise OSError(f"{len(self.damaged)} of {len(self)} pictures cannot be read, more than 1 %: "
-                          f"replace or remove them; the first is {self.describe(min(self.damaged))}")
+            raise OSError(f"{self.name}: {len(self.damaged)} of {len(self)} pictures cannot be read, more "
+                          f"than 1 %: replace or remove them; the first is {self.paths[min(self.damaged)]}")
 
 
 def render_textures(seed, indices, size=48):
@@ -529,16 +520,18 @@ def decode_picture(data):
     except Exception as error:                                 # decoders raise half a dozen kinds
         with contextlib.suppress(RuntimeError):                # PIL refuses what only its metadata ails
             image = decode_image(raw, "RGB")
-            if image.ndim == 3:
+            if image.ndim == 3:                                # no animation
                 return image
         unknown = isinstance(error, UnidentifiedImageError)
         raise Damaged(f"it begins with {data[:16]!r}" if unknown else str(error).split("\n")[0]) from None
 
 
 def read_picture(paths, i):
-    with open(paths[i], "rb") as file:                         # the machine's errors are not the picture's
-        data = file.read()
-    return decode_picture(data)
+    data = Path(paths[i]).read_bytes()                         # the machine's errors are not the picture's
+    try:
+        return decode_picture(data)
+    except Damaged as error:
+        raise Damaged(f"{paths[i]} ({error})") from None
 
 
 def read_named(source, i):
@@ -569,30 +562,29 @@ def keep_squares(ds):
     """Pictures as center squares, decoded by all cores into data/squares once, for all runs: a memory map."""
     if ds is None or not ds.from_files:
         return ds
-    source = "\n".join(f"{path} {os.stat(path).st_mtime_ns}" for path in ds.paths)
-    name = f"{ds.name[-60:]}-{ds.image_size}-{zlib.crc32(os.fsencode(source)):08x}"
-    path = f"data/squares/{re.sub('[^a-zA-Z0-9_]+', '-', name)}.npy"
+    source = "\n".join(f"{path} {os.stat(path).st_mtime_ns} {ds.image_size}" for path in ds.paths)
+    path = f"data/squares/{zlib.crc32(os.fsencode(source)):08x}.npy"
     if LOCAL_RANK == 0 and not os.path.exists(path):
         os.makedirs("data/squares", exist_ok=True)
-        print0(f"decoding {len(ds)} pictures once, into {path}")
+        print0(f"decoding the {len(ds)} pictures of {ds.name} once, into {path}")
         batches = load_batches(ds, range(len(ds)), 64, os.cpu_count(), desc="squares")
         squares = (images.numpy() for images, _, _ in batches)
         write_npy(path, (len(ds), 3, ds.image_size, ds.image_size), squares)
     barrier()
     load = functools.partial(read_square, np.load(path, mmap_mode="r"))
-    return Images(ds.name, load, ds.all_labels, ds.classes, ds.image_size, from_files=False, paths=ds.paths)
+    return Images(ds.name, load, ds.labels, ds.classes, ds.image_size, from_files=False, paths=ds.paths)
 
 
-# Data sets of torchvision: name -> (class, its argument for the split, that of training, of test).
+# Data sets of torchvision: class, its argument for the split, that of training, of test, name of the labels.
 NAMED = {
-    "cifar10": (tv.CIFAR10, "train", True, False),
-    "cifar100": (tv.CIFAR100, "train", True, False),
-    "stl10": (tv.STL10, "split", "train", "test"),
-    "food101": (tv.Food101, "split", "train", "test"),
-    "flowers102": (tv.Flowers102, "split", "train", "test"),
-    "oxford_pets": (tv.OxfordIIITPet, "split", "trainval", "test"),
-    "stanford_cars": (tv.StanfordCars, "split", "train", "test"),
-    "fgvc_aircraft": (tv.FGVCAircraft, "split", "trainval", "test"),
+    "cifar10": (tv.CIFAR10, "train", True, False, "targets"),
+    "cifar100": (tv.CIFAR100, "train", True, False, "targets"),
+    "stl10": (tv.STL10, "split", "train", "test", "labels"),
+    "food101": (tv.Food101, "split", "train", "test", "_labels"),
+    "flowers102": (tv.Flowers102, "split", "train", "test", "_labels"),
+    "oxford_pets": (tv.OxfordIIITPet, "split", "trainval", "test", "_labels"),
+    "stanford_cars": (tv.StanfordCars, "split", "train", "test", "_samples"),
+    "fgvc_aircraft": (tv.FGVCAircraft, "split", "trainval", "test", "_labels"),
 }
 
 
@@ -617,8 +609,8 @@ def open_dataset(spec, split="train", image_size=None, classes=None):
 
 
 def open_named(name, split, image_size):
-    kind, argument, *values = NAMED[name]
-    arguments = {argument: values[split == "test"]}
+    kind, argument, train, test, labels = NAMED[name]
+    arguments = {argument: test if split == "test" else train}
     if LOCAL_RANK > 0:                                         # the first process of a machine fetches it
         barrier()
     try:
@@ -631,9 +623,10 @@ def open_named(name, split, image_size):
         raise ValueError(f"--data {name}: not in data/ and cannot be fetched ({why})") from None
     if LOCAL_RANK == 0:
         barrier()
-    keys = [key for key in ("targets", "labels", "_labels") if hasattr(source, key)]
-    labels = getattr(source, keys[0]) if keys else [label for _, label in source._samples]
-    classes = getattr(source, "classes", None) or list(range(1 + max(labels)))
+    labels = np.array(getattr(source, labels))
+    if labels.ndim == 2:                                       # pairs (path, label)
+        labels = labels[:, 1].astype(int)
+    classes = list(range(1 + labels.max()))
     return Images(f"{name}/{split}", functools.partial(read_named, source), labels, classes, image_size)
 
 
@@ -649,18 +642,9 @@ def read_classes(path, found):
     return sorted(classes)
 
 
-def is_picture(path, root):
-    """A file of ours to read; what is hidden (.ipynb_checkpoints/, ._1.jpg) is not."""
-    hidden = any(part.startswith(".") for part in Path(path).relative_to(root).parts)
-    return ending(path) in PICTURES and not hidden
-
-
-def ending(path):
-    return os.path.splitext(path)[1].lower()
-
-
 def open_folder(folder, split, image_size, classes_file=None):
-    """Which of its folders, classes and files are taken is printed."""
+    """What is taken and what is left out, such as all that is hidden (.cache/, ._1.jpg), is printed."""
+    folder = os.path.normpath(folder)
     inside = {entry.name.lower(): entry.path for entry in os.scandir(folder) if entry.is_dir()}
     train_root = inside.get("train") or inside.get("training")
     names = [name for name in ("val", "valid", "validation", "test", "testing") if name in inside]
@@ -669,28 +653,36 @@ def open_folder(folder, split, image_size, classes_file=None):
     if split == "test" and not names:
         return None
     root = inside[names[0]] if split == "test" else train_root or folder
-    classes = []
+    classes, loose = [], []
     if train_root:
-        folders = [entry.name for entry in os.scandir(root) if entry.is_dir()]
-        classes = sorted(name for name in folders if not name.startswith("."))
+        entries = [entry for entry in os.scandir(root) if not entry.name.startswith(".")]
+        classes = sorted(entry.name for entry in entries if entry.is_dir())
+        loose = [entry.name for entry in entries if entry.is_file()]
     if classes_file:
         classes = read_classes(classes_file, classes)
+    loose = Counter(map(ending, loose if classes else []))     # beside the class folders
+    left_out, hidden = Counter(), f"{os.sep}."
+
+    def is_picture(path):
+        taken = ending(path) in PICTURES and hidden not in path[len(root):]
+        if not taken:
+            left_out[ending(path)] += 1
+        return taken
+
     numbers = {name: i for i, name in enumerate(classes)} or {"": -1}
-    files = make_dataset(root, numbers, is_valid_file=os.path.isfile, allow_empty=True)
-    samples = [(path, label) for path, label in files if is_picture(path, root)]
-    filled = {label for _, label in samples}
-    for name, label in numbers.items():
-        if label not in filled:
-            raise ValueError(f"--data {os.path.join(root, name)}: no pictures in it "
-                             f"({' '.join(sorted(PICTURES))})")
+    try:
+        samples = make_dataset(root, numbers, is_valid_file=is_picture)
+    except FileNotFoundError as error:                         # it names the classes without pictures
+        raise ValueError(f"--data {root}: {error} ({' '.join(sorted(PICTURES))})") from None
     paths, labels = zip(*samples)
-    taken = Counter(map(ending, paths))
-    left_out = Counter(ending(path) for path, _ in files) - taken
-    beside = sum(entry.is_file() for entry in os.scandir(root)) if classes else 0
-    print0(f"{root}: {len(paths)} pictures {dict(taken)}, {len(classes) or 'no'} class folders; "
-           f"left out: {dict(left_out)} and {beside} files beside the class folders")
+    print0(f"{root}: {len(paths)} pictures {dict(Counter(map(ending, paths)))}, {len(classes) or 'no'} class "
+           f"folders; left out: {dict(left_out)}, and beside the class folders {dict(loose)}")
     load = functools.partial(read_picture, paths)
     return Images(f"{folder}/{split}", load, labels, classes or None, image_size, paths=paths)
+
+
+def ending(path):
+    return os.path.splitext(path)[1].lower()
 
 
 def open_splits(spec, image_size=None, classes=None, squares=False):
@@ -744,9 +736,9 @@ def append_metrics(path, **line):
             file.write(json.dumps(line) + "\n")
 
 
-def fixed_settings(args):
+def fixed_settings(args, *without):
     """The flags of a run that its continuation must have, too."""
-    return {key: value for key, value in vars(args).items() if key not in FREE}
+    return {key: value for key, value in vars(args).items() if key not in (*FREE, *without)}
 
 
 def check_settings(path, settings, fresh=False):
@@ -757,14 +749,13 @@ def check_settings(path, settings, fresh=False):
             there = json.loads(Path(path).read_text())
         except ValueError:
             raise ValueError(f"{path}: no settings of a run; --fresh starts over") from None
-    differ = sorted(key for key in settings if there.get(key) != settings[key])
-    words = ", ".join(f"--{key.replace('_', '-')} {there.get(key)} there, {settings[key]} here"
-                      for key in differ)
-    if set(differ) - PATHS:
-        raise ValueError(f"{path} is of a run with other settings ({words}): take these, another --out, or "
-                         "--fresh")
+    differ = {key for key in settings if there.get(key) != settings[key]}
+    words = [f"--{key.replace('_', '-')} {there.get(key)} there, {settings[key]} here" for key in differ]
+    if differ - PATHS:
+        raise ValueError(f"{path} is of a run with other settings ({', '.join(words)}): take these, another "
+                         "--out, or --fresh")
     if differ:
-        print0(f"note: this run began with another path: {words}")
+        print0(f"note: this run began with another path: {', '.join(words)}")
     barrier()                                                  # everybody has looked before anybody writes
     if is_main_process():
         with write_atomically(path) as temporary:
@@ -786,15 +777,16 @@ def lock_folder(folder):
 
 
 def plot_metrics(plt, runs, path):
-    """Curves of what was logged. runs: {label: [lines of a metrics.jsonl, ...]}, a color for each label."""
+    """Curves of all that was logged. runs: {label: [lines of a metrics.jsonl, ...]}, a color each."""
     lines = [line for several in runs.values() for run in several for line in run if "loss" in line]
-    names = set().union(*lines) - {"step", "epoch", "lr", "images_per_second"}
+    names = sorted(set().union(*lines) - {"step", "epoch", "lr", "images_per_second"})
     _, axes = plt.subplots(len(names), squeeze=False, figsize=(8, 3 * len(names)), layout="constrained")
-    for axis, name in zip(axes.flat, sorted(names, key="loss".__ne__)):
+    for axis, name in zip(axes.flat, names):
         for i, (label, several) in enumerate(runs.items()):
             for run in several:
                 points = [(line["epoch"], line[name]) for line in run if name in line]
-                axis.plot(*zip(*points), color=f"C{i}", label=label if run is several[0] else None)
+                axis.plot(*zip(*points), f"C{i}", label=label)
+                label = None                                   # once in the legend
         axis.set(xlabel="epoch", ylabel=name)
         axis.legend()
     save_figure(plt, path)
@@ -804,14 +796,11 @@ def plot_metrics(plt, runs, path):
 
 def open_tokens(args, ds):
     """(tokens (images, n), codebook size) of --tokens."""
-    tokens = load_tokens(args.tokens)
-    wanted = len(ds), (args.image_size // args.patch_size) ** 2
-    if tokens.shape != wanted:
-        raise ValueError(f"{args.tokens}: tokens {tokens.shape} (images, patches); {ds.name} has {wanted}")
-    largest = int(tokens.max())
-    if args.vocab_size and largest >= args.vocab_size:
-        raise ValueError(f"{args.tokens}: its token {largest} is beyond --vocab-size {args.vocab_size}")
-    return tokens, args.vocab_size or largest + 1
+    tokens = load_tokens(args.tokens, len(ds), (args.image_size // args.patch_size) ** 2)
+    size = 1 + int(tokens.max())
+    if args.vocab_size and args.vocab_size < size:
+        raise ValueError(f"{args.tokens}: its token {size - 1} is beyond --vocab-size {args.vocab_size}")
+    return tokens, args.vocab_size or size
 
 
 def view_at(ds, size):
@@ -874,7 +863,7 @@ def make_targets(args, ds, device):
         make = teacher.compute_features
         size = make(ds[0][0][None].to(device)).shape[-1]
         if args.objective == "peco":                           # is given nothing: its loss compares layers
-            make, layers = None, compare_by(teacher, ds)
+            make, layers = None, teacher.layers                # of images as the model gets them
     elif args.tokens:
         tokens, size = open_tokens(args, ds)
     elif wants_tokens(args):
@@ -884,7 +873,7 @@ def make_targets(args, ds, device):
             pictures = view_at(ds, make.input_size)
             tokens = tokenize(make, pictures, f"{args.out}/tokens.npy", workers=args.workers, device=device)
     if tokens is not None and is_main_process():
-        print("\n".join(describe_codebook(tokens, ds.labels, size, args.seed)[0]))
+        print(describe_codebook(tokens, ds.labels, size))
 
     def give(images, read=None):
         if tokens is not None and read is not None:
@@ -892,14 +881,6 @@ def make_targets(args, ds, device):
             return stored.to(device, non_blocking=True)
         return make(images) if make else None
     return give, size, layers
-
-
-def compare_by(teacher, ds):
-    """The teacher's layers, as a function of images that were normalized for the model."""
-    def layers(images):
-        channels = [x * std + mean for x, mean, std in zip(images.float().unbind(1), ds.mean, ds.std)]
-        return teacher.extract.layers(normalize(255 * torch.stack(channels, 1), teacher.mean, teacher.std))
-    return layers
 
 
 def build(args, size, layers=None):
@@ -969,15 +950,14 @@ def draw_results(args, model, ds, held_out, targets, size, device):
     if plt is None:
         return
     plot_metrics(plt, {args.objective: [read_metrics(f"{args.out}/metrics.jsonl")]}, f"{args.out}/curves.png")
-    looks = torch.zeros(size or 0, 3 * args.patch_size ** 2, device=device)
+    looks = None
     if model.needs == "tokens":                                # a code looks like the mean of its patches
-        counts = looks.new_full((size, 1), 1e-6)
-        some = range(0, len(ds), math.ceil(len(ds) / 500))
-        for images, _, read in load_batches(ds, some, 50, 0, device):
-            tokens = targets(images, read).flatten()
-            looks.index_add_(0, tokens, patchify(images, args.patch_size).flatten(0, 1) / 255)
-            counts += tokens.bincount(minlength=size)[:, None]
-        looks /= counts
+        some = range(0, len(ds), math.ceil(len(ds) / 256))
+        images, _, read = next(load_batches(ds, some, 256, 0, device))
+        tokens = targets(images, read).flatten()
+        patches = patchify(images, args.patch_size).flatten(0, 1) / 255
+        sums = patches.new_zeros(size, patches.shape[1]).index_add_(0, tokens, patches)
+        looks = sums / tokens.bincount(minlength=size)[:, None].clamp(min=1)
     few = range(0, len(held_out), math.ceil(len(held_out) / 8))
     images, _, read = next(load_batches(held_out, few, 8, 0, device))
     given = targets(images, read if held_out is ds else None)
@@ -989,21 +969,18 @@ def print_table(args, vit, step, steps, ds, test, device, started):
     """k-NN and linear probe of the trained and of the random encoder; the summary line of metrics.jsonl."""
     from probe import evaluate
     path = f"{args.out}/metrics.jsonl"
-    done = [line for line in read_metrics(path) if line.get("summary") and line["step"] == step]
-    if not done:
+    *_, line = read_metrics(path)
+    if not line.get("summary"):                                # else a finished run was started again
         print0("k-NN and linear probe of the trained and of the random encoder")
-        line = dict(summary=True, **evaluate(vit, ds, test, device, args.workers, args.seed))
-        untrained = build(args, 2).encoder.to(device)
-        random = evaluate(untrained, ds, test, device, args.workers, args.seed)
-        line |= {f"{key}_random": value for key, value in random.items()}
-        settings = fixed_settings(args)
-        line.update(seconds=round(time.time() - started, 1), objective=args.objective, data=args.data,
-                    seed=settings.pop("seed"), step=step, steps=steps, settings=settings)
+        found = evaluate(vit, ds, test, device, args.workers, args.seed)
+        random = evaluate(build(args, 2).encoder, ds, test, device, args.workers, args.seed)
+        line = dict(summary=True, **found, **{f"{key}_random": value for key, value in random.items()},
+                    seconds=round(time.time() - started, 1), objective=args.objective, seed=args.seed,
+                    data=args.data, step=step, steps=steps, settings=fixed_settings(args, "seed"))
         append_metrics(path, **line)
-        done.append(line)
     print0(f"\n{'':<18}{'k-NN':>8}{'linear probe':>15}   top-1 % on {test.name}, {len(test)} images")
     for name, suffix in (("random encoder", "_random"), ("trained encoder", "")):
-        print0(f"{name:<18}{100 * done[0]['knn' + suffix]:>8.1f}{100 * done[0]['linear' + suffix]:>15.1f}")
+        print0(f"{name:<18}{100 * line['knn' + suffix]:>8.1f}{100 * line['linear' + suffix]:>15.1f}")
 
 
 def run(args):
@@ -1012,7 +989,7 @@ def run(args):
     chosen = recipe(args.objective, args.preset, args.model)
     squares = args.preset == "laptop" and not args.crop
     ds, test, why = open_splits(args.data, args.image_size or chosen["image_size"], args.classes, squares)
-    complete(args, chosen, len(ds), device)
+    complete(args, chosen, ds, device)
     if args.probe and test is None:
         print0(f"no k-NN and no linear probe at the end: {why}")
     with lock_folder(args.out):
@@ -1081,6 +1058,7 @@ SWITCHES = {"fresh": "start over: removes what an earlier run left in --out",
             "probe": "k-NN and linear probe at the end (default)"}
 MAY_BE_ZERO = set("""seed workers jitter crop cut mask_ratio label_smoothing drop_path layer_scale min_lr
                      warmup_lr warmup_epochs weight_decay beta2 clip_norm""".split())
+FOR_TOKENS = {"tokenizer", "tokens", "label_smoothing"}
 AT_MOST = dict(crop=1, label_smoothing=1, mask_ratio=1, smoothing=1, erase=1, drop_path=.99, beta2=.9999)
 
 
@@ -1098,13 +1076,17 @@ def parse(argv):
     parser.set_defaults(data="textures", objective="mapet", seed=0, log_every=50, fresh=False, probe=True)
     args = parser.parse_args(argv)
     check_numbers(parser, args, MAY_BE_ZERO)
-    for a, b in (("cut", "mask_ratio"), ("lr", "base_lr"), ("tokens", "tokenizer")):
-        if getattr(args, a) is not None and getattr(args, b) is not None:
-            parser.error(f"--{a} and --{b.replace('_', '-')} say the same thing: give one of them")
-    for key in ("tokenizer", "tokens", "label_smoothing"):
-        if not wants_tokens(args) and getattr(args, key) is not None:
-            parser.error(f"--{key.replace('_', '-')} is for tokens, which {args.objective} does not predict")
+    given = {key for key, value in vars(args).items() if value is not None}
+    for pair in ({"cut", "mask_ratio"}, {"lr", "base_lr"}, {"tokens", "tokenizer"}):
+        if pair <= given:
+            parser.error(f"{name_flags(pair)} say the same thing: give one of them")
+    if given & FOR_TOKENS and not wants_tokens(args):
+        parser.error(f"{name_flags(given & FOR_TOKENS)}: for tokens, which {args.objective} does not predict")
     return args
+
+
+def name_flags(keys):
+    return ", ".join(f"--{key.replace('_', '-')}" for key in sorted(keys))
 
 
 def check_numbers(parser, args, may_be_zero):
@@ -1117,13 +1099,13 @@ def check_numbers(parser, args, may_be_zero):
                 parser.error(f"--{key.replace('_', '-')} {number}: wanted is one {least}, at most {most}")
 
 
-def complete(args, chosen, n, device):
-    """Fill in what the preset decides for n images; check what can be checked before anything is written."""
+def complete(args, chosen, ds, device):
+    """Fill in what the preset decides for the data; check what can be checked before anything is written."""
     if args.tokenizer or args.tokens:                          # then the file says what the codebook is
         chosen["features"] = chosen["vocab_size"] = None
     if args.preset == "laptop":                                # the same work on any data set
-        chosen["epochs"] *= TEXTURES["train"][1] / n
-        chosen["warmup_epochs"] *= TEXTURES["train"][1] / n
+        chosen["epochs"] *= TEXTURES["train"][1] / len(ds)
+        chosen["warmup_epochs"] *= TEXTURES["train"][1] / len(ds)
     if args.epochs is not None:                                # a shorter run keeps the share of the warm-up
         chosen["warmup_epochs"] *= min(1, args.epochs / chosen["epochs"])
     if args.base_lr is not None:
@@ -1138,14 +1120,24 @@ def complete(args, chosen, n, device):
     if args.compile is None:
         args.compile = device.type == "cuda"
     if args.workers is None:
-        share = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        args.workers = 0 if args.data == "textures" else max(1, share)
-    check_possible(args, n)
+        args.workers = default_workers(ds)
+    check_possible(args, len(ds))
+
+
+def default_workers(ds):
+    """Loading processes of each process: its share of the cores; none for what is in memory."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, os.cpu_count() // processes) if ds.from_files else 0
+
+
+def has_compiler():
+    """torch.compile needs one for C."""
+    return any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
 
 
 def check_possible(args, n):
     """Settings that exclude one another, or that n images do not allow."""
-    if args.compile and not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+    if args.compile and not has_compiler():
         raise ValueError("--compile: torch.compile needs a C compiler (gcc, clang), else --no-compile")
     if args.tokens and args.crop:
         raise ValueError(f"--tokens {args.tokens}: a crop or a flip (--crop {args.crop:g}) moves patches "
