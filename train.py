@@ -261,8 +261,8 @@ def train(model, optimizer, ds, args, compute_loss, device, checkpoint, metrics=
             if save_due and rank == 0:
                 state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
                 save(state, checkpoint)
-    if asked:
-        print0(f"stopped at step {step} of {steps} by a signal; the same command goes on from there")
+    if step < steps:                                           # by a signal, or --steps
+        print0(f"{checkpoint}: step {step} of {steps}; to go on: the same command, without --steps")
     return step, steps
 
 
@@ -470,12 +470,11 @@ def open_textures(split):
     seed, n = TEXTURES[split]
     images, labels = [], []
     for start in range(0, n, 250):
-        values, some = render_textures(seed, range(start, min(start + 250, n)))
+        values, some = render_textures(seed, range(start, start + 250))
         levels = np.rint((values / 7 + .5) * 255).clip(0, 255).astype(np.uint8)
         images.append(torch.from_numpy(levels))
         labels.extend(some)
-    classes = [f"{cycles} cycles at {angle} degrees" for cycles in (6, 9) for angle in range(0, 180, 36)]
-    return Images(f"textures/{split}", torch.cat(images).__getitem__, labels, classes, 48, from_files=False,
+    return Images(f"textures/{split}", torch.cat(images).__getitem__, labels, range(10), 48, from_files=False,
                   mean_std=((.5, .5, .5), (1 / 7, 1 / 7, 1 / 7)))
 
 
@@ -678,7 +677,7 @@ def open_folder(folder, split, image_size, classes_file=None):
     print0(f"{root}: {len(paths)} pictures {dict(Counter(map(ending, paths)))}, {len(classes) or 'no'} class "
            f"folders; left out: {dict(left_out)}, and beside the class folders {dict(loose)}")
     load = functools.partial(read_picture, paths)
-    return Images(f"{folder}/{split}", load, labels, classes or None, image_size, paths=paths)
+    return Images(os.path.abspath(root), load, labels, classes or None, image_size, paths=paths)
 
 
 def ending(path):
@@ -928,7 +927,7 @@ def pretrain(args, model, ds, targets, device):
     transform = random_crop(args.image_size, args.crop) if args.crop else ds.transform
     if args.jitter:
         jitter = v2.ColorJitter(args.jitter, args.jitter, args.jitter)
-        transform = v2.Compose([transform or v2.Identity(), jitter])
+        transform = v2.Compose([transform, jitter])
     return train(model, make_optimizer(model, args), ds.view(transform, args.seed), args, compute_loss,
                  device, f"{args.out}/last.pt", f"{args.out}/metrics.jsonl", model.before_step)
 
@@ -1014,8 +1013,6 @@ def run(args):
         barrier()
         if args.probe and test is not None:
             print_table(args, model.encoder, step, steps, ds, test, device, started)
-        if step < steps:
-            print0(f"--steps stopped this run at step {step} of {steps}; without it the same command goes on")
         print0(f"\n{time.time() - started:.0f} s. In {args.out}: {', '.join(sorted(os.listdir(args.out)))}\n"
                f"next: python probe.py linear {args.out}; also finetune, tokens, show")
 
