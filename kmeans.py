@@ -497,6 +497,9 @@ class KMeansTokenizer(nn.Module):
     def vocab_size(self):
         return len(self.weight)
 
+    def layers(self, images):
+        return self.extract.layers(images)
+
     @torch.no_grad()
     def compute_features(self, images):
         """f(x): (b, n, d) float32."""
@@ -641,7 +644,7 @@ def write_npy(path, shape, arrays):
             file.write(np.ascontiguousarray(array))
 
 
-def load_tokens(path):
+def load_tokens(path, *shape):
     """tokens.npy as a read-only memory map (images, n) uint16; ValueError, one line, for any other file."""
     try:
         tokens = np.lib.format.open_memmap(path, "r")
@@ -649,6 +652,8 @@ def load_tokens(path):
         raise ValueError(f"{path}: not a token file ({error})") from None
     if tokens.dtype != np.uint16 or tokens.ndim != 2:
         raise ValueError(f"{path}: {tokens.dtype} {tokens.shape}, but tokens are uint16 (images, n)")
+    if shape and tokens.shape != shape:
+        raise ValueError(f"{path}: tokens {tokens.shape} (images, patches), wanted {shape}")
     return tokens
 
 

@@ -71,6 +71,8 @@ def tcas(counts, norm="l2"):
 
 
 def describe_codebook(tokens, labels, k, seed=0):
+    return '\n'.join(describe_codebook2(tokens,labels if labels.max()>=0 else None,k,seed)[0])
+def describe_codebook2(tokens, labels, k, seed=0):
     """What a codebook is worth before any training -> lines of text: used codes, TCAS beside that of shuffled
     labels; and the entropy of its codes, which is the loss of a guess by code frequency.
 

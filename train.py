@@ -578,10 +578,7 @@ def keep_squares(ds):
 NAMED = {
     "cifar10": (tv.CIFAR10, "train", True, False, "targets"),
     "cifar100": (tv.CIFAR100, "train", True, False, "targets"),
-    "stl10": (tv.STL10, "split", "train", "test", "labels"),
     "food101": (tv.Food101, "split", "train", "test", "_labels"),
-    "flowers102": (tv.Flowers102, "split", "train", "test", "_labels"),
-    "oxford_pets": (tv.OxfordIIITPet, "split", "trainval", "test", "_labels"),
     "stanford_cars": (tv.StanfordCars, "split", "train", "test", "_samples"),
     "fgvc_aircraft": (tv.FGVCAircraft, "split", "trainval", "test", "_labels"),
 }
@@ -803,12 +800,8 @@ def open_tokens(args, ds):
 
 
 def view_at(ds, size):
-    """Center squares of another size: k-CLIP's tokens want twice the pixels."""
-    if size == ds.image_size:
-        return ds
-    if not ds.from_files:
-        raise ValueError(f"--features clip sees {size} pixels, {ds.name} has {ds.image_size}: take others")
-    return ds.view(center_square(size), image_size=size)
+    """Center squares of another size: k-CLIP's tokens want twice the pixels, if there are so many."""
+    return ds.view(center_square(size), image_size=size) if ds.from_files else ds
 
 
 def make_tokenizer(args, ds, device):
