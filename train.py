@@ -25,7 +25,6 @@ import shutil
 import signal
 import sys
 import time
-import warnings
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -34,11 +33,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision.datasets as tv
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import make_dataset
-from torchvision.io import decode_image, decode_jpeg
+from torchvision.io import decode_jpeg, decode_png
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -78,13 +77,12 @@ SETTINGS = {            # MaPeT, ClusterMIM, laptop
     "features":         ("clip", "pixel", "pixel", "what K-means clusters: pixel, pixel-norm, hog, dino, "
                          "deit, mae, clip, a ViT's file; mae (pixel, pixel-norm) or maskfeat predict it"),
     "vocab_size":       (8192, 50, 64, "codebook size K"),
-    "label_smoothing":  (0., 0., 0., "of the cross-entropy with tokens"),
     "crop":             (0., .2, 0., "least area of a random crop, half of them mirrored; 0: center square"),
     "jitter":           (.4, 0., 0., "color jitter: brightness, contrast, saturation"),
     "epochs":           (300., 200., 6., "passes over the data (laptop: as many images as 6 of textures)"),
     "batch_size":       (2048, 4096, 32, "images a step, over all processes"),
-    "lr":               (1.5e-3, None, 1.5e-3, "peak learning rate, as used"),
-    "base_lr":          (None, 1.5e-4, None, "the same per 256 images: lr = base lr * batch / 256"),
+    "lr":               (1.5e-3, 0., 1.5e-3, "peak learning rate, as used; 0: by the base lr"),
+    "base_lr":          (0., 1.5e-4, 0., "the same per 256 images: lr = base lr * batch / 256"),
     "min_lr":           (1e-5, 0., 1e-5, "at the end of the cosine"),
     "warmup_lr":        (1e-6, 0., 1e-6, "at the first step"),
     "warmup_epochs":    (10., 40., .3, "linear warm-up; fewer --epochs shrink it"),
@@ -92,7 +90,6 @@ SETTINGS = {            # MaPeT, ClusterMIM, laptop
     "weight_decay":     (.05, .05, .05, "AdamW, on matrices only"),
     "beta2":            (.999, .95, .95, "AdamW"),
     "clip_norm":        (3., 0., 1., "largest gradient norm, 0 = any"),
-    "save_every":       (1000, 1000, 200, "steps between checkpoints"),
 }
 MAPET, CLUSTERMIM, LAPTOP = ({key: row[i] for key, row in SETTINGS.items()} for i in range(3))
 # Learned tokenizers: VQ-KD's recipe (BEiT v2's code); its teacher is CLIP's ViT-B/16, here DINO's. The
@@ -167,12 +164,10 @@ def make_optimizer(model, args):
 
     The mask token, (1, 1, d), is decayed, as in the released code (ClusterMIM's also decays the class token).
     """
-    decayed, free = [], []
+    groups = [dict(params=[], weight_decay=args.weight_decay), dict(params=[], weight_decay=0.)]
     for name, p in model.named_parameters():
         is_free = p.ndim < 2 or name.endswith(("pos_embed", "cls_token"))
-        if p.requires_grad:
-            (free if is_free else decayed).append(p)
-    groups = [dict(params=decayed, weight_decay=args.weight_decay), dict(params=free, weight_decay=0.)]
+        groups[is_free]["params"].append(p)
     return torch.optim.AdamW(groups, lr=args.lr, betas=(.9, args.beta2), fused=True)
 
 
@@ -209,12 +204,11 @@ def train(model, optimizer, ds, args, compute_loss, device, checkpoint, metrics=
         model.compile()                                        # in place, so that parameter names stay
     net = model
     if world > 1:
-        warnings.filterwarnings("ignore", ".*broadcast_buffers.*")          # torch 2.14 renames it
-        net = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        net = DistributedDataParallel(model, broadcast_buffers=False)
     batches = load_steps(ds, args, step, stop, device)
     sums, waited, logged, since = 0., 0., step, time.time()
     asked = False
-    with contextlib.closing(batches), catch_signals(device) as stopping:
+    with contextlib.closing(batches), catch_signals() as received:
         while step < stop and not asked:
             lr = learning_rate(step, steps, warmup, args.lr, args.warmup_lr, args.min_lr, args.cosine)
             for group in optimizer.param_groups:
@@ -226,39 +220,36 @@ def train(model, optimizer, ds, args, compute_loss, device, checkpoint, metrics=
                 waited += time.time() - before
                 rows = slice(start, start + mine.step)
                 # All micro-batches make one gradient: the processes exchange it once, with the last.
-                alone = world > 1 and start != mine[-1]
-                with net.no_sync() if alone else contextlib.nullcontext():
-                    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                        loss, logs = compute_loss(net, images, labels, read, step, rows)
-                    (loss / len(mine)).backward()
+                net.require_backward_grad_sync = start == mine[-1]
+                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                    loss, logs = compute_loss(net, images, labels, read, step, rows)
+                (loss / len(mine)).backward()
                 logs = {"loss": loss.detach(), **logs}
                 sums = sums + torch.stack([*logs.values()]).float() / len(mine)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm or math.inf)
-            asked = stopping(step)
-            last = step + 1 == stop
-            log_due = last or step == 0 or (step + 1) % args.log_every == 0
-            save_due = last or asked or (step + 1) % args.save_every == 0
-            # To read the norm, which is the same on every process, the CPU must wait for the GPU.
-            if (device.type == "cpu" or log_due or save_due) and not norm.isfinite():
+            if not norm.isfinite():                            # the same on every process
                 raise ValueError(f"step {step + 1}: the loss or its gradient is not finite, what was saved "
                                  f"is kept; try a lower --lr (now {args.lr:g})")
             if before_step:
                 before_step((step + 1) / steps)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             step += 1
-            if log_due:
+            asked = torch.tensor(float(len(received)), device=device)
+            all_reduce(asked)                                  # by a signal to any process
+            if step in (1, stop) or step % args.log_every == 0:
                 all_reduce(sums)
-                means = dict(zip(logs, (sums / (world * (step - logged))).tolist()))
+                done = step - logged
                 seconds = time.time() - since
-                means["images_per_second"] = round((step - logged) * args.batch_size / seconds, 1)
+                means = dict(zip(logs, (sums / (world * done)).tolist()))
+                means["images_per_second"] = round(done * args.batch_size / seconds, 1)
                 append_metrics(metrics, step=step, epoch=step / per_epoch, lr=lr, **means)
                 words = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
                 if device.type == "cuda":
                     words += f", {torch.cuda.max_memory_allocated() / 1e9:.3g} GB"
                 print0(f"step {step}/{steps}  lr {lr:.2e}  {words}, {waited / seconds:.0%} waiting for data")
                 sums, waited, logged, since = 0., 0., step, time.time()
-            if save_due and rank == 0:
+            if rank == 0 and (asked or step == stop or step % args.save_every == 0):
                 state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
                 save(state, checkpoint)
     if step < steps:                                           # by a signal, or --steps
@@ -306,30 +297,20 @@ def ignore_signals(_):
 
 
 @contextlib.contextmanager
-def catch_signals(device, every=8):
-    """Yields stopping(step): did any process get SIGTERM or SIGINT? The same answer on all of them."""
-    received = []
+def catch_signals():
+    """Yields the list of SIGTERM and SIGINT that this process has got."""
+    received, handlers = [], {}
 
     def note(number, frame):
         received.append(number)
 
-    def stopping(step):
-        if rank_and_world()[1] == 1:
-            return bool(received)
-        if step % every:                                       # to ask the others takes time
-            return False
-        flag = torch.tensor(float(len(received)), device=device)
-        all_reduce(flag)
-        return flag.item() > 0
-
-    before = {}
     with contextlib.suppress(ValueError):                      # only the main thread can have handlers
         for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, note)
+            handlers[number] = signal.signal(number, note)
     try:
-        yield stopping
+        yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
@@ -343,7 +324,7 @@ def setup(device=None):
             torch.backends.cuda.enable_cudnn_sdp(False)        # its backward with a mask can be wrong
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:            # an unknown name, or not on this machine
-        raise ValueError(f"--device {device}: {str(error)[:70].splitlines()[0]}") from None
+        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")      # names of files need not be UTF-8
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
@@ -402,10 +383,9 @@ class Images(Dataset):
             try:
                 return self.load(i), i
             except Damaged as error:
-                why = f"cannot read {error}"
-                print(f"{why}: its neighbor stands in", file=sys.stderr)
+                print(f"cannot read {self.paths[i]} ({error}): its neighbor stands in", file=sys.stderr)
             i = (i + 1) % len(self)
-        raise OSError(f"{why}; 100 in a row cannot be read: are these pictures?")
+        raise OSError(f"{self.name}: 100 pictures in a row cannot be read, the last is {self.paths[i - 1]}")
 
     def note_damaged(self, wanted, read):
         """More pictures for which a neighbor stood in, indices (b,); beyond 1 % of all it is an error."""
@@ -415,8 +395,8 @@ class Images(Dataset):
                           f"than 1 %: replace or remove them; the first is {self.paths[min(self.damaged)]}")
 
 
-def render_textures(seed, indices, size=48):
-    """Images `indices` of stream `seed`: float32 (m, 3, size, size), unit variance; labels (m,) int64.
+def render_texture(seed, i, size=48):
+    """Image i of stream `seed`: uint8 (3, size, size), whose 256 levels span +-3.5 deviations; its label.
 
     label = 5 * period + orientation of the stripes that fill the object. All else is nuisance: its shape and
     pose, stripe phase, contrast and bending, colors, a fainter striped background (the class is what the
@@ -424,23 +404,20 @@ def render_textures(seed, indices, size=48):
     their neighbors, orientation and period can: a mean-squared prediction of a hidden patch is nearly flat,
     a distribution over tokens still says which texture it is.
     """
-    rngs = [np.random.default_rng([seed, int(index)]) for index in indices]   # and on nothing else
-    draws = iter(np.array([rng.random(40) for rng in rngs], np.float32).T[:, :, None, None])
-    noise = np.array([rng.standard_normal((3, size, size), np.float32) for rng in rngs])
+    rng = np.random.default_rng([seed, i])
+    draws = iter(rng.random((40, 1, 1)).astype(np.float32))
+    noise = rng.standard_normal((3, size, size), np.float32)
     y, x = np.mgrid[-1:1:size * 1j, -1:1:size * 1j].astype(np.float32)
 
-    def uniform(low, high):                                    # the images' next random numbers, (m, 1, 1)
+    def uniform(low, high):                                    # the next random number, (1, 1)
         return low + (high - low) * next(draws)
 
-    def stripes(angle, period):                                # 6 or 9 cycles per image, random phase, bent
-        bend_x = np.sin(uniform(5, 9) * x + uniform(0, 6.3))
-        bend_y = np.sin(uniform(5, 9) * y + uniform(0, 6.3))
+    def paint(contrast, angle, period):      # stripes, 6 or 9 cycles per image, random phase and color, bent
+        bend = sum(np.sin(uniform(5, 9) * axis + uniform(0, 6.3)) for axis in (x, y))
         along = x * np.cos(angle) + y * np.sin(angle)
-        return np.sin((6 + 3 * period) * math.pi * along + .8 * (bend_x + bend_y) + uniform(0, 6.3))
-
-    def paint(pattern):                                        # (m, 3, size, size), in a random color
+        wave = np.sin((6 + 3 * period) * math.pi * along + .8 * bend + uniform(0, 6.3))
         gray = uniform(-.25, .25)
-        return np.stack([gray + uniform(-.15, .15) + pattern for _ in range(3)], 1)
+        return np.stack([gray + uniform(-.15, .15) + contrast * wave for _ in range(3)])
 
     label = np.floor(uniform(0, 10))
     period, orientation = np.divmod(label, 5)
@@ -451,30 +428,25 @@ def render_textures(seed, indices, size=48):
     a, b = a * np.cos(turn) + b * np.sin(turn), b * np.cos(turn) - a * np.sin(turn)      # object coordinates
     radius = np.hypot(a, b)
     ring = (radius < 1.05) & (radius > .5)
-    inside = np.where(square, np.maximum(abs(a), abs(b)) < .85, ring)[:, None]
+    inside = np.where(square, np.maximum(abs(a), abs(b)) < .85, ring)
 
-    contrast = .45 * uniform(.6, 1.4)
-    angle = orientation * math.pi / 5 + uniform(-.12, .12)
-    foreground = paint(contrast * stripes(angle, period))
-    angle, period = uniform(0, math.pi), np.floor(uniform(0, 2))
-    background = paint(.25 * stripes(angle, period))
-    return (np.where(inside, foreground, background) + .3 * noise) / .45, label.ravel().astype(np.int64)
+    foreground = paint(.45 * uniform(.6, 1.4), orientation * math.pi / 5 + uniform(-.12, .12), period)
+    background = paint(.25, uniform(0, math.pi), np.floor(uniform(0, 2)))
+    values = (np.where(inside, foreground, background) + .3 * noise) / .45               # of unit variance
+    levels = np.rint((values / 7 + .5) * 255).clip(0, 255)
+    return levels.astype(np.uint8), int(label.item())
 
 
 # Streams of the embedded data: seed and number of images; "val" is for choosing anything.
 TEXTURES = {"train": (1, 12000), "test": (2, 2000), "val": (3, 2000)}
 
 
-def open_textures(split):
-    """The embedded data in memory, uint8, whose 256 levels span +-3.5 deviations."""
+def open_textures(split, size=48):
+    """The embedded data, in memory."""
     seed, n = TEXTURES[split]
-    images, labels = [], []
-    for start in range(0, n, 250):
-        values, some = render_textures(seed, range(start, start + 250))
-        levels = np.rint((values / 7 + .5) * 255).clip(0, 255).astype(np.uint8)
-        images.append(torch.from_numpy(levels))
-        labels.extend(some)
-    return Images(f"textures/{split}", torch.cat(images).__getitem__, labels, range(10), 48, from_files=False,
+    images, labels = zip(*(render_texture(seed, i, size) for i in range(n)))
+    load = torch.from_numpy(np.stack(images)).__getitem__
+    return Images(f"textures/{split}", load, labels, range(10), size, from_files=False,
                   mean_std=((.5, .5, .5), (1 / 7, 1 / 7, 1 / 7)))
 
 
@@ -497,11 +469,10 @@ def decode_by_pil(data):
         if gray_16:
             image = Image.fromarray((np.asarray(image).astype(np.int64) >> bits - 8).astype(np.uint8))
         if image.mode in ("I", "F"):
-            raise Damaged(f"its pixels have 32 bits (mode {image.mode}) and no scale: 8 or 16 are read")
-        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return pil_to_tensor(image.convert("RGB"))
+            raise ValueError(f"its pixels have 32 bits (mode {image.mode}) and no scale: 8 or 16 are read")
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return pil_to_tensor(Image.alpha_composite(white, image).convert("RGB"))
 
 
 def decode_picture(data):
@@ -509,36 +480,24 @@ def decode_picture(data):
     raw = torch.frombuffer(bytearray(data or b"-"), dtype=torch.uint8)
     if data[:2] == b"\xff\xd8":
         with contextlib.suppress(RuntimeError):                # damaged: PIL says how
-            image = decode_jpeg(raw, apply_exif_orientation=True)
-            if len(image) != 4:                                # CMYK
-                return image.expand(3, -1, -1)
+            return decode_jpeg(raw, "RGB", apply_exif_orientation=True)
     try:
         return decode_by_pil(data)
-    except (Damaged, MemoryError):
+    except MemoryError:
         raise
     except Exception as error:                                 # decoders raise half a dozen kinds
         with contextlib.suppress(RuntimeError):                # PIL refuses what only its metadata ails
-            image = decode_image(raw, "RGB")
-            if image.ndim == 3:                                # no animation
-                return image
-        unknown = isinstance(error, UnidentifiedImageError)
-        raise Damaged(f"it begins with {data[:16]!r}" if unknown else str(error).split("\n")[0]) from None
+            return decode_png(raw, "RGB")
+        reason = str(error).split("\n")[0]
+        raise Damaged(f"{reason}; it begins with {data[:16]!r}") from None
 
 
 def read_picture(paths, i):
-    data = Path(paths[i]).read_bytes()                         # the machine's errors are not the picture's
-    try:
-        return decode_picture(data)
-    except Damaged as error:
-        raise Damaged(f"{paths[i]} ({error})") from None
+    return decode_picture(Path(paths[i]).read_bytes())
 
 
 def read_named(source, i):
     return pil_to_tensor(source[i][0].convert("RGB"))
-
-
-def read_square(squares, i):
-    return torch.from_numpy(np.array(squares[i]))
 
 
 def crop_square(picture):
@@ -561,8 +520,8 @@ def keep_squares(ds):
     """Pictures as center squares, decoded by all cores into data/squares once, for all runs: a memory map."""
     if ds is None or not ds.from_files:
         return ds
-    source = "\n".join(f"{path} {os.stat(path).st_mtime_ns} {ds.image_size}" for path in ds.paths)
-    path = f"data/squares/{zlib.crc32(os.fsencode(source)):08x}.npy"
+    about = ds.name, ds.image_size, ds.paths, [os.stat(path).st_mtime_ns for path in ds.paths]
+    path = f"data/squares/{zlib.crc32(repr(about).encode()):08x}.npy"
     if LOCAL_RANK == 0 and not os.path.exists(path):
         os.makedirs("data/squares", exist_ok=True)
         print0(f"decoding the {len(ds)} pictures of {ds.name} once, into {path}")
@@ -570,8 +529,8 @@ def keep_squares(ds):
         squares = (images.numpy() for images, _, _ in batches)
         write_npy(path, (len(ds), 3, ds.image_size, ds.image_size), squares)
     barrier()
-    load = functools.partial(read_square, np.load(path, mmap_mode="r"))
-    return Images(ds.name, load, ds.labels, ds.classes, ds.image_size, from_files=False, paths=ds.paths)
+    squares = torch.from_numpy(np.load(path, mmap_mode="c"))
+    return Images(ds.name, squares.__getitem__, ds.labels, ds.classes, ds.image_size, from_files=False, paths=ds.paths)
 
 
 # Data sets of torchvision: class, its argument for the split, that of training, of test, name of the labels.
@@ -585,100 +544,84 @@ NAMED = {
 
 
 def open_dataset(spec, split="train", image_size=None, classes=None):
-    """The data set `spec`, split "train" or "test", as `Images`; None for the test split that a folder lacks.
+    """The data set `spec`, split "train" or "test", as `Images`; ValueError where a folder lacks the split.
 
     spec     "textures" (embedded), a name in NAMED (downloaded into data/), a folder in ImageNet's layout
              (train/CLASS/*.jpg, val/CLASS/*.jpg) or any folder of pictures without labels
     classes  a file with the class folders to keep, one a line (ImageNet-100)
     """
-    if classes and (spec == "textures" or spec in NAMED):
+    if spec not in ("textures", *NAMED):
+        return open_folder(spec, split, image_size or 224, classes)
+    if classes:
         raise ValueError("--classes picks class folders: it goes with --data FOLDER only")
     if spec == "textures":
-        if image_size not in (None, 48):
-            raise ValueError(f"--image-size {image_size}: textures are rendered at 48 pixels")
-        return open_textures(split)
-    if spec in NAMED:
-        return open_named(spec, split, image_size or 224)
-    if not os.path.isdir(spec):
-        raise ValueError(f"--data {spec}: no such folder, nor a data set of that name ({', '.join(NAMED)})")
-    return open_folder(spec, split, image_size or 224, classes)
+        return open_textures(split, image_size or 48)
+    return open_named(spec, split, image_size or 224)
 
 
 def open_named(name, split, image_size):
     kind, argument, train, test, labels = NAMED[name]
     arguments = {argument: test if split == "test" else train}
-    if LOCAL_RANK > 0:                                         # the first process of a machine fetches it
-        barrier()
-    try:
+    if LOCAL_RANK == 0:                                        # the first process of a machine fetches it
         try:
-            source = kind("data", **arguments)
+            kind("data", **arguments)
         except RuntimeError:                                   # not there, or not whole
-            source = kind("data", download=True, **arguments)
-    except (OSError, RuntimeError, ValueError) as error:       # no network, a dead address
-        why = str(error).split("\n")[0]
-        raise ValueError(f"--data {name}: not in data/ and cannot be fetched ({why})") from None
-    if LOCAL_RANK == 0:
-        barrier()
+            kind("data", download=True, **arguments)
+    barrier()
+    source = kind("data", **arguments)
     labels = np.array(getattr(source, labels))
     if labels.ndim == 2:                                       # pairs (path, label)
         labels = labels[:, 1].astype(int)
-    classes = list(range(1 + labels.max()))
-    return Images(f"{name}/{split}", functools.partial(read_named, source), labels, classes, image_size)
+    load = functools.partial(read_named, source)
+    return Images(f"{name}/{split}", load, labels, range(1 + labels.max()), image_size)
 
 
 def read_classes(path, found):
     """Names of class folders, one a line, or all on one line (solo-learn's ImageNet-100)."""
-    lines = [line.strip() for line in Path(path).read_text("utf-8-sig", "replace").splitlines()]
-    classes = set(lines) - {""}
-    if len(classes) == 1 and not classes <= set(found):
-        classes = set(min(classes).split())
-    unknown = classes - set(found)
-    if unknown or not classes:
+    text = Path(path).read_text("utf-8-sig", "replace")
+    names = {line.strip() for line in text.splitlines()} - {""}
+    if not names & set(found):
+        names = set(text.split())
+    unknown = names - set(found)
+    if unknown or not names:
         raise ValueError(f"--classes {path}: there is no class folder {min(unknown, default='')!r}")
-    return sorted(classes)
+    return sorted(names)
 
 
 def open_folder(folder, split, image_size, classes_file=None):
     """What is taken and what is left out, such as all that is hidden (.cache/, ._1.jpg), is printed."""
-    folder = os.path.normpath(folder)
+    folder = os.path.abspath(folder)
     inside = {entry.name.lower(): entry.path for entry in os.scandir(folder) if entry.is_dir()}
     train_root = inside.get("train") or inside.get("training")
-    names = [name for name in ("val", "valid", "validation", "test", "testing") if name in inside]
-    if names and not train_root:
-        raise ValueError(f"--data {folder}: there is {names[0]}/, but no train/ beside it")
-    if split == "test" and not names:
-        return None
-    root = inside[names[0]] if split == "test" else train_root or folder
-    classes, loose = [], []
+    tests = [name for name in ("val", "valid", "validation", "test", "testing") if name in inside]
+    if tests and not train_root:
+        raise ValueError(f"--data {folder}: there is {tests[0]}/, but no train/ beside it")
+    if split == "test" and not tests:
+        raise ValueError(f"--data {folder}: no val/ or test/ folder")
+    root = inside[tests[0]] if split == "test" else train_root or folder
+    classes, left_out = [], Counter()
+    entries = [entry for entry in os.scandir(root) if not entry.name.startswith(".")]
     if train_root:
-        entries = [entry for entry in os.scandir(root) if not entry.name.startswith(".")]
         classes = sorted(entry.name for entry in entries if entry.is_dir())
-        loose = [entry.name for entry in entries if entry.is_file()]
     if classes_file:
         classes = read_classes(classes_file, classes)
-    loose = Counter(map(ending, loose if classes else []))     # beside the class folders
-    left_out, hidden = Counter(), f"{os.sep}."
 
     def is_picture(path):
-        taken = ending(path) in PICTURES and hidden not in path[len(root):]
-        if not taken:
-            left_out[ending(path)] += 1
+        ending = os.path.splitext(path)[1].lower()
+        taken = ending in PICTURES and f"{os.sep}." not in path[len(root):]
+        left_out[ending] += not taken
         return taken
 
     numbers = {name: i for i, name in enumerate(classes)} or {"": -1}
-    try:
-        samples = make_dataset(root, numbers, is_valid_file=is_picture)
-    except FileNotFoundError as error:                         # it names the classes without pictures
-        raise ValueError(f"--data {root}: {error} ({' '.join(sorted(PICTURES))})") from None
-    paths, labels = zip(*samples)
-    print0(f"{root}: {len(paths)} pictures {dict(Counter(map(ending, paths)))}, {len(classes) or 'no'} class "
-           f"folders; left out: {dict(left_out)}, and beside the class folders {dict(loose)}")
+    samples = make_dataset(root, numbers, is_valid_file=is_picture, allow_empty=True)
+    paths, labels = [path for path, _ in samples], [label for _, label in samples]
+    if len(set(labels)) < len(numbers):
+        raise ValueError(f"--data {root}: no pictures in it, or in one of its class folders "
+                         f"({' '.join(sorted(PICTURES))})")
+    print0(f"{root}: {len(paths)} pictures, {len(classes) or 'no'} class folders of {len(entries)} files and "
+           f"folders; left out: {dict(+left_out)}")
     load = functools.partial(read_picture, paths)
-    return Images(os.path.abspath(root), load, labels, classes or None, image_size, paths=paths)
-
-
-def ending(path):
-    return os.path.splitext(path)[1].lower()
+    return Images(root, load, labels, classes or None, image_size, paths=paths)
 
 
 def open_splits(spec, image_size=None, classes=None, squares=False):
@@ -690,11 +633,11 @@ def open_splits(spec, image_size=None, classes=None, squares=False):
     test, why = None, "no labels"
     if ds.classes:
         try:
-            test, why = open_dataset(spec, "test", image_size, classes), "no val/ or test/ folder"
-        except ValueError as error:                            # unsorted pictures
-            why = str(error)
-        if test is not None and test.classes != ds.classes:
-            test, why = None, "the class folders of its test split are not those of train/"
+            test = open_dataset(spec, "test", image_size, classes)
+            if test.classes != ds.classes:
+                raise ValueError("the class folders of its test split are not those of train/")
+        except ValueError as error:                            # none, or unsorted pictures
+            test, why = None, str(error)
     if squares:
         ds, test = keep_squares(ds), keep_squares(test)
     return ds, test, why
@@ -790,39 +733,6 @@ def plot_metrics(plt, runs, path):
 
 # --- what is predicted: tokens, or the features of a teacher ----------------------------------------------
 
-def open_tokens(args, ds):
-    """(tokens (images, n), codebook size) of --tokens."""
-    tokens = load_tokens(args.tokens, len(ds), (args.image_size // args.patch_size) ** 2)
-    size = 1 + int(tokens.max())
-    if args.vocab_size and args.vocab_size < size:
-        raise ValueError(f"{args.tokens}: its token {size - 1} is beyond --vocab-size {args.vocab_size}")
-    return tokens, args.vocab_size or size
-
-
-def view_at(ds, size):
-    """Center squares of another size: k-CLIP's tokens want twice the pixels, if there are so many."""
-    return ds.view(center_square(size), image_size=size) if ds.from_files else ds
-
-
-def make_tokenizer(args, ds, device):
-    """The tokenizer of --tokenizer, or of --out, where it is fitted first."""
-    path = args.tokenizer or f"{args.out}/tokenizer.pt"
-    if not os.path.exists(path):
-        print0(f"K-means of {args.features} features, K = {args.vocab_size}")
-        pictures = view_at(ds, args.image_size * (2 if args.features == "clip" else 1))
-        tokenizer = fit_tokenizer(pictures, args.features, args.vocab_size, args.patch_size, args.image_size,
-                                  args.seed, workers=args.workers, device=device)
-        if is_main_process():
-            tokenizer.save(path)
-        barrier()
-    tokenizer = load_tokenizer(path).to(device)
-    for key in ("patch_size", "image_size", "vocab_size", "features"):
-        here, there = getattr(args, key), getattr(tokenizer, key)
-        if here not in (None, there):
-            raise ValueError(f"{path}: its {key.replace('_', ' ')} is {there}, this run's is {here}")
-    return tokenizer
-
-
 def wants_features(args):
     """Is what --features names to be predicted, or compared, and not to be clustered?"""
     return args.objective in ("peco", "vqkd") or args.objective == "maskfeat" and args.features != "hog"
@@ -832,17 +742,42 @@ def wants_tokens(args):
     return args.objective not in (*objectives.TARGETS, *objectives.TOKENIZERS)
 
 
-def check_inputs(args, ds):
-    """Can what the flags name be read? Asked before anything is written or removed."""
+def open_source(args, ds):
+    """What the flags name, read before anything is written or removed, or None.
+
+    Stored tokens (images, n), or a tokenizer; before its fit, or of a teacher, it only has features.
+    """
     if args.tokens:
-        open_tokens(args, ds)
-    elif args.tokenizer:
-        load_tokenizer(args.tokenizer)
-    elif wants_features(args) or wants_tokens(args):
-        blank_tokenizer(ds, args.features, args.patch_size)
+        tokens = load_tokens(args.tokens, len(ds), (args.image_size // args.patch_size) ** 2)
+        if args.vocab_size and args.vocab_size <= tokens.max():
+            raise ValueError(f"{args.tokens}: token {tokens.max()} is beyond --vocab-size {args.vocab_size}")
+        return tokens
+    if args.tokenizer:
+        return load_tokenizer(args.tokenizer)
+    if wants_features(args) or wants_tokens(args):
+        return blank_tokenizer(ds, args.features, args.patch_size)
 
 
-def make_targets(args, ds, device):
+def make_tokenizer(args, ds, source, device):
+    """--tokenizer, or that of --out, where it is fitted first."""
+    path = f"{args.out}/tokenizer.pt"
+    if args.tokenizer:
+        tokenizer = source
+    elif os.path.exists(path):
+        tokenizer = load_tokenizer(path)
+    else:
+        print0(f"K-means of {args.features} features, K = {args.vocab_size}")
+        tokenizer = fit_tokenizer(ds, args.features, args.vocab_size, args.patch_size, args.image_size,
+                                  args.seed, workers=args.workers, device=device)
+        if is_main_process():
+            tokenizer.save(path)
+    if (tokenizer.image_size, tokenizer.patch_size) != (args.image_size, args.patch_size):
+        raise ValueError(f"{args.tokenizer or path}: a tokenizer of patches of {tokenizer.patch_size} pixels, "
+                         f"of images of {tokenizer.image_size}, is not for this run")
+    return tokenizer.to(device)
+
+
+def make_targets(args, ds, source, device):
     """(function of uint8 images and their indices in `ds` or None: what forward is given; size; layers).
 
     Tokens of center squares are stored once; those of crops (--crop) are made as they come. size: of the
@@ -851,18 +786,19 @@ def make_targets(args, ds, device):
     """
     tokens = make = size = layers = None
     if wants_features(args):
-        teacher = blank_tokenizer(ds, args.features, args.patch_size).to(device)
-        make = teacher.compute_features
+        make = source.to(device).compute_features
         size = make(ds[0][0][None].to(device)).shape[-1]
         if args.objective == "peco":                           # is given nothing: its loss compares layers
-            make, layers = None, teacher.layers                # of images as the model gets them
+            make, layers = None, source.layers                 # of images as the model gets them
     elif args.tokens:
-        tokens, size = open_tokens(args, ds)
+        tokens, size = source, args.vocab_size or 1 + int(source.max())
     elif wants_tokens(args):
-        make = make_tokenizer(args, ds, device)
+        pictures = ds
+        if ds.from_files:                                      # k-CLIP's tokens want twice the pixels
+            pictures = ds.view(center_square(source.input_size), image_size=source.input_size)
+        make = make_tokenizer(args, pictures, source, device)
         size = make.vocab_size
         if not args.crop:
-            pictures = view_at(ds, make.input_size)
             tokens = tokenize(make, pictures, f"{args.out}/tokens.npy", workers=args.workers, device=device)
     if tokens is not None and is_main_process():
         print(describe_codebook(tokens, ds.labels, size))
@@ -884,9 +820,8 @@ def build(args, size, layers=None):
     if args.objective in objectives.TARGETS:
         target = "features" if wants_features(args) else args.features
     vocab_size = args.vocab_size if args.objective in objectives.TOKENIZERS else size
-    mask_ratio = args.mask_ratio if args.cut is None else None
-    return objectives.make(args.objective, vit, vocab_size, args.cut, mask_ratio, target,
-                           args.label_smoothing, args.decoder_depth, size, layers)
+    return objectives.make(args.objective, vit, vocab_size, args.cut, args.mask_ratio, target,
+                           decoder_depth=args.decoder_depth, values=size, perceptual=layers)
 
 
 @torch.no_grad()
@@ -897,7 +832,7 @@ def start_codebook(args, model, ds, device):
          for images, _, _ in load_steps(ds, args, 0, 1, device)]
     model.train()
     metric = "cosine" if model.unit else "euclidean"
-    kmeans = KMeans(args.vocab_size, metric, max_iter=10, seed=args.seed, device=device)
+    kmeans = KMeans(args.vocab_size, metric, max_iter=10, seed=args.seed)
     model.codebook.copy_(kmeans.fit(torch.cat(z)).centroids)
 
 
@@ -942,16 +877,19 @@ def draw_results(args, model, ds, held_out, targets, size, device):
     if plt is None:
         return
     plot_metrics(plt, {args.objective: [read_metrics(f"{args.out}/metrics.jsonl")]}, f"{args.out}/curves.png")
+
+    def sample(data, n):
+        some = range(0, len(data), math.ceil(len(data) / n))
+        return next(load_batches(data, some, n, 0, device))
+
     looks = None
     if model.needs == "tokens":                                # a code looks like the mean of its patches
-        some = range(0, len(ds), math.ceil(len(ds) / 256))
-        images, _, read = next(load_batches(ds, some, 256, 0, device))
+        images, _, read = sample(ds, 256)
         tokens = targets(images, read).flatten()
         patches = patchify(images, args.patch_size).flatten(0, 1) / 255
         sums = patches.new_zeros(size, patches.shape[1]).index_add_(0, tokens, patches)
         looks = sums / tokens.bincount(minlength=size)[:, None].clamp(min=1)
-    few = range(0, len(held_out), math.ceil(len(held_out) / 8))
-    images, _, read = next(load_batches(held_out, few, 8, 0, device))
+    images, _, read = sample(held_out, 8)
     given = targets(images, read if held_out is ds else None)
     rows = objectives.picture_predictions(model, images / 255, ds.mean, ds.std, given, looks)
     draw_rows(rows, f"{args.out}/predictions.png")
@@ -964,11 +902,12 @@ def print_table(args, vit, step, steps, ds, test, device, started):
     *_, line = read_metrics(path)
     if not line.get("summary"):                                # else a finished run was started again
         print0("k-NN and linear probe of the trained and of the random encoder")
-        found = evaluate(vit, ds, test, device, args.workers, args.seed)
-        random = evaluate(build(args, 2).encoder, ds, test, device, args.workers, args.seed)
-        line = dict(summary=True, **found, **{f"{key}_random": value for key, value in random.items()},
-                    seconds=round(time.time() - started, 1), objective=args.objective, seed=args.seed,
-                    data=args.data, step=step, steps=steps, settings=fixed_settings(args, "seed"))
+        line = dict(summary=True, seconds=round(time.time() - started, 1), objective=args.objective,
+                    seed=args.seed, data=args.data, step=step, steps=steps,
+                    settings=fixed_settings(args, "seed"))
+        for suffix, network in (("_random", build(args, 2).encoder), ("", vit)):
+            found = evaluate(network, ds, test, device, args.workers, args.seed)
+            line |= {key + suffix: value for key, value in found.items()}
         append_metrics(path, **line)
     print0(f"\n{'':<18}{'k-NN':>8}{'linear probe':>15}   top-1 % on {test.name}, {len(test)} images")
     for name, suffix in (("random encoder", "_random"), ("trained encoder", "")):
@@ -985,12 +924,12 @@ def run(args):
     if args.probe and test is None:
         print0(f"no k-NN and no linear probe at the end: {why}")
     with lock_folder(args.out):
-        check_inputs(args, ds)
+        source = open_source(args, ds)
         if args.fresh and is_main_process():
             start_over(args)
         barrier()
         check_settings(f"{args.out}/settings.json", {**fixed_settings(args), "images": len(ds)})
-        targets, size, layers = make_targets(args, ds, device)
+        targets, size, layers = make_targets(args, ds, source, device)
         model = build(args, size, layers).to(device)
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         print0(f"{args.objective}: {args.model}, {millions:.2f}M parameters; cut {model.cut}: "
@@ -998,7 +937,7 @@ def run(args):
         if args.objective in HARD_CODES and not os.path.exists(f"{args.out}/last.pt"):
             start_codebook(args, model, ds, device)
         step, steps = pretrain(args, model, ds, targets, device)
-        if step < min(steps, args.steps or steps):             # by a signal
+        if step not in (steps, args.steps):                    # by a signal
             return
         if is_main_process():
             save_results(args, model, ds)
@@ -1011,12 +950,11 @@ def run(args):
 
 
 def start_over(args):
-    """Remove what an earlier run left in --out, but not a file that the command line names."""
-    named = [Path(path).resolve() for path in (args.tokenizer, args.tokens) if path]
-    for name in "settings.json last.pt encoder.pt metrics.jsonl tokens.npy tokenizer.pt".split():
-        path = Path(args.out, name).resolve()
-        if path not in named:
-            path.unlink(missing_ok=True)
+    """Remove what an earlier run left in --out, but no file that has the name of a given one."""
+    given = {os.path.basename(path) for path in (args.tokenizer, args.tokens) if path}
+    left = {"settings.json", "last.pt", "encoder.pt", "metrics.jsonl", "tokens.npy", "tokenizer.pt"}
+    for name in left - given:
+        Path(args.out, name).unlink(missing_ok=True)
 
 
 # --- command line -----------------------------------------------------------------------------------------
@@ -1040,16 +978,17 @@ FLAGS = {
     "device": (str, "cuda, cpu (default: cuda if there is one)"),
     "workers": (int, "loading processes of each process (default: its share of the cores; 0 for textures)"),
     "log_every": (int, "steps between lines of metrics.jsonl (default 50)"),
+    "save_every": (int, "steps between checkpoints (default 500)"),
 }
 CHOICES = dict(objective=list(objectives.OBJECTIVES), preset=["laptop", "paper"], model=list(MODELS),
                pos=["learned", "sincos"], init=["timm", "mae"], cosine=["start", "warmup"])
 SWITCHES = {"fresh": "start over: removes what an earlier run left in --out",
             "compile": "torch.compile (default: on CUDA)",
             "probe": "k-NN and linear probe at the end (default)"}
-MAY_BE_ZERO = set("""seed workers jitter crop cut mask_ratio label_smoothing drop_path layer_scale min_lr
-                     warmup_lr warmup_epochs weight_decay beta2 clip_norm""".split())
-FOR_TOKENS = {"tokenizer", "tokens", "label_smoothing"}
-AT_MOST = dict(crop=1, label_smoothing=1, mask_ratio=1, smoothing=1, erase=1, drop_path=.99, beta2=.9999)
+MAY_BE_ZERO = set("""seed workers jitter crop cut mask_ratio drop_path layer_scale min_lr warmup_lr warmup_epochs
+                     weight_decay beta2 clip_norm""".split())
+AT_MOST = dict(crop=1, mask_ratio=1, smoothing=1, erase=1, drop_path=.99, beta2=.9999,
+               vocab_size=1 << 16)                             # tokens are stored in 16 bits
 
 
 def parse(argv):
@@ -1057,26 +996,21 @@ def parse(argv):
                                                  "is not given comes from the preset.")
     flags = dict(FLAGS)
     for key, (mapet, clustermim, _, text) in SETTINGS.items():
-        kind = type(clustermim if mapet is None else mapet)
-        flags[key] = kind, f"{text} (MaPeT {mapet}, ClusterMIM {clustermim})"
+        flags[key] = type(mapet), f"{text} (MaPeT {mapet}, ClusterMIM {clustermim})"
     for key, (kind, text) in flags.items():
         parser.add_argument(f"--{key.replace('_', '-')}", type=kind, choices=CHOICES.get(key), help=text)
     for key, text in SWITCHES.items():
         parser.add_argument(f"--{key}", help=text, action=argparse.BooleanOptionalAction)
-    parser.set_defaults(data="textures", objective="mapet", seed=0, log_every=50, fresh=False, probe=True)
+    parser.set_defaults(data="textures", objective="mapet", seed=0, log_every=50, save_every=500, fresh=False,
+                        probe=True)
     args = parser.parse_args(argv)
     check_numbers(parser, args, MAY_BE_ZERO)
-    given = {key for key, value in vars(args).items() if value is not None}
-    for pair in ({"cut", "mask_ratio"}, {"lr", "base_lr"}, {"tokens", "tokenizer"}):
-        if pair <= given:
-            parser.error(f"{name_flags(pair)} say the same thing: give one of them")
-    if given & FOR_TOKENS and not wants_tokens(args):
-        parser.error(f"{name_flags(given & FOR_TOKENS)}: for tokens, which {args.objective} does not predict")
+    for one, other in (("cut", "mask-ratio"), ("lr", "base-lr"), ("tokens", "tokenizer")):
+        if getattr(args, one) is not None and getattr(args, other.replace("-", "_")) is not None:
+            parser.error(f"--{one} and --{other} say the same thing: give one of them")
+    if (args.tokens or args.tokenizer) and not wants_tokens(args):
+        parser.error(f"--tokens, --tokenizer: {args.objective} does not predict tokens")
     return args
-
-
-def name_flags(keys):
-    return ", ".join(f"--{key.replace('_', '-')}" for key in sorted(keys))
 
 
 def check_numbers(parser, args, may_be_zero):
@@ -1090,28 +1024,35 @@ def check_numbers(parser, args, may_be_zero):
 
 
 def complete(args, chosen, ds, device):
-    """Fill in what the preset decides for the data; check what can be checked before anything is written."""
+    """Fill in what the preset decides for the data; refuse what cannot be, before anything is written."""
     if args.tokenizer or args.tokens:                          # then the file says what the codebook is
         chosen["features"] = chosen["vocab_size"] = None
+    if args.cut is not None:
+        chosen["mask_ratio"] = None
+    if args.base_lr:
+        chosen["lr"] = 0.
     if args.preset == "laptop":                                # the same work on any data set
         chosen["epochs"] *= TEXTURES["train"][1] / len(ds)
         chosen["warmup_epochs"] *= TEXTURES["train"][1] / len(ds)
     if args.epochs is not None:                                # a shorter run keeps the share of the warm-up
         chosen["warmup_epochs"] *= min(1, args.epochs / chosen["epochs"])
-    if args.base_lr is not None:
-        chosen["lr"] = None
+    chosen["out"] = f"runs/{args.objective}-{os.path.basename(os.path.normpath(args.data))}"
+    chosen["compile"] = device.type == "cuda"
+    chosen["workers"] = default_workers(ds)
     for key, value in chosen.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    if args.lr is None:
-        args.lr = args.base_lr * args.batch_size / 256
-    if args.out is None:
-        args.out = f"runs/{args.objective}-{os.path.basename(os.path.normpath(args.data))}"
-    if args.compile is None:
-        args.compile = device.type == "cuda"
-    if args.workers is None:
-        args.workers = default_workers(ds)
-    check_possible(args, len(ds))
+    args.lr = args.lr or args.base_lr * args.batch_size / 256
+    if args.compile and not has_compiler():
+        raise ValueError("--compile: torch.compile needs a C compiler (gcc, clang), else --no-compile")
+    if args.tokens and args.crop:
+        raise ValueError(f"--tokens {args.tokens}: a crop or a flip (--crop {args.crop:g}) moves patches "
+                         "away from their stored tokens; --crop 0, or --tokenizer for tokens of each crop")
+    divide_batch(args)
+    if args.batch_size > len(ds):
+        raise ValueError(f"--batch-size {args.batch_size} is more than the {len(ds)} images")
+    with torch.device("meta"):                                 # sizes, --cut and --mask-ratio out of range
+        build(args, args.vocab_size or 2)
 
 
 def default_workers(ds):
@@ -1123,25 +1064,6 @@ def default_workers(ds):
 def has_compiler():
     """torch.compile needs one for C."""
     return any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
-
-
-def check_possible(args, n):
-    """Settings that exclude one another, or that n images do not allow."""
-    if args.compile and not has_compiler():
-        raise ValueError("--compile: torch.compile needs a C compiler (gcc, clang), else --no-compile")
-    if args.tokens and args.crop:
-        raise ValueError(f"--tokens {args.tokens}: a crop or a flip (--crop {args.crop:g}) moves patches "
-                         "away from their stored tokens; --crop 0, or --tokenizer for tokens of each crop")
-    divide_batch(args)
-    if args.batch_size > n:
-        raise ValueError(f"--batch-size {args.batch_size} is more than the {n} images")
-    patches = args.batch_size * (args.image_size // args.patch_size) ** 2
-    if args.objective in HARD_CODES and args.vocab_size > patches:
-        raise ValueError(f"--vocab-size {args.vocab_size}: codes start at {patches} patches of a batch")
-    if args.vocab_size and args.vocab_size > 1 << 16:
-        raise ValueError(f"--vocab-size {args.vocab_size}: tokens are stored in 16 bits, 65536 codes at most")
-    with torch.device("meta"):                                 # sizes, --cut and --mask-ratio out of range
-        build(args, args.vocab_size or 2)
 
 
 def main(argv=None):
