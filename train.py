@@ -529,8 +529,9 @@ def keep_squares(ds):
         squares = (images.numpy() for images, _, _ in batches)
         write_npy(path, (len(ds), 3, ds.image_size, ds.image_size), squares)
     barrier()
-    squares = torch.from_numpy(np.load(path, mmap_mode="c"))
-    return Images(ds.name, squares.__getitem__, ds.labels, ds.classes, ds.image_size, from_files=False, paths=ds.paths)
+    kept = ds.view(v2.Identity())
+    kept.load, kept.from_files = torch.from_numpy(np.load(path, mmap_mode="c")).__getitem__, False
+    return kept
 
 
 # Data sets of torchvision: class, its argument for the split, that of training, of test, name of the labels.
@@ -599,12 +600,12 @@ def open_folder(folder, split, image_size, classes_file=None):
     if split == "test" and not tests:
         raise ValueError(f"--data {folder}: no val/ or test/ folder")
     root = inside[tests[0]] if split == "test" else train_root or folder
-    classes, left_out = [], Counter()
     entries = [entry for entry in os.scandir(root) if not entry.name.startswith(".")]
-    if train_root:
-        classes = sorted(entry.name for entry in entries if entry.is_dir())
+    classes = sorted(entry.name for entry in entries if train_root and entry.is_dir())
     if classes_file:
         classes = read_classes(classes_file, classes)
+
+    left_out = Counter()
 
     def is_picture(path):
         ending = os.path.splitext(path)[1].lower()
@@ -614,10 +615,10 @@ def open_folder(folder, split, image_size, classes_file=None):
 
     numbers = {name: i for i, name in enumerate(classes)} or {"": -1}
     samples = make_dataset(root, numbers, is_valid_file=is_picture, allow_empty=True)
-    paths, labels = [path for path, _ in samples], [label for _, label in samples]
-    if len(set(labels)) < len(numbers):
+    if {label for _, label in samples} != set(numbers.values()):
         raise ValueError(f"--data {root}: no pictures in it, or in one of its class folders "
                          f"({' '.join(sorted(PICTURES))})")
+    paths, labels = zip(*samples)
     print0(f"{root}: {len(paths)} pictures, {len(classes) or 'no'} class folders of {len(entries)} files and "
            f"folders; left out: {dict(+left_out)}")
     load = functools.partial(read_picture, paths)
@@ -772,8 +773,8 @@ def make_tokenizer(args, ds, source, device):
         if is_main_process():
             tokenizer.save(path)
     if (tokenizer.image_size, tokenizer.patch_size) != (args.image_size, args.patch_size):
-        raise ValueError(f"{args.tokenizer or path}: a tokenizer of patches of {tokenizer.patch_size} pixels, "
-                         f"of images of {tokenizer.image_size}, is not for this run")
+        raise ValueError(f"{args.tokenizer or path}: it is for images of {tokenizer.image_size} pixels and "
+                         f"patches of {tokenizer.patch_size}, unlike this run")
     return tokenizer.to(device)
 
 
@@ -985,8 +986,8 @@ CHOICES = dict(objective=list(objectives.OBJECTIVES), preset=["laptop", "paper"]
 SWITCHES = {"fresh": "start over: removes what an earlier run left in --out",
             "compile": "torch.compile (default: on CUDA)",
             "probe": "k-NN and linear probe at the end (default)"}
-MAY_BE_ZERO = set("""seed workers jitter crop cut mask_ratio drop_path layer_scale min_lr warmup_lr warmup_epochs
-                     weight_decay beta2 clip_norm""".split())
+MAY_BE_ZERO = set("""seed workers jitter crop cut mask_ratio drop_path layer_scale min_lr warmup_lr
+                     warmup_epochs weight_decay beta2 clip_norm""".split())
 AT_MOST = dict(crop=1, mask_ratio=1, smoothing=1, erase=1, drop_path=.99, beta2=.9999,
                vocab_size=1 << 16)                             # tokens are stored in 16 bits
 
