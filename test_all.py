@@ -2391,6 +2391,14 @@ def test_laptop_squares_are_decoded_once_for_all_runs(folder, tmp_path, capsys, 
     refused(data, "c", capsys, [], "cannot be read", ".png")
 
 
+def test_squares_of_data_sets_without_paths_are_kept_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for level in (0, 200):
+        picture = torch.full((3, 30, 40), level, dtype=torch.uint8)
+        ds = train.Images(f"cifar/{level}", [picture, picture].__getitem__, [1, 2], range(3), 24)
+        assert (train.keep_squares(ds)[1][0] == level).all()
+
+
 # --- data sets
 
 def touch(root, *names):

@@ -25,6 +25,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -204,6 +205,7 @@ def train(model, optimizer, ds, args, compute_loss, device, checkpoint, metrics=
         model.compile()                                        # in place, so that parameter names stay
     net = model
     if world > 1:
+        warnings.filterwarnings("ignore", ".*broadcast_buffers.*")          # torch 2.14 renames it
         net = DistributedDataParallel(model, broadcast_buffers=False)
     batches = load_steps(ds, args, step, stop, device)
     sums, waited, logged, since = 0., 0., step, time.time()
@@ -280,14 +282,13 @@ def load_checkpoint(path, model, optimizer, metrics=None):
 def load_steps(ds, args, start, stop, device):
     """(images on device, labels on device, index really read) of each micro-batch of steps start..stop-1."""
     mine = divide_batch(args)
-    rows = slice(mine.start, mine.stop)
-    keys = schedule(len(ds), args.batch_size, args.seed, start, stop, rows, len(mine))
+    keys = schedule(len(ds), args.batch_size, args.seed, start, stop, slice(mine.start, mine.stop), len(mine))
     # The loader draws a seed: from a generator of its own, as torch's is the step's.
     loader = DataLoader(ds, batch_sampler=keys, num_workers=args.workers, worker_init_fn=ignore_signals,
                         pin_memory=device.type == "cuda", generator=torch.Generator())
     for images, labels, wanted, read in loader:
         ds.note_damaged(wanted, read)
-        yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True), read
+        yield images.to(device), labels.to(device), read
 
 
 def ignore_signals(_):
@@ -470,9 +471,10 @@ def decode_by_pil(data):
             image = Image.fromarray((np.asarray(image).astype(np.int64) >> bits - 8).astype(np.uint8))
         if image.mode in ("I", "F"):
             raise ValueError(f"its pixels have 32 bits (mode {image.mode}) and no scale: 8 or 16 are read")
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return pil_to_tensor(Image.alpha_composite(white, image).convert("RGB"))
+        if image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        return pil_to_tensor(image.convert("RGB"))
 
 
 def decode_picture(data):
@@ -604,13 +606,13 @@ def open_folder(folder, split, image_size, classes_file=None):
     classes = sorted(entry.name for entry in entries if train_root and entry.is_dir())
     if classes_file:
         classes = read_classes(classes_file, classes)
-
     left_out = Counter()
 
     def is_picture(path):
         ending = os.path.splitext(path)[1].lower()
         taken = ending in PICTURES and f"{os.sep}." not in path[len(root):]
-        left_out[ending] += not taken
+        if not taken:
+            left_out[ending] += 1
         return taken
 
     numbers = {name: i for i, name in enumerate(classes)} or {"": -1}
@@ -620,7 +622,7 @@ def open_folder(folder, split, image_size, classes_file=None):
                          f"({' '.join(sorted(PICTURES))})")
     paths, labels = zip(*samples)
     print0(f"{root}: {len(paths)} pictures, {len(classes) or 'no'} class folders of {len(entries)} files and "
-           f"folders; left out: {dict(+left_out)}")
+           f"folders; left out: {dict(left_out)}")
     load = functools.partial(read_picture, paths)
     return Images(root, load, labels, classes or None, image_size, paths=paths)
 
@@ -806,8 +808,7 @@ def make_targets(args, ds, source, device):
 
     def give(images, read=None):
         if tokens is not None and read is not None:
-            stored = torch.from_numpy(tokens[read.numpy()].astype(np.int64))
-            return stored.to(device, non_blocking=True)
+            return torch.from_numpy(tokens[read.numpy()].astype(np.int64)).to(device)
         return make(images) if make else None
     return give, size, layers
 
@@ -828,10 +829,8 @@ def build(args, size, layers=None):
 @torch.no_grad()
 def start_codebook(args, model, ds, device):
     """Hard codes start as K-means of the new encoder's z of the first batch (VQ-KD's code; 10 iterations)."""
-    model.eval()                                               # without stochastic depth
     z = [model.encode_patches(normalize(images, ds.mean, ds.std)).flatten(0, 1)
          for images, _, _ in load_steps(ds, args, 0, 1, device)]
-    model.train()
     metric = "cosine" if model.unit else "euclidean"
     kmeans = KMeans(args.vocab_size, metric, max_iter=10, seed=args.seed)
     model.codebook.copy_(kmeans.fit(torch.cat(z)).centroids)
@@ -855,8 +854,7 @@ def pretrain(args, model, ds, targets, device):
 
     transform = random_crop(args.image_size, args.crop) if args.crop else ds.transform
     if args.jitter:
-        jitter = v2.ColorJitter(args.jitter, args.jitter, args.jitter)
-        transform = v2.Compose([transform, jitter])
+        transform = v2.Compose([transform, v2.ColorJitter(args.jitter, args.jitter, args.jitter)])
     return train(model, make_optimizer(model, args), ds.view(transform, args.seed), args, compute_loss,
                  device, f"{args.out}/last.pt", f"{args.out}/metrics.jsonl", model.before_step)
 
@@ -866,9 +864,9 @@ def save_results(args, model, ds):
     encoder = {key: value.cpu() for key, value in model.encoder.state_dict().items()}
     save(encoder, f"{args.out}/encoder.pt")
     if args.objective in objectives.TOKENIZERS:
-        f, weight, bias = model.export()
-        tokenizer = KMeansTokenizer(args.objective, weight, bias, args.patch_size, args.image_size, ds.mean,
-                                    ds.std, f)
+        f, *codes = model.export()
+        sizes = args.patch_size, args.image_size
+        tokenizer = KMeansTokenizer(args.objective, *codes, *sizes, ds.mean, ds.std, f)
         tokenizer.save(f"{args.out}/tokenizer.pt")
 
 
@@ -890,9 +888,8 @@ def draw_results(args, model, ds, held_out, targets, size, device):
         patches = patchify(images, args.patch_size).flatten(0, 1) / 255
         sums = patches.new_zeros(size, patches.shape[1]).index_add_(0, tokens, patches)
         looks = sums / tokens.bincount(minlength=size)[:, None].clamp(min=1)
-    images, _, read = sample(held_out, 8)
-    given = targets(images, read if held_out is ds else None)
-    rows = objectives.picture_predictions(model, images / 255, ds.mean, ds.std, given, looks)
+    images, _, _ = sample(held_out, 8)
+    rows = objectives.picture_predictions(model, images / 255, ds.mean, ds.std, targets(images), looks)
     draw_rows(rows, f"{args.out}/predictions.png")
 
 
@@ -922,8 +919,9 @@ def run(args):
     squares = args.preset == "laptop" and not args.crop
     ds, test, why = open_splits(args.data, args.image_size or chosen["image_size"], args.classes, squares)
     complete(args, chosen, ds, device)
-    if args.probe and test is None:
+    if test is None:
         print0(f"no k-NN and no linear probe at the end: {why}")
+        args.probe = False
     with lock_folder(args.out):
         source = open_source(args, ds)
         if args.fresh and is_main_process():
@@ -931,6 +929,7 @@ def run(args):
         barrier()
         check_settings(f"{args.out}/settings.json", {**fixed_settings(args), "images": len(ds)})
         targets, size, layers = make_targets(args, ds, source, device)
+        del source                                             # K-means had a network of its own
         model = build(args, size, layers).to(device)
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         print0(f"{args.objective}: {args.model}, {millions:.2f}M parameters; cut {model.cut}: "
@@ -944,7 +943,7 @@ def run(args):
             save_results(args, model, ds)
             draw_results(args, model, ds, test or ds, targets, size, device)
         barrier()
-        if args.probe and test is not None:
+        if args.probe:
             print_table(args, model.encoder, step, steps, ds, test, device, started)
         print0(f"\n{time.time() - started:.0f} s. In {args.out}: {', '.join(sorted(os.listdir(args.out)))}\n"
                f"next: python probe.py linear {args.out}; also finetune, tokens, show")
@@ -1006,9 +1005,9 @@ def parse(argv):
                         probe=True)
     args = parser.parse_args(argv)
     check_numbers(parser, args, MAY_BE_ZERO)
-    for one, other in (("cut", "mask-ratio"), ("lr", "base-lr"), ("tokens", "tokenizer")):
-        if getattr(args, one) is not None and getattr(args, other.replace("-", "_")) is not None:
-            parser.error(f"--{one} and --{other} say the same thing: give one of them")
+    for one, other in (("cut", "mask_ratio"), ("lr", "base_lr"), ("tokens", "tokenizer")):
+        if None not in (getattr(args, one), getattr(args, other)):
+            parser.error(f"--{one} and --{other.replace('_', '-')} say the same thing: give one of them")
     if (args.tokens or args.tokenizer) and not wants_tokens(args):
         parser.error(f"--tokens, --tokenizer: {args.objective} does not predict tokens")
     return args
