@@ -21,11 +21,9 @@ import io
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import sys
-import threading
 import time
 import warnings
 import zlib
@@ -36,11 +34,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision.datasets as tv
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import make_dataset
-from torchvision.io import decode_image, decode_jpeg
+from torchvision.io import decode_jpeg, decode_png
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -80,13 +78,12 @@ SETTINGS = {            # MaPeT, ClusterMIM, laptop
     "features":         ("clip", "pixel", "pixel", "what K-means clusters: pixel, pixel-norm, hog, dino, "
                          "deit, mae, clip, a ViT's file; mae (pixel, pixel-norm) or maskfeat predict it"),
     "vocab_size":       (8192, 50, 64, "codebook size K"),
-    "label_smoothing":  (0., 0., 0., "of the cross-entropy with tokens"),
     "crop":             (0., .2, 0., "least area of a random crop, half of them mirrored; 0: center square"),
     "jitter":           (.4, 0., 0., "color jitter: brightness, contrast, saturation"),
     "epochs":           (300., 200., 6., "passes over the data (laptop: as many images as 6 of textures)"),
     "batch_size":       (2048, 4096, 32, "images a step, over all processes"),
-    "lr":               (1.5e-3, None, 1.5e-3, "peak learning rate, as used"),
-    "base_lr":          (None, 1.5e-4, None, "the same per 256 images: lr = base lr * batch / 256"),
+    "lr":               (1.5e-3, 0., 1.5e-3, "peak learning rate, as used; 0: by the base lr"),
+    "base_lr":          (0., 1.5e-4, 0., "the same per 256 images: lr = base lr * batch / 256"),
     "min_lr":           (1e-5, 0., 1e-5, "at the end of the cosine"),
     "warmup_lr":        (1e-6, 0., 1e-6, "at the first step"),
     "warmup_epochs":    (10., 40., .3, "linear warm-up; fewer --epochs shrink it"),
@@ -94,7 +91,6 @@ SETTINGS = {            # MaPeT, ClusterMIM, laptop
     "weight_decay":     (.05, .05, .05, "AdamW, on matrices only"),
     "beta2":            (.999, .95, .95, "AdamW"),
     "clip_norm":        (3., 0., 1., "largest gradient norm, 0 = any"),
-    "save_every":       (1000, 1000, 200, "steps between checkpoints"),
 }
 MAPET, CLUSTERMIM, LAPTOP = ({key: row[i] for key, row in SETTINGS.items()} for i in range(3))
 # Learned tokenizers: VQ-KD's recipe (BEiT v2's code); its teacher is CLIP's ViT-B/16, here DINO's. The
@@ -169,12 +165,10 @@ def make_optimizer(model, args):
 
     The mask token, (1, 1, d), is decayed, as in the released code (ClusterMIM's also decays the class token).
     """
-    decayed, free = [], []
+    groups = [dict(params=[], weight_decay=args.weight_decay), dict(params=[], weight_decay=0.)]
     for name, p in model.named_parameters():
         is_free = p.ndim < 2 or name.endswith(("pos_embed", "cls_token"))
-        if p.requires_grad:
-            (free if is_free else decayed).append(p)
-    groups = [dict(params=decayed, weight_decay=args.weight_decay), dict(params=free, weight_decay=0.)]
+        groups[is_free]["params"].append(p)
     return torch.optim.AdamW(groups, lr=args.lr, betas=(.9, args.beta2), fused=True)
 
 
@@ -209,11 +203,14 @@ def train(model, optimizer, ds, args, compute_loss, device, checkpoint, metrics=
     step = load_checkpoint(checkpoint, model, optimizer, metrics)
     if args.compile:
         model.compile()                                        # in place, so that parameter names stay
-    net = wrap_model(model, device)
+    net = model
+    if world > 1:
+        warnings.filterwarnings("ignore", ".*broadcast_buffers.*")          # torch 2.14 renames it
+        net = DistributedDataParallel(model, broadcast_buffers=False)
     batches = load_steps(ds, args, step, stop, device)
     sums, waited, logged, since = 0., 0., step, time.time()
     asked = False
-    with contextlib.closing(batches), catch_signals(device) as stopping:
+    with contextlib.closing(batches), catch_signals() as received:
         while step < stop and not asked:
             lr = learning_rate(step, steps, warmup, args.lr, args.warmup_lr, args.min_lr, args.cosine)
             for group in optimizer.param_groups:
@@ -225,53 +222,41 @@ def train(model, optimizer, ds, args, compute_loss, device, checkpoint, metrics=
                 waited += time.time() - before
                 rows = slice(start, start + mine.step)
                 # All micro-batches make one gradient: the processes exchange it once, with the last.
-                alone = world > 1 and start != mine[-1]
-                with net.no_sync() if alone else contextlib.nullcontext():
-                    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                        loss, logs = compute_loss(net, images, labels, read, step, rows)
-                    (loss / len(mine)).backward()
+                net.require_backward_grad_sync = start == mine[-1]
+                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                    loss, logs = compute_loss(net, images, labels, read, step, rows)
+                (loss / len(mine)).backward()
                 logs = {"loss": loss.detach(), **logs}
                 sums = sums + torch.stack([*logs.values()]).float() / len(mine)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm or math.inf)
-            asked = stopping(step)
-            last = step + 1 == stop
-            log_due = last or step == 0 or (step + 1) % args.log_every == 0
-            save_due = last or asked or (step + 1) % args.save_every == 0
-            # To read the norm, which is the same on every process, the CPU must wait for the GPU.
-            if (device.type == "cpu" or log_due or save_due) and not norm.isfinite():
+            if not norm.isfinite():                            # the same on every process
                 raise ValueError(f"step {step + 1}: the loss or its gradient is not finite, what was saved "
                                  f"is kept; try a lower --lr (now {args.lr:g})")
             if before_step:
                 before_step((step + 1) / steps)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             step += 1
-            if log_due:
+            asked = torch.tensor(float(len(received)), device=device)
+            all_reduce(asked)                                  # by a signal to any process
+            if step in (1, stop) or step % args.log_every == 0:
                 all_reduce(sums)
-                means = dict(zip(logs, (sums / (world * (step - logged))).tolist()))
+                done = step - logged
                 seconds = time.time() - since
-                means["images_per_second"] = round((step - logged) * args.batch_size / seconds, 1)
+                means = dict(zip(logs, (sums / (world * done)).tolist()))
+                means["images_per_second"] = round(done * args.batch_size / seconds, 1)
                 append_metrics(metrics, step=step, epoch=step / per_epoch, lr=lr, **means)
                 words = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
                 if device.type == "cuda":
                     words += f", {torch.cuda.max_memory_allocated() / 1e9:.3g} GB"
                 print0(f"step {step}/{steps}  lr {lr:.2e}  {words}, {waited / seconds:.0%} waiting for data")
                 sums, waited, logged, since = 0., 0., step, time.time()
-            if save_due and rank == 0:
+            if rank == 0 and (asked or step == stop or step % args.save_every == 0):
                 state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
                 save(state, checkpoint)
-    if asked:
-        print0(f"stopped at step {step} of {steps} by a signal; the same command goes on from there")
+    if step < steps:                                           # by a signal, or --steps
+        print0(f"{checkpoint}: step {step} of {steps}; to go on: the same command, without --steps")
     return step, steps
-
-
-def wrap_model(model, device):
-    """DistributedDataParallel, where there are several processes."""
-    if rank_and_world()[1] == 1:
-        return model
-    warnings.filterwarnings("ignore", ".*broadcast_buffers.*")              # torch 2.14 renames it
-    devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def load_checkpoint(path, model, optimizer, metrics=None):
@@ -279,11 +264,12 @@ def load_checkpoint(path, model, optimizer, metrics=None):
     if not os.path.exists(path):
         return 0
     state = read_checkpoint(path)
-    if not isinstance(state, dict) or not {"model", "optimizer", "step"} <= state.keys():
-        raise ValueError(f"{path}: not a checkpoint of this script; --fresh starts over")
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    step = state["step"]
+    try:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+    except (KeyError, RuntimeError, TypeError, ValueError):
+        raise ValueError(f"{path}: not a checkpoint of this run; --fresh starts over") from None
     print0(f"going on from {path} at step {step}")
     barrier()                                                  # nobody writes before everybody has read
     if metrics and is_main_process():
@@ -296,14 +282,13 @@ def load_checkpoint(path, model, optimizer, metrics=None):
 def load_steps(ds, args, start, stop, device):
     """(images on device, labels on device, index really read) of each micro-batch of steps start..stop-1."""
     mine = divide_batch(args)
-    rows = slice(mine.start, mine.stop)
-    keys = schedule(len(ds), args.batch_size, args.seed, start, stop, rows, len(mine))
+    keys = schedule(len(ds), args.batch_size, args.seed, start, stop, slice(mine.start, mine.stop), len(mine))
     # The loader draws a seed: from a generator of its own, as torch's is the step's.
     loader = DataLoader(ds, batch_sampler=keys, num_workers=args.workers, worker_init_fn=ignore_signals,
                         pin_memory=device.type == "cuda", generator=torch.Generator())
     for images, labels, wanted, read in loader:
         ds.note_damaged(wanted, read)
-        yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True), read
+        yield images.to(device), labels.to(device), read
 
 
 def ignore_signals(_):
@@ -313,28 +298,20 @@ def ignore_signals(_):
 
 
 @contextlib.contextmanager
-def catch_signals(device, every=8):
-    """Yields stopping(step): did any process get SIGTERM or SIGINT? The same answer on all of them."""
-    received, before = [], {}
+def catch_signals():
+    """Yields the list of SIGTERM and SIGINT that this process has got."""
+    received, handlers = [], {}
 
     def note(number, frame):
         received.append(number)
 
-    def stopping(step):
-        if rank_and_world()[1] == 1:
-            return bool(received)
-        if step % every:                                       # to ask the others takes time
-            return False
-        flag = torch.tensor(float(len(received)), device=device)
-        all_reduce(flag)
-        return flag.item() > 0
-
-    if threading.current_thread() is threading.main_thread():  # others cannot have handlers
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    with contextlib.suppress(ValueError):                      # only the main thread can have handlers
+        for number in (signal.SIGTERM, signal.SIGINT):
+            handlers[number] = signal.signal(number, note)
     try:
-        yield stopping
+        yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
@@ -348,7 +325,7 @@ def setup(device=None):
             torch.backends.cuda.enable_cudnn_sdp(False)        # its backward with a mask can be wrong
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:            # an unknown name, or not on this machine
-        raise ValueError(f"--device {device}: {str(error)[:70].splitlines()[0]}") from None
+        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")      # names of files need not be UTF-8
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
@@ -378,15 +355,14 @@ class Images(Dataset):
 
     def __init__(self, name, load, labels, classes, image_size, from_files=True, paths=(), mean_std=IMAGENET):
         self.name, self.load, self.paths = name, load, paths
-        self.all_labels, self.classes = np.asarray(labels, dtype=np.int64), classes
-        self.labels = self.all_labels if classes else None
+        self.labels, self.classes = np.asarray(labels, dtype=np.int64), classes
         self.image_size, self.from_files = image_size, from_files
         self.mean, self.std = mean_std
-        self.transform = center_square(image_size) if from_files else None
+        self.transform = center_square(image_size) if from_files else v2.Identity()
         self.seed, self.damaged = 0, set()
 
     def __len__(self):
-        return len(self.all_labels)
+        return len(self.labels)
 
     def view(self, transform, seed=0, image_size=None):
         """The same pictures under another transform."""
@@ -397,35 +373,31 @@ class Images(Dataset):
     def __getitem__(self, key):
         epoch, i = key if isinstance(key, tuple) else (0, key)
         picture, read = self.read(i)
-        if self.transform is not None:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(derive_seed(self.seed, epoch, i))
-                picture = self.transform(picture)
-        return picture, int(self.all_labels[read]), i, read
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(self.seed, epoch, i))
+            picture = self.transform(picture)
+        return picture, int(self.labels[read]), i, read
 
     def read(self, i):
         """Picture i, or the first after it that is not damaged; its index."""
-        for read in range(i, i + 100):
-            read %= len(self)
+        for _ in range(100):
             try:
-                return self.load(read), read
+                return self.load(i), i
             except Damaged as error:
-                print(f"cannot read {self.describe(read)} ({error}): its neighbor stands in", file=sys.stderr)
-        raise OSError(f"{self.describe(i)} and the 99 after it cannot be read: are these pictures?")
-
-    def describe(self, i):
-        return self.paths[i] if self.paths else f"picture {i} of {self.name}"
+                print(f"cannot read {self.paths[i]} ({error}): its neighbor stands in", file=sys.stderr)
+            i = (i + 1) % len(self)
+        raise OSError(f"{self.name}: 100 pictures in a row cannot be read, the last is {self.paths[i - 1]}")
 
     def note_damaged(self, wanted, read):
         """More pictures for which a neighbor stood in, indices (b,); beyond 1 % of all it is an error."""
         self.damaged |= set(wanted[wanted != read].tolist())
         if len(self.damaged) > .01 * len(self):
-            raise OSError(f"{len(self.damaged)} of {len(self)} pictures cannot be read, more than 1 %: "
-                          f"replace or remove them; the first is {self.describe(min(self.damaged))}")
+            raise OSError(f"{self.name}: {len(self.damaged)} of {len(self)} pictures cannot be read, more "
+                          f"than 1 %: replace or remove them; the first is {self.paths[min(self.damaged)]}")
 
 
-def render_textures(seed, indices, size=48):
-    """Images `indices` of stream `seed`: float32 (m, 3, size, size), unit variance; labels (m,) int64.
+def render_texture(seed, i, size=48):
+    """Image i of stream `seed`: uint8 (3, size, size), whose 256 levels span +-3.5 deviations; its label.
 
     label = 5 * period + orientation of the stripes that fill the object. All else is nuisance: its shape and
     pose, stripe phase, contrast and bending, colors, a fainter striped background (the class is what the
@@ -433,23 +405,20 @@ def render_textures(seed, indices, size=48):
     their neighbors, orientation and period can: a mean-squared prediction of a hidden patch is nearly flat,
     a distribution over tokens still says which texture it is.
     """
-    rngs = [np.random.default_rng([seed, int(index)]) for index in indices]   # and on nothing else
-    draws = iter(np.array([rng.random(40) for rng in rngs], np.float32).T[:, :, None, None])
-    noise = np.array([rng.standard_normal((3, size, size), np.float32) for rng in rngs])
+    rng = np.random.default_rng([seed, i])
+    draws = iter(rng.random((40, 1, 1)).astype(np.float32))
+    noise = rng.standard_normal((3, size, size), np.float32)
     y, x = np.mgrid[-1:1:size * 1j, -1:1:size * 1j].astype(np.float32)
 
-    def uniform(low, high):                                    # the images' next random numbers, (m, 1, 1)
+    def uniform(low, high):                                    # the next random number, (1, 1)
         return low + (high - low) * next(draws)
 
-    def stripes(angle, period):                                # 6 or 9 cycles per image, random phase, bent
-        bend_x = np.sin(uniform(5, 9) * x + uniform(0, 6.3))
-        bend_y = np.sin(uniform(5, 9) * y + uniform(0, 6.3))
+    def paint(contrast, angle, period):      # stripes, 6 or 9 cycles per image, random phase and color, bent
+        bend = sum(np.sin(uniform(5, 9) * axis + uniform(0, 6.3)) for axis in (x, y))
         along = x * np.cos(angle) + y * np.sin(angle)
-        return np.sin((6 + 3 * period) * math.pi * along + .8 * (bend_x + bend_y) + uniform(0, 6.3))
-
-    def paint(pattern):                                        # (m, 3, size, size), in a random color
+        wave = np.sin((6 + 3 * period) * math.pi * along + .8 * bend + uniform(0, 6.3))
         gray = uniform(-.25, .25)
-        return np.stack([gray + uniform(-.15, .15) + pattern for _ in range(3)], 1)
+        return np.stack([gray + uniform(-.15, .15) + contrast * wave for _ in range(3)])
 
     label = np.floor(uniform(0, 10))
     period, orientation = np.divmod(label, 5)
@@ -460,31 +429,25 @@ def render_textures(seed, indices, size=48):
     a, b = a * np.cos(turn) + b * np.sin(turn), b * np.cos(turn) - a * np.sin(turn)      # object coordinates
     radius = np.hypot(a, b)
     ring = (radius < 1.05) & (radius > .5)
-    inside = np.where(square, np.maximum(abs(a), abs(b)) < .85, ring)[:, None]
+    inside = np.where(square, np.maximum(abs(a), abs(b)) < .85, ring)
 
-    contrast = .45 * uniform(.6, 1.4)
-    angle = orientation * math.pi / 5 + uniform(-.12, .12)
-    foreground = paint(contrast * stripes(angle, period))
-    angle, period = uniform(0, math.pi), np.floor(uniform(0, 2))
-    background = paint(.25 * stripes(angle, period))
-    return (np.where(inside, foreground, background) + .3 * noise) / .45, label.ravel().astype(np.int64)
+    foreground = paint(.45 * uniform(.6, 1.4), orientation * math.pi / 5 + uniform(-.12, .12), period)
+    background = paint(.25, uniform(0, math.pi), np.floor(uniform(0, 2)))
+    values = (np.where(inside, foreground, background) + .3 * noise) / .45               # of unit variance
+    levels = np.rint((values / 7 + .5) * 255).clip(0, 255)
+    return levels.astype(np.uint8), int(label.item())
 
 
 # Streams of the embedded data: seed and number of images; "val" is for choosing anything.
 TEXTURES = {"train": (1, 12000), "test": (2, 2000), "val": (3, 2000)}
 
 
-def open_textures(split):
-    """The embedded data in memory, uint8, whose 256 levels span +-3.5 deviations."""
+def open_textures(split, size=48):
+    """The embedded data, in memory."""
     seed, n = TEXTURES[split]
-    images, labels = [], []
-    for start in range(0, n, 250):
-        values, some = render_textures(seed, range(start, min(start + 250, n)))
-        levels = np.rint((values / 7 + .5) * 255).clip(0, 255).astype(np.uint8)
-        images.append(torch.from_numpy(levels))
-        labels.extend(some)
-    classes = [f"{cycles} cycles at {angle} degrees" for cycles in (6, 9) for angle in range(0, 180, 36)]
-    return Images(f"textures/{split}", torch.cat(images).__getitem__, labels, classes, 48, from_files=False,
+    images, labels = zip(*(render_texture(seed, i, size) for i in range(n)))
+    load = torch.from_numpy(np.stack(images)).__getitem__
+    return Images(f"textures/{split}", load, labels, range(10), size, from_files=False,
                   mean_std=((.5, .5, .5), (1 / 7, 1 / 7, 1 / 7)))
 
 
@@ -507,10 +470,10 @@ def decode_by_pil(data):
         if gray_16:
             image = Image.fromarray((np.asarray(image).astype(np.int64) >> bits - 8).astype(np.uint8))
         if image.mode in ("I", "F"):
-            raise Damaged(f"its pixels have 32 bits (mode {image.mode}) and no scale: 8 or 16 are read")
-        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            raise ValueError(f"its pixels have 32 bits (mode {image.mode}) and no scale: 8 or 16 are read")
+        if image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
         return pil_to_tensor(image.convert("RGB"))
 
 
@@ -519,34 +482,24 @@ def decode_picture(data):
     raw = torch.frombuffer(bytearray(data or b"-"), dtype=torch.uint8)
     if data[:2] == b"\xff\xd8":
         with contextlib.suppress(RuntimeError):                # damaged: PIL says how
-            image = decode_jpeg(raw, apply_exif_orientation=True)
-            if len(image) != 4:                                # CMYK
-                return image.expand(3, -1, -1)
+            return decode_jpeg(raw, "RGB", apply_exif_orientation=True)
     try:
         return decode_by_pil(data)
-    except (Damaged, MemoryError):
+    except MemoryError:
         raise
     except Exception as error:                                 # decoders raise half a dozen kinds
         with contextlib.suppress(RuntimeError):                # PIL refuses what only its metadata ails
-            image = decode_image(raw, "RGB")
-            if image.ndim == 3:
-                return image
-        unknown = isinstance(error, UnidentifiedImageError)
-        raise Damaged(f"it begins with {data[:16]!r}" if unknown else str(error).split("\n")[0]) from None
+            return decode_png(raw, "RGB")
+        reason = str(error).split("\n")[0]
+        raise Damaged(f"{reason}; it begins with {data[:16]!r}") from None
 
 
 def read_picture(paths, i):
-    with open(paths[i], "rb") as file:                         # the machine's errors are not the picture's
-        data = file.read()
-    return decode_picture(data)
+    return decode_picture(Path(paths[i]).read_bytes())
 
 
 def read_named(source, i):
     return pil_to_tensor(source[i][0].convert("RGB"))
-
-
-def read_square(squares, i):
-    return torch.from_numpy(np.array(squares[i]))
 
 
 def crop_square(picture):
@@ -569,128 +522,109 @@ def keep_squares(ds):
     """Pictures as center squares, decoded by all cores into data/squares once, for all runs: a memory map."""
     if ds is None or not ds.from_files:
         return ds
-    source = "\n".join(f"{path} {os.stat(path).st_mtime_ns}" for path in ds.paths)
-    name = f"{ds.name[-60:]}-{ds.image_size}-{zlib.crc32(os.fsencode(source)):08x}"
-    path = f"data/squares/{re.sub('[^a-zA-Z0-9_]+', '-', name)}.npy"
+    about = ds.name, ds.image_size, ds.paths, [os.stat(path).st_mtime_ns for path in ds.paths]
+    path = f"data/squares/{zlib.crc32(repr(about).encode()):08x}.npy"
     if LOCAL_RANK == 0 and not os.path.exists(path):
         os.makedirs("data/squares", exist_ok=True)
-        print0(f"decoding {len(ds)} pictures once, into {path}")
+        print0(f"decoding the {len(ds)} pictures of {ds.name} once, into {path}")
         batches = load_batches(ds, range(len(ds)), 64, os.cpu_count(), desc="squares")
         squares = (images.numpy() for images, _, _ in batches)
         write_npy(path, (len(ds), 3, ds.image_size, ds.image_size), squares)
     barrier()
-    load = functools.partial(read_square, np.load(path, mmap_mode="r"))
-    return Images(ds.name, load, ds.all_labels, ds.classes, ds.image_size, from_files=False, paths=ds.paths)
+    kept = ds.view(v2.Identity())
+    kept.load, kept.from_files = torch.from_numpy(np.load(path, mmap_mode="c")).__getitem__, False
+    return kept
 
 
-# Data sets of torchvision: name -> (class, its argument for the split, that of training, of test).
+# Data sets of torchvision: class, its argument for the split, that of training, of test, name of the labels.
 NAMED = {
-    "cifar10": (tv.CIFAR10, "train", True, False),
-    "cifar100": (tv.CIFAR100, "train", True, False),
-    "stl10": (tv.STL10, "split", "train", "test"),
-    "food101": (tv.Food101, "split", "train", "test"),
-    "flowers102": (tv.Flowers102, "split", "train", "test"),
-    "oxford_pets": (tv.OxfordIIITPet, "split", "trainval", "test"),
-    "stanford_cars": (tv.StanfordCars, "split", "train", "test"),
-    "fgvc_aircraft": (tv.FGVCAircraft, "split", "trainval", "test"),
+    "cifar10": (tv.CIFAR10, "train", True, False, "targets"),
+    "cifar100": (tv.CIFAR100, "train", True, False, "targets"),
+    "food101": (tv.Food101, "split", "train", "test", "_labels"),
+    "stanford_cars": (tv.StanfordCars, "split", "train", "test", "_samples"),
+    "fgvc_aircraft": (tv.FGVCAircraft, "split", "trainval", "test", "_labels"),
 }
 
 
 def open_dataset(spec, split="train", image_size=None, classes=None):
-    """The data set `spec`, split "train" or "test", as `Images`; None for the test split that a folder lacks.
+    """The data set `spec`, split "train" or "test", as `Images`; ValueError where a folder lacks the split.
 
     spec     "textures" (embedded), a name in NAMED (downloaded into data/), a folder in ImageNet's layout
              (train/CLASS/*.jpg, val/CLASS/*.jpg) or any folder of pictures without labels
     classes  a file with the class folders to keep, one a line (ImageNet-100)
     """
-    if classes and (spec == "textures" or spec in NAMED):
+    if spec not in ("textures", *NAMED):
+        return open_folder(spec, split, image_size or 224, classes)
+    if classes:
         raise ValueError("--classes picks class folders: it goes with --data FOLDER only")
     if spec == "textures":
-        if image_size not in (None, 48):
-            raise ValueError(f"--image-size {image_size}: textures are rendered at 48 pixels")
-        return open_textures(split)
-    if spec in NAMED:
-        return open_named(spec, split, image_size or 224)
-    if not os.path.isdir(spec):
-        raise ValueError(f"--data {spec}: no such folder, nor a data set of that name ({', '.join(NAMED)})")
-    return open_folder(spec, split, image_size or 224, classes)
+        return open_textures(split, image_size or 48)
+    return open_named(spec, split, image_size or 224)
 
 
 def open_named(name, split, image_size):
-    kind, argument, *values = NAMED[name]
-    arguments = {argument: values[split == "test"]}
-    if LOCAL_RANK > 0:                                         # the first process of a machine fetches it
-        barrier()
-    try:
+    kind, argument, train, test, labels = NAMED[name]
+    arguments = {argument: test if split == "test" else train}
+    if LOCAL_RANK == 0:                                        # the first process of a machine fetches it
         try:
-            source = kind("data", **arguments)
+            kind("data", **arguments)
         except RuntimeError:                                   # not there, or not whole
-            source = kind("data", download=True, **arguments)
-    except (OSError, RuntimeError, ValueError) as error:       # no network, a dead address
-        why = str(error).split("\n")[0]
-        raise ValueError(f"--data {name}: not in data/ and cannot be fetched ({why})") from None
-    if LOCAL_RANK == 0:
-        barrier()
-    keys = [key for key in ("targets", "labels", "_labels") if hasattr(source, key)]
-    labels = getattr(source, keys[0]) if keys else [label for _, label in source._samples]
-    classes = getattr(source, "classes", None) or list(range(1 + max(labels)))
-    return Images(f"{name}/{split}", functools.partial(read_named, source), labels, classes, image_size)
+            kind("data", download=True, **arguments)
+    barrier()
+    source = kind("data", **arguments)
+    labels = np.array(getattr(source, labels))
+    if labels.ndim == 2:                                       # pairs (path, label)
+        labels = labels[:, 1].astype(int)
+    load = functools.partial(read_named, source)
+    return Images(f"{name}/{split}", load, labels, range(1 + labels.max()), image_size)
 
 
 def read_classes(path, found):
     """Names of class folders, one a line, or all on one line (solo-learn's ImageNet-100)."""
-    lines = [line.strip() for line in Path(path).read_text("utf-8-sig", "replace").splitlines()]
-    classes = set(lines) - {""}
-    if len(classes) == 1 and not classes <= set(found):
-        classes = set(min(classes).split())
-    unknown = classes - set(found)
-    if unknown or not classes:
+    text = Path(path).read_text("utf-8-sig", "replace")
+    names = {line.strip() for line in text.splitlines()} - {""}
+    if not names & set(found):
+        names = set(text.split())
+    unknown = names - set(found)
+    if unknown or not names:
         raise ValueError(f"--classes {path}: there is no class folder {min(unknown, default='')!r}")
-    return sorted(classes)
-
-
-def is_picture(path, root):
-    """A file of ours to read; what is hidden (.ipynb_checkpoints/, ._1.jpg) is not."""
-    hidden = any(part.startswith(".") for part in Path(path).relative_to(root).parts)
-    return ending(path) in PICTURES and not hidden
-
-
-def ending(path):
-    return os.path.splitext(path)[1].lower()
+    return sorted(names)
 
 
 def open_folder(folder, split, image_size, classes_file=None):
-    """Which of its folders, classes and files are taken is printed."""
+    """What is taken and what is left out, such as all that is hidden (.cache/, ._1.jpg), is printed."""
+    folder = os.path.abspath(folder)
     inside = {entry.name.lower(): entry.path for entry in os.scandir(folder) if entry.is_dir()}
     train_root = inside.get("train") or inside.get("training")
-    names = [name for name in ("val", "valid", "validation", "test", "testing") if name in inside]
-    if names and not train_root:
-        raise ValueError(f"--data {folder}: there is {names[0]}/, but no train/ beside it")
-    if split == "test" and not names:
-        return None
-    root = inside[names[0]] if split == "test" else train_root or folder
-    classes = []
-    if train_root:
-        folders = [entry.name for entry in os.scandir(root) if entry.is_dir()]
-        classes = sorted(name for name in folders if not name.startswith("."))
+    tests = [name for name in ("val", "valid", "validation", "test", "testing") if name in inside]
+    if tests and not train_root:
+        raise ValueError(f"--data {folder}: there is {tests[0]}/, but no train/ beside it")
+    if split == "test" and not tests:
+        raise ValueError(f"--data {folder}: no val/ or test/ folder")
+    root = inside[tests[0]] if split == "test" else train_root or folder
+    entries = [entry for entry in os.scandir(root) if not entry.name.startswith(".")]
+    classes = sorted(entry.name for entry in entries if train_root and entry.is_dir())
     if classes_file:
         classes = read_classes(classes_file, classes)
+    left_out = Counter()
+
+    def is_picture(path):
+        ending = os.path.splitext(path)[1].lower()
+        taken = ending in PICTURES and f"{os.sep}." not in path[len(root):]
+        if not taken:
+            left_out[ending] += 1
+        return taken
+
     numbers = {name: i for i, name in enumerate(classes)} or {"": -1}
-    files = make_dataset(root, numbers, is_valid_file=os.path.isfile, allow_empty=True)
-    samples = [(path, label) for path, label in files if is_picture(path, root)]
-    filled = {label for _, label in samples}
-    for name, label in numbers.items():
-        if label not in filled:
-            raise ValueError(f"--data {os.path.join(root, name)}: no pictures in it "
-                             f"({' '.join(sorted(PICTURES))})")
+    samples = make_dataset(root, numbers, is_valid_file=is_picture, allow_empty=True)
+    if {label for _, label in samples} != set(numbers.values()):
+        raise ValueError(f"--data {root}: no pictures in it, or in one of its class folders "
+                         f"({' '.join(sorted(PICTURES))})")
     paths, labels = zip(*samples)
-    taken = Counter(map(ending, paths))
-    left_out = Counter(ending(path) for path, _ in files) - taken
-    beside = sum(entry.is_file() for entry in os.scandir(root)) if classes else 0
-    print0(f"{root}: {len(paths)} pictures {dict(taken)}, {len(classes) or 'no'} class folders; "
-           f"left out: {dict(left_out)} and {beside} files beside the class folders")
+    print0(f"{root}: {len(paths)} pictures, {len(classes) or 'no'} class folders of {len(entries)} files and "
+           f"folders; left out: {dict(left_out)}")
     load = functools.partial(read_picture, paths)
-    return Images(f"{folder}/{split}", load, labels, classes or None, image_size, paths=paths)
+    return Images(root, load, labels, classes or None, image_size, paths=paths)
 
 
 def open_splits(spec, image_size=None, classes=None, squares=False):
@@ -702,11 +636,11 @@ def open_splits(spec, image_size=None, classes=None, squares=False):
     test, why = None, "no labels"
     if ds.classes:
         try:
-            test, why = open_dataset(spec, "test", image_size, classes), "no val/ or test/ folder"
-        except ValueError as error:                            # unsorted pictures
-            why = str(error)
-        if test is not None and test.classes != ds.classes:
-            test, why = None, "the class folders of its test split are not those of train/"
+            test = open_dataset(spec, "test", image_size, classes)
+            if test.classes != ds.classes:
+                raise ValueError("the class folders of its test split are not those of train/")
+        except ValueError as error:                            # none, or unsorted pictures
+            test, why = None, str(error)
     if squares:
         ds, test = keep_squares(ds), keep_squares(test)
     return ds, test, why
@@ -744,9 +678,9 @@ def append_metrics(path, **line):
             file.write(json.dumps(line) + "\n")
 
 
-def fixed_settings(args):
+def fixed_settings(args, *without):
     """The flags of a run that its continuation must have, too."""
-    return {key: value for key, value in vars(args).items() if key not in FREE}
+    return {key: value for key, value in vars(args).items() if key not in (*FREE, *without)}
 
 
 def check_settings(path, settings, fresh=False):
@@ -757,14 +691,13 @@ def check_settings(path, settings, fresh=False):
             there = json.loads(Path(path).read_text())
         except ValueError:
             raise ValueError(f"{path}: no settings of a run; --fresh starts over") from None
-    differ = sorted(key for key in settings if there.get(key) != settings[key])
-    words = ", ".join(f"--{key.replace('_', '-')} {there.get(key)} there, {settings[key]} here"
-                      for key in differ)
-    if set(differ) - PATHS:
-        raise ValueError(f"{path} is of a run with other settings ({words}): take these, another --out, or "
-                         "--fresh")
+    differ = {key for key in settings if there.get(key) != settings[key]}
+    words = [f"--{key.replace('_', '-')} {there.get(key)} there, {settings[key]} here" for key in differ]
+    if differ - PATHS:
+        raise ValueError(f"{path} is of a run with other settings ({', '.join(words)}): take these, another "
+                         "--out, or --fresh")
     if differ:
-        print0(f"note: this run began with another path: {words}")
+        print0(f"note: this run began with another path: {', '.join(words)}")
     barrier()                                                  # everybody has looked before anybody writes
     if is_main_process():
         with write_atomically(path) as temporary:
@@ -786,61 +719,22 @@ def lock_folder(folder):
 
 
 def plot_metrics(plt, runs, path):
-    """Curves of what was logged. runs: {label: [lines of a metrics.jsonl, ...]}, a color for each label."""
+    """Curves of all that was logged. runs: {label: [lines of a metrics.jsonl, ...]}, a color each."""
     lines = [line for several in runs.values() for run in several for line in run if "loss" in line]
-    names = set().union(*lines) - {"step", "epoch", "lr", "images_per_second"}
+    names = sorted(set().union(*lines) - {"step", "epoch", "lr", "images_per_second"})
     _, axes = plt.subplots(len(names), squeeze=False, figsize=(8, 3 * len(names)), layout="constrained")
-    for axis, name in zip(axes.flat, sorted(names, key="loss".__ne__)):
+    for axis, name in zip(axes.flat, names):
         for i, (label, several) in enumerate(runs.items()):
             for run in several:
                 points = [(line["epoch"], line[name]) for line in run if name in line]
-                axis.plot(*zip(*points), color=f"C{i}", label=label if run is several[0] else None)
+                axis.plot(*zip(*points), f"C{i}", label=label)
+                label = None                                   # once in the legend
         axis.set(xlabel="epoch", ylabel=name)
         axis.legend()
     save_figure(plt, path)
 
 
 # --- what is predicted: tokens, or the features of a teacher ----------------------------------------------
-
-def open_tokens(args, ds):
-    """(tokens (images, n), codebook size) of --tokens."""
-    tokens = load_tokens(args.tokens)
-    wanted = len(ds), (args.image_size // args.patch_size) ** 2
-    if tokens.shape != wanted:
-        raise ValueError(f"{args.tokens}: tokens {tokens.shape} (images, patches); {ds.name} has {wanted}")
-    largest = int(tokens.max())
-    if args.vocab_size and largest >= args.vocab_size:
-        raise ValueError(f"{args.tokens}: its token {largest} is beyond --vocab-size {args.vocab_size}")
-    return tokens, args.vocab_size or largest + 1
-
-
-def view_at(ds, size):
-    """Center squares of another size: k-CLIP's tokens want twice the pixels."""
-    if size == ds.image_size:
-        return ds
-    if not ds.from_files:
-        raise ValueError(f"--features clip sees {size} pixels, {ds.name} has {ds.image_size}: take others")
-    return ds.view(center_square(size), image_size=size)
-
-
-def make_tokenizer(args, ds, device):
-    """The tokenizer of --tokenizer, or of --out, where it is fitted first."""
-    path = args.tokenizer or f"{args.out}/tokenizer.pt"
-    if not os.path.exists(path):
-        print0(f"K-means of {args.features} features, K = {args.vocab_size}")
-        pictures = view_at(ds, args.image_size * (2 if args.features == "clip" else 1))
-        tokenizer = fit_tokenizer(pictures, args.features, args.vocab_size, args.patch_size, args.image_size,
-                                  args.seed, workers=args.workers, device=device)
-        if is_main_process():
-            tokenizer.save(path)
-        barrier()
-    tokenizer = load_tokenizer(path).to(device)
-    for key in ("patch_size", "image_size", "vocab_size", "features"):
-        here, there = getattr(args, key), getattr(tokenizer, key)
-        if here not in (None, there):
-            raise ValueError(f"{path}: its {key.replace('_', ' ')} is {there}, this run's is {here}")
-    return tokenizer
-
 
 def wants_features(args):
     """Is what --features names to be predicted, or compared, and not to be clustered?"""
@@ -851,17 +745,42 @@ def wants_tokens(args):
     return args.objective not in (*objectives.TARGETS, *objectives.TOKENIZERS)
 
 
-def check_inputs(args, ds):
-    """Can what the flags name be read? Asked before anything is written or removed."""
+def open_source(args, ds):
+    """What the flags name, read before anything is written or removed, or None.
+
+    Stored tokens (images, n), or a tokenizer; before its fit, or of a teacher, it only has features.
+    """
     if args.tokens:
-        open_tokens(args, ds)
-    elif args.tokenizer:
-        load_tokenizer(args.tokenizer)
-    elif wants_features(args) or wants_tokens(args):
-        blank_tokenizer(ds, args.features, args.patch_size)
+        tokens = load_tokens(args.tokens, len(ds), (args.image_size // args.patch_size) ** 2)
+        if args.vocab_size and args.vocab_size <= tokens.max():
+            raise ValueError(f"{args.tokens}: token {tokens.max()} is beyond --vocab-size {args.vocab_size}")
+        return tokens
+    if args.tokenizer:
+        return load_tokenizer(args.tokenizer)
+    if wants_features(args) or wants_tokens(args):
+        return blank_tokenizer(ds, args.features, args.patch_size)
 
 
-def make_targets(args, ds, device):
+def make_tokenizer(args, ds, source, device):
+    """--tokenizer, or that of --out, where it is fitted first."""
+    path = f"{args.out}/tokenizer.pt"
+    if args.tokenizer:
+        tokenizer = source
+    elif os.path.exists(path):
+        tokenizer = load_tokenizer(path)
+    else:
+        print0(f"K-means of {args.features} features, K = {args.vocab_size}")
+        tokenizer = fit_tokenizer(ds, args.features, args.vocab_size, args.patch_size, args.image_size,
+                                  args.seed, workers=args.workers, device=device)
+        if is_main_process():
+            tokenizer.save(path)
+    if (tokenizer.image_size, tokenizer.patch_size) != (args.image_size, args.patch_size):
+        raise ValueError(f"{args.tokenizer or path}: it is for images of {tokenizer.image_size} pixels and "
+                         f"patches of {tokenizer.patch_size}, unlike this run")
+    return tokenizer.to(device)
+
+
+def make_targets(args, ds, source, device):
     """(function of uint8 images and their indices in `ds` or None: what forward is given; size; layers).
 
     Tokens of center squares are stored once; those of crops (--crop) are made as they come. size: of the
@@ -870,36 +789,28 @@ def make_targets(args, ds, device):
     """
     tokens = make = size = layers = None
     if wants_features(args):
-        teacher = blank_tokenizer(ds, args.features, args.patch_size).to(device)
-        make = teacher.compute_features
+        make = source.to(device).compute_features
         size = make(ds[0][0][None].to(device)).shape[-1]
         if args.objective == "peco":                           # is given nothing: its loss compares layers
-            make, layers = None, compare_by(teacher, ds)
+            make, layers = None, source.layers                 # of images as the model gets them
     elif args.tokens:
-        tokens, size = open_tokens(args, ds)
+        tokens, size = source, args.vocab_size or 1 + int(source.max())
     elif wants_tokens(args):
-        make = make_tokenizer(args, ds, device)
+        pictures = ds
+        if ds.from_files:                                      # k-CLIP's tokens want twice the pixels
+            pictures = ds.view(center_square(source.input_size), image_size=source.input_size)
+        make = make_tokenizer(args, pictures, source, device)
         size = make.vocab_size
         if not args.crop:
-            pictures = view_at(ds, make.input_size)
             tokens = tokenize(make, pictures, f"{args.out}/tokens.npy", workers=args.workers, device=device)
     if tokens is not None and is_main_process():
         print(describe_codebook(tokens, ds.labels, size))
 
     def give(images, read=None):
         if tokens is not None and read is not None:
-            stored = torch.from_numpy(tokens[read.numpy()].astype(np.int64))
-            return stored.to(device, non_blocking=True)
+            return torch.from_numpy(tokens[read.numpy()].astype(np.int64)).to(device)
         return make(images) if make else None
     return give, size, layers
-
-
-def compare_by(teacher, ds):
-    """The teacher's layers, as a function of images that were normalized for the model."""
-    def layers(images):
-        channels = [x * std + mean for x, mean, std in zip(images.float().unbind(1), ds.mean, ds.std)]
-        return teacher.layers(normalize(255 * torch.stack(channels, 1), teacher.mean, teacher.std))
-    return layers
 
 
 def build(args, size, layers=None):
@@ -911,20 +822,17 @@ def build(args, size, layers=None):
     if args.objective in objectives.TARGETS:
         target = "features" if wants_features(args) else args.features
     vocab_size = args.vocab_size if args.objective in objectives.TOKENIZERS else size
-    mask_ratio = args.mask_ratio if args.cut is None else None
-    return objectives.make(args.objective, vit, vocab_size, args.cut, mask_ratio, target,
-                           args.label_smoothing, args.decoder_depth, size, layers)
+    return objectives.make(args.objective, vit, vocab_size, args.cut, args.mask_ratio, target,
+                           decoder_depth=args.decoder_depth, values=size, perceptual=layers)
 
 
 @torch.no_grad()
 def start_codebook(args, model, ds, device):
     """Hard codes start as K-means of the new encoder's z of the first batch (VQ-KD's code; 10 iterations)."""
-    model.eval()                                               # without stochastic depth
     z = [model.encode_patches(normalize(images, ds.mean, ds.std)).flatten(0, 1)
          for images, _, _ in load_steps(ds, args, 0, 1, device)]
-    model.train()
     metric = "cosine" if model.unit else "euclidean"
-    kmeans = KMeans(args.vocab_size, metric, max_iter=10, seed=args.seed, device=device)
+    kmeans = KMeans(args.vocab_size, metric, max_iter=10, seed=args.seed)
     model.codebook.copy_(kmeans.fit(torch.cat(z)).centroids)
 
 
@@ -946,8 +854,7 @@ def pretrain(args, model, ds, targets, device):
 
     transform = random_crop(args.image_size, args.crop) if args.crop else ds.transform
     if args.jitter:
-        jitter = v2.ColorJitter(args.jitter, args.jitter, args.jitter)
-        transform = v2.Compose([transform or v2.Identity(), jitter])
+        transform = v2.Compose([transform, v2.ColorJitter(args.jitter, args.jitter, args.jitter)])
     return train(model, make_optimizer(model, args), ds.view(transform, args.seed), args, compute_loss,
                  device, f"{args.out}/last.pt", f"{args.out}/metrics.jsonl", model.before_step)
 
@@ -957,9 +864,9 @@ def save_results(args, model, ds):
     encoder = {key: value.cpu() for key, value in model.encoder.state_dict().items()}
     save(encoder, f"{args.out}/encoder.pt")
     if args.objective in objectives.TOKENIZERS:
-        f, weight, bias = model.export()
-        tokenizer = KMeansTokenizer(args.objective, weight, bias, args.patch_size, args.image_size, ds.mean,
-                                    ds.std, f)
+        f, *codes = model.export()
+        sizes = args.patch_size, args.image_size
+        tokenizer = KMeansTokenizer(args.objective, *codes, *sizes, ds.mean, ds.std, f)
         tokenizer.save(f"{args.out}/tokenizer.pt")
 
 
@@ -969,19 +876,20 @@ def draw_results(args, model, ds, held_out, targets, size, device):
     if plt is None:
         return
     plot_metrics(plt, {args.objective: [read_metrics(f"{args.out}/metrics.jsonl")]}, f"{args.out}/curves.png")
-    looks = torch.zeros(size or 0, 3 * args.patch_size ** 2, device=device)
+
+    def sample(data, n):
+        some = range(0, len(data), math.ceil(len(data) / n))
+        return next(load_batches(data, some, n, 0, device))
+
+    looks = None
     if model.needs == "tokens":                                # a code looks like the mean of its patches
-        counts = looks.new_full((size, 1), 1e-6)
-        some = range(0, len(ds), math.ceil(len(ds) / 500))
-        for images, _, read in load_batches(ds, some, 50, 0, device):
-            tokens = targets(images, read).flatten()
-            looks.index_add_(0, tokens, patchify(images, args.patch_size).flatten(0, 1) / 255)
-            counts += tokens.bincount(minlength=size)[:, None]
-        looks /= counts
-    few = range(0, len(held_out), math.ceil(len(held_out) / 8))
-    images, _, read = next(load_batches(held_out, few, 8, 0, device))
-    given = targets(images, read if held_out is ds else None)
-    rows = objectives.picture_predictions(model, images / 255, ds.mean, ds.std, given, looks)
+        images, _, read = sample(ds, 256)
+        tokens = targets(images, read).flatten()
+        patches = patchify(images, args.patch_size).flatten(0, 1) / 255
+        sums = patches.new_zeros(size, patches.shape[1]).index_add_(0, tokens, patches)
+        looks = sums / tokens.bincount(minlength=size)[:, None].clamp(min=1)
+    images, _, _ = sample(held_out, 8)
+    rows = objectives.picture_predictions(model, images / 255, ds.mean, ds.std, targets(images), looks)
     draw_rows(rows, f"{args.out}/predictions.png")
 
 
@@ -989,21 +897,19 @@ def print_table(args, vit, step, steps, ds, test, device, started):
     """k-NN and linear probe of the trained and of the random encoder; the summary line of metrics.jsonl."""
     from probe import evaluate
     path = f"{args.out}/metrics.jsonl"
-    done = [line for line in read_metrics(path) if line.get("summary") and line["step"] == step]
-    if not done:
+    *_, line = read_metrics(path)
+    if not line.get("summary"):                                # else a finished run was started again
         print0("k-NN and linear probe of the trained and of the random encoder")
-        line = dict(summary=True, **evaluate(vit, ds, test, device, args.workers, args.seed))
-        untrained = build(args, 2).encoder.to(device)
-        random = evaluate(untrained, ds, test, device, args.workers, args.seed)
-        line |= {f"{key}_random": value for key, value in random.items()}
-        settings = fixed_settings(args)
-        line.update(seconds=round(time.time() - started, 1), objective=args.objective, data=args.data,
-                    seed=settings.pop("seed"), step=step, steps=steps, settings=settings)
+        line = dict(summary=True, seconds=round(time.time() - started, 1), objective=args.objective,
+                    seed=args.seed, data=args.data, step=step, steps=steps,
+                    settings=fixed_settings(args, "seed"))
+        for suffix, network in (("_random", build(args, 2).encoder), ("", vit)):
+            found = evaluate(network, ds, test, device, args.workers, args.seed)
+            line |= {key + suffix: value for key, value in found.items()}
         append_metrics(path, **line)
-        done.append(line)
     print0(f"\n{'':<18}{'k-NN':>8}{'linear probe':>15}   top-1 % on {test.name}, {len(test)} images")
     for name, suffix in (("random encoder", "_random"), ("trained encoder", "")):
-        print0(f"{name:<18}{100 * done[0]['knn' + suffix]:>8.1f}{100 * done[0]['linear' + suffix]:>15.1f}")
+        print0(f"{name:<18}{100 * line['knn' + suffix]:>8.1f}{100 * line['linear' + suffix]:>15.1f}")
 
 
 def run(args):
@@ -1012,16 +918,18 @@ def run(args):
     chosen = recipe(args.objective, args.preset, args.model)
     squares = args.preset == "laptop" and not args.crop
     ds, test, why = open_splits(args.data, args.image_size or chosen["image_size"], args.classes, squares)
-    complete(args, chosen, len(ds), device)
-    if args.probe and test is None:
+    complete(args, chosen, ds, device)
+    if test is None:
         print0(f"no k-NN and no linear probe at the end: {why}")
+        args.probe = False
     with lock_folder(args.out):
-        check_inputs(args, ds)
+        source = open_source(args, ds)
         if args.fresh and is_main_process():
             start_over(args)
         barrier()
         check_settings(f"{args.out}/settings.json", {**fixed_settings(args), "images": len(ds)})
-        targets, size, layers = make_targets(args, ds, device)
+        targets, size, layers = make_targets(args, ds, source, device)
+        del source                                             # K-means had a network of its own
         model = build(args, size, layers).to(device)
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         print0(f"{args.objective}: {args.model}, {millions:.2f}M parameters; cut {model.cut}: "
@@ -1029,27 +937,24 @@ def run(args):
         if args.objective in HARD_CODES and not os.path.exists(f"{args.out}/last.pt"):
             start_codebook(args, model, ds, device)
         step, steps = pretrain(args, model, ds, targets, device)
-        if step < min(steps, args.steps or steps):             # by a signal
+        if step not in (steps, args.steps):                    # by a signal
             return
         if is_main_process():
             save_results(args, model, ds)
             draw_results(args, model, ds, test or ds, targets, size, device)
         barrier()
-        if args.probe and test is not None:
+        if args.probe:
             print_table(args, model.encoder, step, steps, ds, test, device, started)
-        if step < steps:
-            print0(f"--steps stopped this run at step {step} of {steps}; without it the same command goes on")
         print0(f"\n{time.time() - started:.0f} s. In {args.out}: {', '.join(sorted(os.listdir(args.out)))}\n"
                f"next: python probe.py linear {args.out}; also finetune, tokens, show")
 
 
 def start_over(args):
-    """Remove what an earlier run left in --out, but not a file that the command line names."""
-    named = [Path(path).resolve() for path in (args.tokenizer, args.tokens) if path]
-    for name in "settings.json last.pt encoder.pt metrics.jsonl tokens.npy tokenizer.pt".split():
-        path = Path(args.out, name).resolve()
-        if path not in named:
-            path.unlink(missing_ok=True)
+    """Remove what an earlier run left in --out, but no file that has the name of a given one."""
+    given = {os.path.basename(path) for path in (args.tokenizer, args.tokens) if path}
+    left = {"settings.json", "last.pt", "encoder.pt", "metrics.jsonl", "tokens.npy", "tokenizer.pt"}
+    for name in left - given:
+        Path(args.out, name).unlink(missing_ok=True)
 
 
 # --- command line -----------------------------------------------------------------------------------------
@@ -1073,15 +978,17 @@ FLAGS = {
     "device": (str, "cuda, cpu (default: cuda if there is one)"),
     "workers": (int, "loading processes of each process (default: its share of the cores; 0 for textures)"),
     "log_every": (int, "steps between lines of metrics.jsonl (default 50)"),
+    "save_every": (int, "steps between checkpoints (default 500)"),
 }
 CHOICES = dict(objective=list(objectives.OBJECTIVES), preset=["laptop", "paper"], model=list(MODELS),
                pos=["learned", "sincos"], init=["timm", "mae"], cosine=["start", "warmup"])
 SWITCHES = {"fresh": "start over: removes what an earlier run left in --out",
             "compile": "torch.compile (default: on CUDA)",
             "probe": "k-NN and linear probe at the end (default)"}
-MAY_BE_ZERO = set("""seed workers jitter crop cut mask_ratio label_smoothing drop_path layer_scale min_lr
-                     warmup_lr warmup_epochs weight_decay beta2 clip_norm""".split())
-AT_MOST = dict(crop=1, label_smoothing=1, mask_ratio=1, smoothing=1, erase=1, drop_path=.99, beta2=.9999)
+MAY_BE_ZERO = set("""seed workers jitter crop cut mask_ratio drop_path layer_scale min_lr warmup_lr
+                     warmup_epochs weight_decay beta2 clip_norm""".split())
+AT_MOST = dict(crop=1, mask_ratio=1, smoothing=1, erase=1, drop_path=.99, beta2=.9999,
+               vocab_size=1 << 16)                             # tokens are stored in 16 bits
 
 
 def parse(argv):
@@ -1089,21 +996,20 @@ def parse(argv):
                                                  "is not given comes from the preset.")
     flags = dict(FLAGS)
     for key, (mapet, clustermim, _, text) in SETTINGS.items():
-        kind = type(clustermim if mapet is None else mapet)
-        flags[key] = kind, f"{text} (MaPeT {mapet}, ClusterMIM {clustermim})"
+        flags[key] = type(mapet), f"{text} (MaPeT {mapet}, ClusterMIM {clustermim})"
     for key, (kind, text) in flags.items():
         parser.add_argument(f"--{key.replace('_', '-')}", type=kind, choices=CHOICES.get(key), help=text)
     for key, text in SWITCHES.items():
         parser.add_argument(f"--{key}", help=text, action=argparse.BooleanOptionalAction)
-    parser.set_defaults(data="textures", objective="mapet", seed=0, log_every=50, fresh=False, probe=True)
+    parser.set_defaults(data="textures", objective="mapet", seed=0, log_every=50, save_every=500, fresh=False,
+                        probe=True)
     args = parser.parse_args(argv)
     check_numbers(parser, args, MAY_BE_ZERO)
-    for a, b in (("cut", "mask_ratio"), ("lr", "base_lr"), ("tokens", "tokenizer")):
-        if getattr(args, a) is not None and getattr(args, b) is not None:
-            parser.error(f"--{a} and --{b.replace('_', '-')} say the same thing: give one of them")
-    for key in ("tokenizer", "tokens", "label_smoothing"):
-        if not wants_tokens(args) and getattr(args, key) is not None:
-            parser.error(f"--{key.replace('_', '-')} is for tokens, which {args.objective} does not predict")
+    for one, other in (("cut", "mask_ratio"), ("lr", "base_lr"), ("tokens", "tokenizer")):
+        if None not in (getattr(args, one), getattr(args, other)):
+            parser.error(f"--{one} and --{other.replace('_', '-')} say the same thing: give one of them")
+    if (args.tokens or args.tokenizer) and not wants_tokens(args):
+        parser.error(f"--tokens, --tokenizer: {args.objective} does not predict tokens")
     return args
 
 
@@ -1117,49 +1023,47 @@ def check_numbers(parser, args, may_be_zero):
                 parser.error(f"--{key.replace('_', '-')} {number}: wanted is one {least}, at most {most}")
 
 
-def complete(args, chosen, n, device):
-    """Fill in what the preset decides for n images; check what can be checked before anything is written."""
+def complete(args, chosen, ds, device):
+    """Fill in what the preset decides for the data; refuse what cannot be, before anything is written."""
     if args.tokenizer or args.tokens:                          # then the file says what the codebook is
         chosen["features"] = chosen["vocab_size"] = None
+    if args.cut is not None:
+        chosen["mask_ratio"] = None
+    if args.base_lr:
+        chosen["lr"] = 0.
     if args.preset == "laptop":                                # the same work on any data set
-        chosen["epochs"] *= TEXTURES["train"][1] / n
-        chosen["warmup_epochs"] *= TEXTURES["train"][1] / n
+        chosen["epochs"] *= TEXTURES["train"][1] / len(ds)
+        chosen["warmup_epochs"] *= TEXTURES["train"][1] / len(ds)
     if args.epochs is not None:                                # a shorter run keeps the share of the warm-up
         chosen["warmup_epochs"] *= min(1, args.epochs / chosen["epochs"])
-    if args.base_lr is not None:
-        chosen["lr"] = None
+    chosen["out"] = f"runs/{args.objective}-{os.path.basename(os.path.normpath(args.data))}"
+    chosen["compile"] = device.type == "cuda"
+    chosen["workers"] = default_workers(ds)
     for key, value in chosen.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    if args.lr is None:
-        args.lr = args.base_lr * args.batch_size / 256
-    if args.out is None:
-        args.out = f"runs/{args.objective}-{os.path.basename(os.path.normpath(args.data))}"
-    if args.compile is None:
-        args.compile = device.type == "cuda"
-    if args.workers is None:
-        share = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        args.workers = 0 if args.data == "textures" else max(1, share)
-    check_possible(args, n)
-
-
-def check_possible(args, n):
-    """Settings that exclude one another, or that n images do not allow."""
-    if args.compile and not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+    args.lr = args.lr or args.base_lr * args.batch_size / 256
+    if args.compile and not has_compiler():
         raise ValueError("--compile: torch.compile needs a C compiler (gcc, clang), else --no-compile")
     if args.tokens and args.crop:
         raise ValueError(f"--tokens {args.tokens}: a crop or a flip (--crop {args.crop:g}) moves patches "
                          "away from their stored tokens; --crop 0, or --tokenizer for tokens of each crop")
     divide_batch(args)
-    if args.batch_size > n:
-        raise ValueError(f"--batch-size {args.batch_size} is more than the {n} images")
-    patches = args.batch_size * (args.image_size // args.patch_size) ** 2
-    if args.objective in HARD_CODES and args.vocab_size > patches:
-        raise ValueError(f"--vocab-size {args.vocab_size}: codes start at {patches} patches of a batch")
-    if args.vocab_size and args.vocab_size > 1 << 16:
-        raise ValueError(f"--vocab-size {args.vocab_size}: tokens are stored in 16 bits, 65536 codes at most")
+    if args.batch_size > len(ds):
+        raise ValueError(f"--batch-size {args.batch_size} is more than the {len(ds)} images")
     with torch.device("meta"):                                 # sizes, --cut and --mask-ratio out of range
         build(args, args.vocab_size or 2)
+
+
+def default_workers(ds):
+    """Loading processes of each process: its share of the cores; none for what is in memory."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, os.cpu_count() // processes) if ds.from_files else 0
+
+
+def has_compiler():
+    """torch.compile needs one for C."""
+    return any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
 
 
 def main(argv=None):
