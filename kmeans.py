@@ -568,7 +568,7 @@ def write_npy(path, shape, arrays):
             file.write(array.tobytes())
 
 
-def load_tokens(path):
+def load_tokens(path, images=None, n=None):
     """tokens.npy as a read-only memory map (images, n) uint16; ValueError, one line, for any other file."""
     try:
         tokens = np.lib.format.open_memmap(path, "r")
@@ -576,6 +576,9 @@ def load_tokens(path):
         raise ValueError(f"{path}: not a token file ({error})") from None
     if tokens.dtype != np.uint16 or tokens.ndim != 2:
         raise ValueError(f"{path}: {tokens.dtype} {tokens.shape}, but tokens are uint16 (images, n)")
+    if images and tokens.shape != (images, n):
+        raise ValueError(f"{path}: tokens {tokens.shape} (images, patches), wanted are {(images, n)}: of "
+                         "another data set or size? remove it, or choose another folder")
     return tokens
 
 
@@ -595,11 +598,7 @@ def tokenize(tokenizer, ds, path, batch_size=64, workers=0, device="cpu"):
         if rank == 0:
             write_npy(path, shape, [tokens.cpu().numpy().astype(np.uint16)])
         barrier()
-    tokens = load_tokens(path)
-    if tokens.shape != shape:
-        raise ValueError(f"{path}: tokens {tokens.shape}, but {ds.name} has (images, patches) {shape}: "
-                         "remove it, or choose another folder")
-    return tokens
+    return load_tokens(path, *shape)
 
 
 # --- pictures ---------------------------------------------------------------------------------------------

@@ -122,9 +122,8 @@ class Objective(nn.Module):
     cut     the cutting point c: c - 1 visible patches, num_targets = 1 + n - c hidden ones
     target  "tokens", "features", or a name in PATCH_FEATURES: made of the images
     needs   what it wants besides images: "tokens" (b, n) int64, "features" (b, n, values), or None
-    label_smoothing   in the cross-entropy; blockwise: hide blocks, not random patches
+    blockwise   hide blocks, not random patches
     """
-    label_smoothing = 0.
     blockwise = False
 
     def __init__(self, vit, cut, target="tokens"):
@@ -163,8 +162,7 @@ class Objective(nn.Module):
 
     def loss(self, logits, tokens):
         """Cross-entropy, the mean over targets: logits (b, T, K), tokens (b, T)."""
-        loss = F.cross_entropy(
-            logits.flatten(0, 1), tokens.flatten(), label_smoothing=self.label_smoothing)
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
         right = logits.argmax(-1) == tokens
         return loss, {"accuracy": right.float().mean()}
 
@@ -523,8 +521,8 @@ BLOCKWISE = "beit", "cae"                                                       
 TOKENIZERS = "dvae", "vq", "peco", "vqkd"                                       # or learn them
 
 
-def make(name, vit, vocab_size=None, cut=None, mask_ratio=None, target=None, label_smoothing=0.,
-         decoder_depth=None, values=None, perceptual=None):
+def make(name, vit, vocab_size=None, cut=None, mask_ratio=None, target=None, decoder_depth=None,
+         values=None, perceptual=None):
     """The objective `name` around `vit`, an nn.Module: forward(images, tokens, order=None) -> loss, logs.
 
     vocab_size       codebook size K; of maskfeat with target="features" the values a patch
@@ -553,7 +551,6 @@ def make(name, vit, vocab_size=None, cut=None, mask_ratio=None, target=None, lab
     if not 1 <= cut <= n:
         raise ValueError(f"cutting point {cut} is out of range: with {n} patches it is 1 to {n}")
     model = kind(vit, cut, vocab_size, **arguments)
-    model.label_smoothing = label_smoothing
     model.blockwise = name in BLOCKWISE
     return model
 

@@ -611,8 +611,7 @@ def open_data(args, image_size):
     if test_ds is None:
         raise ValueError(f"--data {args.data}: {why}; a probe needs labels: train/CLASS/ and val/CLASS/")
     if args.workers is None:
-        share = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        args.workers = share if train_ds.from_files else 0
+        args.workers = train.default_workers(train_ds)
     return train_ds, test_ds
 
 
@@ -675,8 +674,7 @@ def parse(argv):
             add(f"--{flag}", type=kind, choices=CHOICES.get(flag), help=text)
     add("--no-floor", action="store_true", help="do not measure the untrained network as well")
     add("--fresh", action="store_true", help="start over instead of going on from what is in --out")
-    parser.set_defaults(k=20, seed=0, protocol="fast", head="mlp", log_every=50, save_every=500,
-                        compile=False)
+    parser.set_defaults(k=20, seed=0, protocol="fast", head="mlp", log_every=50, save_every=500)
     args = parser.parse_args(argv)
     may_be_zero = """seed workers weight_decay warmup_epochs layer_decay drop_path smoothing mixup erase
                      randaugment""".split()
@@ -692,6 +690,7 @@ def run(args):
     """Measures, prints the result, and appends it to OUT/probe.jsonl."""
     args.run, = args.run
     args.device = train.setup(args.device)
+    args.compile = args.what == "finetune" and args.device.type == "cuda" and train.has_compiler()
     open_run(args)
     if args.what == "tokens":
         result = run_tokens(args)

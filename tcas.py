@@ -73,7 +73,7 @@ def describe_codebook(tokens, labels, k):
     """What a codebook is worth before any training, one line: used codes; the entropy of its codes, which is
     the loss of a guess by their frequency; TCAS, if labels (m,) tell two classes. tokens (m, n) in 0..k-1.
     """
-    known = labels is not None and labels.max() > 0
+    known = labels.max() > 0
     labels = labels if known else np.zeros(len(tokens), int)
     terms = tcas_terms(cooccurrence(tokens, labels, k, labels.max() + 1))
     line = (f"codebook: {terms['used']} of {k} codes used, perplexity {terms['perplexity']:.1f}; a guess by "
@@ -298,7 +298,7 @@ def load_labeled_tokens(path, args):
         ds = train.open_dataset(args.data, "train", tokenizer.input_size, args.classes)
         with tempfile.TemporaryDirectory() as folder:
             tokens = np.array(kmeans.tokenize(tokenizer, ds, f"{folder}/tokens.npy", device=device))
-    if ds.labels is None:
+    if not ds.classes:
         raise ValueError(f"--data {args.data}: no labels, and TCAS compares classes")
     if args.group == 2:                             # neighbors, 16 bits each, are one token, numbered anew
         tokens = np.unique(tokens.view(np.uint32), return_inverse=True)[1].reshape(len(tokens), -1)

@@ -206,7 +206,7 @@ def train(model, optimizer, ds, args, compute_loss, device, checkpoint, metrics=
     net = model
     if world > 1:
         warnings.filterwarnings("ignore", ".*broadcast_buffers.*")          # torch 2.14 renames it
-        net = DistributedDataParallel(model, broadcast_buffers=False)
+        net = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     batches = load_steps(ds, args, step, stop, device)
     sums, waited, logged, since = 0., 0., step, time.time()
     asked = False
@@ -229,16 +229,19 @@ def train(model, optimizer, ds, args, compute_loss, device, checkpoint, metrics=
                 logs = {"loss": loss.detach(), **logs}
                 sums = sums + torch.stack([*logs.values()]).float() / len(mine)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm or math.inf)
-            if not norm.isfinite():                            # the same on every process
-                raise ValueError(f"step {step + 1}: the loss or its gradient is not finite, what was saved "
-                                 f"is kept; try a lower --lr (now {args.lr:g})")
+            step += 1
+            save_due = step == stop or step % args.save_every == 0
+            # To look at the norm and at the signals, a GPU must have done all that is queued: not every step.
+            if device.type == "cpu" or save_due or step % 8 == 0:
+                if not norm.isfinite():                        # the same on every process
+                    raise ValueError(f"step {step}: the loss or its gradient is not finite, what was saved "
+                                     f"is kept; try a lower --lr (now {args.lr:g})")
+                asked = torch.tensor(float(len(received)), device=device)
+                all_reduce(asked)                              # by a signal to any process
             if before_step:
-                before_step((step + 1) / steps)
+                before_step(step / steps)
             optimizer.step()
             optimizer.zero_grad()
-            step += 1
-            asked = torch.tensor(float(len(received)), device=device)
-            all_reduce(asked)                                  # by a signal to any process
             if step in (1, stop) or step % args.log_every == 0:
                 all_reduce(sums)
                 done = step - logged
@@ -251,7 +254,7 @@ def train(model, optimizer, ds, args, compute_loss, device, checkpoint, metrics=
                     words += f", {torch.cuda.max_memory_allocated() / 1e9:.3g} GB"
                 print0(f"step {step}/{steps}  lr {lr:.2e}  {words}, {waited / seconds:.0%} waiting for data")
                 sums, waited, logged, since = 0., 0., step, time.time()
-            if rank == 0 and (asked or step == stop or step % args.save_every == 0):
+            if rank == 0 and (asked or save_due):
                 state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
                 save(state, checkpoint)
     if step < steps:                                           # by a signal, or --steps
@@ -288,7 +291,7 @@ def load_steps(ds, args, start, stop, device):
                         pin_memory=device.type == "cuda", generator=torch.Generator())
     for images, labels, wanted, read in loader:
         ds.note_damaged(wanted, read)
-        yield images.to(device), labels.to(device), read
+        yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True), read
 
 
 def ignore_signals(_):
@@ -490,7 +493,7 @@ def decode_picture(data):
     except Exception as error:                                 # decoders raise half a dozen kinds
         with contextlib.suppress(RuntimeError):                # PIL refuses what only its metadata ails
             return decode_png(raw, "RGB")
-        reason = str(error).split("\n")[0]
+        reason = str(error).split("<_io")[0].split("\n")[0]
         raise Damaged(f"{reason}; it begins with {data[:16]!r}") from None
 
 
@@ -567,9 +570,12 @@ def open_named(name, split, image_size):
     arguments = {argument: test if split == "test" else train}
     if LOCAL_RANK == 0:                                        # the first process of a machine fetches it
         try:
-            kind("data", **arguments)
-        except RuntimeError:                                   # not there, or not whole
-            kind("data", download=True, **arguments)
+            try:
+                kind("data", **arguments)
+            except RuntimeError:                               # not there, or not whole
+                kind("data", download=True, **arguments)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ValueError(f"--data {name}: not in data/ and cannot be fetched ({error})") from None
     barrier()
     source = kind("data", **arguments)
     labels = np.array(getattr(source, labels))
@@ -808,7 +814,8 @@ def make_targets(args, ds, source, device):
 
     def give(images, read=None):
         if tokens is not None and read is not None:
-            return torch.from_numpy(tokens[read.numpy()].astype(np.int64)).to(device)
+            stored = torch.from_numpy(tokens[read.numpy()].astype(np.int64))
+            return stored.to(device, non_blocking=True)
         return make(images) if make else None
     return give, size, layers
 
