@@ -1433,6 +1433,8 @@ def test_block_masks_are_distributed_as_beits(n):
     def edge(mask):                                                       # of random masks: twice as long
         return sum(mask.diff(dim=dim).abs().sum() for dim in (1, 2)) / len(mask)
     assert edge(fast).item() == approx(edge(slow).item(), rel=.03)
+    rows, columns = (fast.sum(dim).square().mean().item() for dim in (1, 2))
+    assert rows == approx(columns, rel=.02)                               # as many blocks are high as wide
     assert (fast.mean(0) - slow.mean(0)).abs().max() < .07                # the center is hidden more often
 
 
