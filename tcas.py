@@ -252,7 +252,7 @@ def toy(args):
     if plt:                                         # A, points sorted by class; roots show small weights, too
         plt.matshow(np.sqrt(np.hstack([x["graph"] for x in toys.values()])), cmap="Blues")
         plt.title(", ".join(toys))
-        vit.save_figure(plt, args.out)
+        vit.save_figure(plt, args.out or "runs/toy.png")
 
 
 # --- python tcas.py score ---------------------------------------------------------------------------------
@@ -313,16 +313,27 @@ def print_row(name, tokens, labels):
     return l2
 
 
-def print_lines(dots, against):
-    """The least-squares line of each objective; dots {objective: {TCAS: accuracies}}."""
+def draw_lines(dots, args):
+    """A least-squares line for each objective (Fig. 4), printed and drawn; dots {name: {TCAS: accuracies}}."""
+    import vit
+    plt = vit.load_matplotlib()
     for objective, runs in dots.items():
         if len(runs) < 3:
             print(f"{objective}: left out, a line needs 3 tokenizers of unequal TCAS or more")
             continue
-        r, slope, intercept = fit_line(list(runs), [np.mean(accuracies) for accuracies in runs.values()])
-        print(f"{objective}: {against} = {intercept:.1f} {slope:+.1f} TCAS l2 (%), Pearson r = {r:.3f}, "
-              f"r^2 = {r * r:.3f}, {len(runs)} tokenizers")
+        x, y = np.array([(score, np.mean(accuracies)) for score, accuracies in runs.items()]).T
+        r, slope, intercept = fit_line(x, y)
+        print(f"{objective}: {args.against} = {intercept:.1f} {slope:+.1f} TCAS l2 (%), Pearson r = {r:.3f}, "
+              f"r^2 = {r * r:.3f}, {len(x)} tokenizers")
+        if plt:
+            plt.plot(x, y, "o", label=f"{objective}, r = {r:.2f}")
+            plt.axline((0, intercept), slope=slope)
     print("the paper's Table 7: 62.9 -24.0 TCAS, r = -0.920, r^2 = 0.846, 16 tokenizers")
+    if plt and plt.get_fignums():
+        plt.xlabel("TCAS")
+        plt.ylabel(f"{args.against}, %")
+        plt.legend()
+        vit.save_figure(plt, args.out or "runs/tcas.png")
 
 
 def score(args):
@@ -344,7 +355,7 @@ def score(args):
     for k in sorted(sizes):
         print_row("random tokens", np.random.default_rng(0).integers(k, size=tokens.shape), labels)
     if dots:
-        print_lines(dots, args.against)
+        draw_lines(dots, args)
 
 
 def main(argv=None):
@@ -363,7 +374,7 @@ def main(argv=None):
     add("--overlap", type=int, default=0, help="toy: points that two classes share")
     add("--graph", choices=["complete", "ring"], default="complete")
     add("--width", type=int, default=1)
-    add("--out", default="runs/toy.png", help="toy: picture of the graphs")
+    add("--out", help="the picture (runs/tcas.png, runs/toy.png)")
     args = parser.parse_args(argv)
     import train                                    # only here: train.py imports this file
     import vit

@@ -1331,8 +1331,9 @@ def test_a_tokenizer_scores_as_its_stored_tokens_do(few, capsys):
 ])
 def test_a_dot_is_a_tokenizer_the_mean_of_its_runs(few, capsys, against, y):
     runs = [few / f"run{i}" for i in range(4)]
-    code, out, _ = run_tcas(capsys, "score", "--probes", *runs, "--against", against)
-    assert code == 0
+    picture = few / "dots.png"
+    code, out, _ = run_tcas(capsys, "score", "--probes", *runs, "--against", against, "--out", picture)
+    assert code == 0 and picture.exists()
     x = [row[2] for row in read_table(out)[:3]]
     line = re.search(rf"mapet, 9 steps: {against} = (\S+) .*Pearson r = (\S+),.*, 3 tokenizers", out)
     r, slope, intercept = tcas.fit_line(x, y)
