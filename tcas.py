@@ -314,7 +314,7 @@ def print_row(name, tokens, labels):
 
 
 def draw_lines(dots, args):
-    """A least-squares line for each objective (Fig. 4), printed and drawn; dots {name: {TCAS: accuracies}}."""
+    """A least-squares line for each objective (Fig. 4), printed, drawn; dots {name: {TCAS: accuracies}}."""
     import vit
     plt = vit.load_matplotlib()
     for objective, runs in dots.items():
