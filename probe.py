@@ -700,9 +700,9 @@ def run(args):
         if args.what == "show":
             return show(args, vit, splits[1])
         result = measure(args, vit, splits, "")
-        print0(f"{args.what} {100 * result[args.what]:.1f} % ({args.run}, {args.data})")
-        if not args.no_floor and args.epochs != 0:
-            result["floor"] = measure(args, untrain(vit, args), splits, "-random")[args.what]
+    print0(f"{args.what} {100 * result[args.what]:.1f} % ({args.run}, {args.data})")
+    if not (args.no_floor or args.epochs == 0 or "floor" in result):
+        result["floor"] = measure(args, untrain(vit, args), splits, "-random")[args.what]
     line = dict(
         what=args.what, protocol=args.variant, source=args.run, data=args.data, seed=args.seed, **result)
     train.append_metrics(f"{args.out}/probe.jsonl", **line)
