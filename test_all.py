@@ -162,7 +162,8 @@ def test_normalize_is_torchvisions():
 @pytest.mark.parametrize("prefix", [0, 1])
 def test_sincos_positions_value_by_value(prefix):
     pos = V.sincos_positions(5, 16, prefix)
-    assert pos.shape == (1, prefix + 25, 16) and pos.dtype == torch.float32
+    assert pos.shape == (1, prefix + 25, 16)
+    assert pos.dtype == torch.float32
     assert not pos[0, :prefix].any()
     for y, x, j in itertools.product(range(5), range(5), range(4)):
         w = 10000 ** (-j / 4)
@@ -179,7 +180,8 @@ def test_positions_are_resized_smoothly():
     assert large[0] == 7
     stripe = (torch.arange(64) % 8 == 0).float().view(1, 64, 1)           # the first column of 8
     assert V.resize_positions(stripe, 2, prefix=0)[0, 0] > .1             # smoothed before it shrinks
-    assert (up.diff(dim=1) > 0).all() and (up.diff(dim=0) > up.diff(dim=1).mT).all()
+    assert (up.diff(dim=1) > 0).all()
+    assert (up.diff(dim=0) > up.diff(dim=1).mT).all()
 
 
 def slow_attention(attention, x, mask):
@@ -272,7 +274,8 @@ def test_initialization(init):
         assert patches.std().item() == approx(math.sqrt(2 / (64 + 3 * 8 * 8)), rel=.05)
     else:
         assert weight.std().item() == approx(.02, rel=.05)
-    assert not vit.blocks[0].mlp.fc1.bias.any() and (vit.cls_token.std() < 1e-5) == (init == "timm")
+    assert not vit.blocks[0].mlp.fc1.bias.any()
+    assert (vit.cls_token.std() < 1e-5) == (init == "timm")
     assert vit.pos_embed.std().item() == approx(.02, rel=.1)
     assert not tiny(pos="sincos").pos_embed.requires_grad
 
@@ -324,7 +327,8 @@ def test_weights_of_every_layout_give_the_same_features(tmp_path):
     assert (rebuilt.grid, rebuilt.patch_size, rebuilt.depth, rebuilt.mlp_ratio) == (3, 8, 2, 4)
     assert_close(rebuilt(images), wanted)
     large = V.from_weights(tmp_path, image_size=48, heads=2)
-    assert large.pos_embed.shape == (1, 37, 32) and torch.equal(large.pos_embed[:, 0], source.pos_embed[:, 0])
+    assert large.pos_embed.shape == (1, 37, 32)
+    assert torch.equal(large.pos_embed[:, 0], source.pos_embed[:, 0])
     bare = tiny(cls_token=False).state_dict()
     assert torch.equal(V.from_weights(bare, heads=2).pos_embed, bare["pos_embed"])
 
@@ -361,7 +365,8 @@ def test_what_does_not_load_says_why_in_one_line(content, words, tmp_path):
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     with pytest.raises(ValueError, match=f"w.pt.*{words}") as error:
         V.load_weights(tiny(), path)
-    assert len(str(error.value)) < 500 and "\n" not in str(error.value)
+    assert len(str(error.value)) < 500
+    assert "\n" not in str(error.value)
 
 
 def test_download_checks_the_hash_and_fetches_once(tmp_path, monkeypatch):
@@ -372,7 +377,8 @@ def test_download_checks_the_hash_and_fetches_once(tmp_path, monkeypatch):
         V.download(source.as_uri(), sha256="0123")
     path = V.download(source.as_uri(), sha256="9a129038")
     source.unlink()
-    assert V.download(source.as_uri()) == path and open(path, "rb").read() == b"weights"
+    assert V.download(source.as_uri()) == path
+    assert open(path, "rb").read() == b"weights"
 
 
 # --- files, errors, pictures ------------------------------------------------------------------------------
@@ -385,14 +391,16 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
             with V.write_atomically(path) as temporary:
                 open(temporary, "w").write("half")
                 raise error
-        assert V.read_checkpoint(path) == {"step": 1} and os.listdir(tmp_path) == ["last.pt"]
+        assert V.read_checkpoint(path) == {"step": 1}
+        assert os.listdir(tmp_path) == ["last.pt"]
 
 
 @pytest.mark.parametrize("error", [ValueError("bad --flag"), OSError(5, "Input/output error")])
 def test_bad_input_is_one_line_and_a_bug_a_traceback(error, capsys):
     with pytest.raises(SystemExit) as stop, V.exit_on_error("train.py"):
         raise error
-    assert stop.value.code == 2 and capsys.readouterr().err == f"train.py: error: {error}\n"
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"train.py: error: {error}\n"
     with pytest.raises(KeyError), V.exit_on_error("train.py"):
         raise KeyError
 
@@ -407,7 +415,8 @@ def test_rows_are_drawn(tmp_path, monkeypatch, capsys):
         assert (picture == np.array(color)).all(-1).mean() > .05
     monkeypatch.setitem(sys.modules, "matplotlib", None)                  # not installed
     V.draw_rows({"red": red}, tmp_path / "q.png")
-    assert "pip install matplotlib" in capsys.readouterr().out and not (tmp_path / "q.png").exists()
+    assert "pip install matplotlib" in capsys.readouterr().out
+    assert not (tmp_path / "q.png").exists()
 
 
 def test_principal_colors_are_the_three_main_directions():
@@ -426,7 +435,9 @@ def test_principal_colors_are_the_three_main_directions():
 def test_table_of_models(capsys):
     V.main()
     out = capsys.readouterr().out
-    assert "vit_base" in out and "85.80M" in out and "35.13" in out       # 17.6 G multiply-adds
+    assert "vit_base" in out
+    assert "85.80M" in out
+    assert "35.13" in out                                                 # 17.6 G multiply-adds
     with pytest.raises(ValueError, match="50 is not a multiple of patch size 8"):
         V.vit_micro(image_size=50)
     with pytest.raises(ValueError, match="5 heads"):
@@ -520,7 +531,7 @@ def test_assign_is_the_brute_force(n, d, k, kind):
     c = x[:k].float() + .01 * torch.randn(k, d)
     labels, distances = assign(x, c)
     wanted = check_labels(x, c, labels)
-    torch.testing.assert_close(distances.double(), wanted, rtol=1e-5, atol=1e-9)
+    assert_close(distances.double(), wanted, rtol=1e-5, atol=1e-9)
 
 
 def test_assign_is_exact_far_from_the_origin():
@@ -529,7 +540,7 @@ def test_assign_is_exact_far_from_the_origin():
     check_labels(x, c, assign(x, c)[0])
     far = kmeans.lloyd(x, c, 4)[2]
     near = kmeans.lloyd(x - 1000, c - 1000, 4)[2]
-    assert far == pytest.approx(near, rel=1e-3)
+    assert far == approx(near, rel=1e-3)
 
 
 def test_rows_of_zeros_are_no_seeds_by_cosine():
@@ -553,9 +564,9 @@ def test_lloyd_is_the_slow_lloyd(n, d, k):
     for steps in (0, 1, 4):
         found, counts, history = kmeans.lloyd(x, x[:k], steps)
         wanted, inertia = slow_lloyd(x, x[:k], steps)
-        torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
+        assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
         assert len(history) == steps + 1
-        assert history[-1] == pytest.approx(inertia, rel=1e-6)
+        assert history[-1] == approx(inertia, rel=1e-6)
         assert torch.equal(counts, assign(x, found)[0].bincount(minlength=k))
     assert history == sorted(history, reverse=True)
 
@@ -566,14 +577,14 @@ def test_lloyd_by_hand():
     centroids, counts, history = kmeans.lloyd(x, start, 1)
     assert centroids.flatten().tolist() == [0, 8.75]                     # means of {0} and {4, 5, 6, 20}
     assert counts.tolist() == [2, 3]                                     # then 4 is nearer to 0
-    assert history == pytest.approx([228, 164.1875])
+    assert history == approx([228, 164.1875])
     assert start.flatten().tolist() == [1, 5]
 
 
 def test_fit_ends_where_nothing_moves_or_where_tol_says():
     x = rows_of(900, 5)
     exact = KMeans(9, tol=0, max_iter=300).fit(x)
-    torch.testing.assert_close(kmeans.lloyd(x, exact.centroids, 1)[0], exact.centroids)
+    assert_close(kmeans.lloyd(x, exact.centroids, 1)[0], exact.centroids)
     assert exact.inertia == exact.history[-1]
     assert KMeans(9, tol=.01, max_iter=300).fit(x).n_iter < exact.n_iter
     assert KMeans(9, max_iter=2).fit(x).n_iter == 2
@@ -585,9 +596,9 @@ def test_cosine_is_kmeans_of_rows_and_centroids_of_unit_length():
     unit, labels = F.normalize(x, dim=1), km.predict(x)
     check_labels(unit, km.centroids, labels)
     means = torch.stack([unit[labels == k].mean(0) for k in range(5)])
-    torch.testing.assert_close(km.centroids, F.normalize(means, dim=1))
+    assert_close(km.centroids, F.normalize(means, dim=1))
     longer = KMeans(5, "cosine", tol=0, init=9 * km.centroids).fit(x)
-    assert longer.inertia == pytest.approx(km.inertia)
+    assert longer.inertia == approx(km.inertia)
 
 
 def test_an_empty_cluster_takes_half_of_the_largest():
@@ -640,7 +651,7 @@ def test_streams_memory_maps_and_bytes_are_the_tensor(tmp_path, metric, init):
     whole = fit(x.float())
     for other in (x, np.load(tmp_path / "x.npy", mmap_mode="c"), stream):
         km = fit(other)
-        torch.testing.assert_close(km.centroids, whole.centroids, rtol=1e-4, atol=1e-4)
+        assert_close(km.centroids, whole.centroids, rtol=1e-4, atol=1e-4)
         assert torch.equal(km.counts, whole.counts)
     # The moments twice, the seeds, one pass an iteration, the last assignment: nothing else reads the stream.
     assert len(passes) == 3 + km.n_iter + 1
@@ -747,7 +758,7 @@ def test_clip_block_averages_where_a_resnet_strides():
     y = block.bn2(block.conv2(y)).relu()
     y = block.bn3(block.conv3(F.avg_pool2d(y, 2)))
     y = y + block.downsample(F.avg_pool2d(x, 2))
-    torch.testing.assert_close(block(x), y.relu())
+    assert_close(block(x), y.relu())
 
 
 class Archive(nn.Module):
@@ -771,14 +782,15 @@ def test_clip_weights_come_from_a_torchscript_archive(tmp_path, monkeypatch):
     ds = Toy()
     ds.image_size = 64
     tokenizer = kmeans.blank_tokenizer(ds, "clip", 16)
-    assert asked["sha256"] in asked["url"] and len(asked["sha256"]) == 64
+    assert asked["sha256"] in asked["url"]
+    assert len(asked["sha256"]) == 64
     for key, value in tokenizer.encoder.state_dict().items():
         wanted = archive.visual.state_dict()[key].half()
-        torch.testing.assert_close(value, wanted.to(value.dtype))
+        assert_close(value, wanted.to(value.dtype))
     large = F.interpolate(small, scale_factor=2, mode="bicubic")          # it sees twice the pixels
     x = tokenizer.compute_features(large)
     assert x.shape == (2, 16, 256)
-    torch.testing.assert_close(tokenizer.compute_features(small), x)
+    assert_close(tokenizer.compute_features(small), x)
 
 
 @pytest.mark.parametrize("features", ["pixel", "pixel-norm", "hog", "vit"])
@@ -861,9 +873,9 @@ def test_fit_tokenizer_is_kmeans_of_the_normalized_patches():
     x = V.patchify(V.normalize(images, ds.mean, ds.std), 4)
     tokens = tokenizer(images)
     means = torch.stack([x[tokens == k].mean(0) for k in range(5)])
-    torch.testing.assert_close(tokenizer.weight, means, atol=.05, rtol=0)
+    assert_close(tokenizer.weight, means, atol=.05, rtol=0)
     cosine = kmeans.fit_tokenizer(ds, "hog", 5, patch_size=8, metric="cosine")
-    torch.testing.assert_close(cosine.weight.norm(dim=1), torch.ones(5))
+    assert_close(cosine.weight.norm(dim=1), torch.ones(5))
 
 
 def test_kmeans_is_fitted_on_random_images_and_of_textures_on_5_percent_of_their_patches():
@@ -923,7 +935,7 @@ def test_kmeans_of_two_processes_is_that_of_one(tmp_path):
     alone, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
     for one, a, b in zip(alone, first, second):
         assert torch.equal(a, b)
-        torch.testing.assert_close(a, one, rtol=1e-5, atol=1e-5)
+        assert_close(a, one, rtol=1e-5, atol=1e-5)
 
 
 def test_the_commands_on_pictures_of_ones_own(tmp_path, capsys):
@@ -946,7 +958,8 @@ def test_the_commands_on_pictures_of_ones_own(tmp_path, capsys):
         with pytest.raises(SystemExit, match="2"):
             kmeans.main(words)
         line = capsys.readouterr().err.splitlines()[-1]
-        assert "error:" in line and says in line
+        assert "error:" in line
+        assert says in line
 
 
 # --- kmeans.py on a GPU -----------------------------------------------------------------------------------
@@ -961,7 +974,7 @@ def test_gpu_kernel_is_the_slow_reference(n, d, k, kind):
     check_labels(x[:2000], c, labels[:2000])
     sums, _ = kmeans.add_up(x.cuda(), c.cuda())
     total = x.double().sum(0)
-    torch.testing.assert_close(sums.sum(0).cpu(), total, rtol=1e-4, atol=1e-2)
+    assert_close(sums.sum(0).cpu(), total, rtol=1e-4, atol=1e-2)
 
 
 @on_gpu
@@ -970,7 +983,7 @@ def test_gpu_kmeans_is_the_cpus():
     here = KMeans(9, max_iter=5).fit(x)
     for rows in (x.cuda(), x.numpy()):
         there = KMeans(9, max_iter=5, device="cuda").fit(rows)
-        torch.testing.assert_close(there.centroids.cpu(), here.centroids, rtol=1e-3, atol=1e-3)
+        assert_close(there.centroids.cpu(), here.centroids, rtol=1e-3, atol=1e-3)
 
 
 @on_gpu
@@ -1333,7 +1346,8 @@ def test_a_dot_is_a_tokenizer_the_mean_of_its_runs(few, capsys, against, y):
     runs = [few / f"run{i}" for i in range(4)]
     picture = few / "dots.png"
     code, out, _ = run_tcas(capsys, "score", "--probes", *runs, "--against", against, "--out", picture)
-    assert code == 0 and picture.exists()
+    assert code == 0
+    assert picture.exists()
     x = [row[2] for row in read_table(out)[:3]]
     line = re.search(rf"mapet, 9 steps: {against} = (\S+) .*Pearson r = (\S+),.*, 3 tokenizers", out)
     r, slope, intercept = tcas.fit_line(x, y)
@@ -1364,7 +1378,8 @@ def test_score_refuses_wrong_token_files_in_one_line(few, capsys, name, what):
     np.save(few / "short.npy", np.zeros((39, 36), np.uint16))
     code, _, err = run_tcas(capsys, "score", "--tokens", few / name)
     assert code == 2
-    assert what in err and err.count("\n") == 1
+    assert what in err
+    assert err.count("\n") == 1
 
 
 # --- objectives.py ----------------------------------------------------------------------------------------
@@ -1442,7 +1457,8 @@ def test_block_masks_are_distributed_as_beits(n):
 @pytest.mark.parametrize("grid, n", [(14, 75), (14, 1), (14, 196), (6, 18), (3, 5), (1, 1)])
 def test_block_masks_hide_exactly_the_count(grid, n):
     mask = objectives.blockwise_mask(50, grid, n)
-    assert mask.shape == (50, grid ** 2) and (mask.sum(1) == n).all()
+    assert mask.shape == (50, grid ** 2)
+    assert (mask.sum(1) == n).all()
 
 
 @pytest.mark.parametrize("name, blocks", [("beit", True), ("cae", True), ("mim", False), ("mae", False)])
@@ -1485,7 +1501,8 @@ def test_two_stream_mask_is_eq_3(n, cut, positions):
 def test_cutting_points_of_table_6(cut, share):
     with torch.device("meta"):
         model = objectives.make("mapet", V.vit_tiny(), 8192, cut=cut)
-    assert model.num_targets == 197 - cut and round(100 * model.num_targets / 196, 1) == share
+    assert model.num_targets == 197 - cut
+    assert round(100 * model.num_targets / 196, 1) == share
     assert model.mask.shape == (197 + 2 * model.num_targets, 197 + model.num_targets)
 
 
@@ -1604,10 +1621,12 @@ def test_decoders_are_those_of_the_paper():
     with torch.device("meta"):
         for build, width, heads in ((V.vit_small, 256, 8), (V.vit_base, 512, 16), (V.vit_large, 512, 16)):
             decoder = objectives.make("clustermim", build(), 50).decoder
-            assert decoder[-1].weight.shape == (50, width) and len(decoder) == 8 + 2    # norm and head
+            assert decoder[-1].weight.shape == (50, width)
+            assert len(decoder) == 8 + 2                                  # norm and head
             assert decoder[0].attn.heads == heads
         cae = objectives.make("cae", V.vit_small(drop_path=.3), 50)
-    assert cae.decoder[-1].in_features == 384 and cae.regressor[0].attn.heads == 6
+    assert cae.decoder[-1].in_features == 384
+    assert cae.regressor[0].attn.heads == 6
     for blocks in (cae.regressor, list(cae.decoder)[:4]):
         assert [block.drop_path.p for block in blocks] == approx([0, .1, .2, .3])
 
@@ -1653,7 +1672,8 @@ def test_cae_equals_its_description_with_a_teacher_one_step_behind():
         model.before_step(.5)                                             # then the optimizer's step:
         strengthen(model.encoder)
         assert_close(model.teacher.state_dict(), before, atol=0, rtol=0)
-    assert not model.train().teacher.training and not any(p.requires_grad for p in model.teacher.parameters())
+    assert not model.train().teacher.training
+    assert not any(p.requires_grad for p in model.teacher.parameters())
 
 
 # --- who sees what
@@ -1804,7 +1824,8 @@ def test_codes_follow_their_z_and_idle_ones_start_anew(name):
             wanted[k] = z[2, k % 9]
     assert_close(model.codebook.detach(), wanted)
     assert model.idle[unused].tolist() == [200., 200.] + [1.] * len(unused[2:])
-    assert model.idle.count_nonzero() == len(unused) and not model.sums.any()
+    assert model.idle.count_nonzero() == len(unused)
+    assert not model.sums.any()
 
 
 @pytest.mark.parametrize("name", objectives.TOKENIZERS)
@@ -1817,7 +1838,8 @@ def test_exported_function_and_linear_layer_give_the_models_tokens(name):
     other.load_state_dict(f, strict=False)
     scores = F.linear(other.encode_patches(images), weight, bias)
     tokens = model.predict(images, features)[3]
-    assert torch.equal(scores.argmax(-1), tokens) and len(tokens.unique()) > 1
+    assert torch.equal(scores.argmax(-1), tokens)
+    assert len(tokens.unique()) > 1
     if name == "vqkd":
         assert_close(model.encode_patches(images).norm(dim=-1), torch.ones(4, 9))
 
@@ -1975,7 +1997,9 @@ def refused(data, out, capture, flags, *words):
         run(data, out, *flags)
     printed = capture.readouterr().err
     error, = [line for line in printed.splitlines() if ": error: " in line]
-    assert stop.value.code == 2 and printed.endswith(error + "\n") and "Traceback" not in printed
+    assert stop.value.code == 2
+    assert printed.endswith(error + "\n")
+    assert "Traceback" not in printed
     assert not [word for word in words if str(word) not in error], error
 
 
@@ -2012,7 +2036,7 @@ def test_first_losses_are_those_of_the_runs_whose_results_are_printed(name, fold
         argv += ["--tokens", str(tmp_path / "t.npy"), "--vocab-size", "64"]
     train.main(argv)
     lines = train.read_metrics(tmp_path / "metrics.jsonl")
-    assert losses(lines) == pytest.approx(GOLDEN[name], abs=1e-4)
+    assert losses(lines) == approx(GOLDEN[name], abs=1e-4)
 
 
 def test_textures_are_a_function_of_seed_and_index_and_have_not_changed():
@@ -2021,7 +2045,8 @@ def test_textures_are_a_function_of_seed_and_index_and_have_not_changed():
     assert images[7][:, 10, 20].tolist() == [130, 176, 142]
     assert train.TEXTURES == {"train": (1, 12000), "test": (2, 2000), "val": (3, 2000)}
     image, *rest = textures("train", 48)[7]
-    assert np.array_equal(image, images[7]) and rest == [3, 7, 7]
+    assert np.array_equal(image, images[7])
+    assert rest == [3, 7, 7]
 
 
 # --- what a step is
@@ -2048,8 +2073,8 @@ def test_learning_rate_is_a_warm_up_and_half_a_cosine():
     def rates(cosine):
         return [train.learning_rate(step, 100, 20, 1., .1, .2, cosine) for step in (0, 10, 20, 60, 100)]
 
-    assert rates("warmup") == pytest.approx([.1, .55, 1, .6, .2])
-    assert rates("start") == pytest.approx([.1, .55, .9236, .4764, .2], abs=1e-4)
+    assert rates("warmup") == approx([.1, .55, 1, .6, .2])
+    assert rates("start") == approx([.1, .55, .9236, .4764, .2], abs=1e-4)
 
 
 def test_weight_decay_is_for_matrices():
@@ -2119,15 +2144,17 @@ def test_a_flag_beats_the_preset_and_the_preset_the_paper(command):
     args, wanted = settings(command), RECIPES[command].split()
     for flag in wanted[::2]:
         key = flag[2:].replace("-", "_")
-        assert getattr(args, key) == pytest.approx(getattr(train.parse(wanted), key)), flag
+        assert getattr(args, key) == approx(getattr(train.parse(wanted), key)), flag
 
 
 @pytest.mark.parametrize("name", objectives.OBJECTIVES)
 def test_the_laptop_does_the_same_work_on_any_number_of_pictures(name):
     few, many = (settings(f"--objective {name} --data d --preset laptop", n) for n in (400, 40_000))
-    assert few.epochs == pytest.approx(100 * many.epochs) and few.epochs * 400 <= 72_000
-    assert few.warmup_epochs / few.epochs == pytest.approx(many.warmup_epochs / many.epochs)
-    assert few.model == "vit_micro" and few.features in ("pixel", "hog")
+    assert few.epochs == approx(100 * many.epochs)
+    assert few.epochs * 400 <= 72_000
+    assert few.warmup_epochs / few.epochs == approx(many.warmup_epochs / many.epochs)
+    assert few.model == "vit_micro"
+    assert few.features in ("pixel", "hog")
 
 
 # --- runs
@@ -2143,7 +2170,8 @@ def test_the_whole_way_from_textures_to_the_table(folder, tmp_path, capsys, monk
     *lines, summary = train.read_metrics(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 5, 10, 15, 20, 25, 30]
     assert lines[-1]["loss"] < lines[0]["loss"]
-    assert summary["step"] == summary["steps"] == 30 and summary["objective"] == "mapet"
+    assert summary["step"] == summary["steps"] == 30
+    assert summary["objective"] == "mapet"
     assert all(0 <= summary[key] <= 1 for key in ("linear", "linear_random", "knn", "knn_random"))
     assert train.read_summary(tmp_path) == (summary, None)
     assert f"{100 * summary['linear']:.1f}" in tables[0] == tables[1]
@@ -2199,7 +2227,8 @@ def test_crops_and_jitter_are_a_function_of_seed_epoch_and_image(folder):
     one, same, other = (ds.view(transform, seed) for seed in (3, 3, 4))
     image, *rest = one[0, 25]
     torch.manual_seed(99)
-    assert torch.equal(image, same[0, 25][0]) and rest == [1, 25, 25]
+    assert torch.equal(image, same[0, 25][0])
+    assert rest == [1, 25, 25]
     assert torch.rand(1) == torch.rand(1, generator=torch.Generator().manual_seed(99))
     for x in (one[1, 25], one[0, 26], other[0, 25], ds[0, 25]):
         assert not torch.equal(image, x[0])
@@ -2220,7 +2249,7 @@ def test_features_are_those_that_the_teacher_sees_in_the_crop(name, teacher, fol
     nothing = torch.zeros(1, 1)
     tokenizer = KMeansTokenizer(teacher, nothing, nothing[0], 8, 24, None, None)
     for images, features in seen:
-        torch.testing.assert_close(features, tokenizer.compute_features(images), atol=2e-3, rtol=1e-3)
+        assert_close(features, tokenizer.compute_features(images), atol=2e-3, rtol=1e-3)
     assert not [key for key in load(tmp_path / "last.pt")["model"] if "extract" in key or "perceptual" in key]
 
 
@@ -2240,7 +2269,8 @@ def test_a_run_that_stops_and_goes_on_equals_an_unbroken_one(name, folder, tmp_p
     whole = run(folder, tmp_path / "whole", *flags)
     for more in (["--steps", 7], ["--steps", 8, "--workers", 1], []):
         parts = run(folder, tmp_path / "parts", *flags, *more)
-    assert parts == whole and len(whole) == 20
+    assert parts == whole
+    assert len(whole) == 20
     assert same_files(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -2288,7 +2318,8 @@ def test_two_processes_are_one(folder, tmp_path, monkeypatch):
     printed, _ = process.communicate()
     assert process.returncode == 0 and printed.count("step 1/10") == 1, printed
     a, b = (losses(train.read_metrics(out / "metrics.jsonl")) for out in (one, two))
-    assert a == pytest.approx(b, abs=1e-4) and len(a) == 10
+    assert a == approx(b, abs=1e-4)
+    assert len(a) == 10
     assert (one / "tokens.npy").read_bytes() == (two / "tokens.npy").read_bytes()
 
 
@@ -2296,7 +2327,7 @@ def test_two_processes_are_one(folder, tmp_path, monkeypatch):
 def test_accumulated_micro_batches_are_one_batch(name, folder, tmp_path):
     flags = "--objective", name, "--micro-batch"
     one, four = (losses(run(folder, tmp_path / str(size), *flags, size)) for size in (8, 2))
-    assert four == pytest.approx(one, abs=1e-4)
+    assert four == approx(one, abs=1e-4)
 
 
 def read_files(folder, pattern="*"):
@@ -2310,7 +2341,8 @@ def test_paths_may_change_but_nothing_else(folder, tmp_path, capsys):
     for data, steps in ((folder + "/", 3), (moved, 4)):
         run(data, out, "--steps", steps)
         printed = capsys.readouterr().out
-        assert f"--data {folder}" in printed and f"at step {steps - 1}" in printed
+        assert f"--data {folder}" in printed
+        assert f"at step {steps - 1}" in printed
     before = read_files(out)
     for flag, here, there in (("--lr", .005, .0015), ("--seed", 1, 0), ("--mask-ratio", .7, .5)):
         refused(folder, out, capsys, [flag, here], "settings.json", f"{flag} {there}", here, "--fresh")
@@ -2339,7 +2371,8 @@ def test_a_full_disk_ends_in_one_line_and_what_was_there_is_whole(room, folder, 
         refused(folder, tmp_path, capsys, [], tmp_path, "cannot be written")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert before == read_files(tmp_path, "*.pt") and not read_files(tmp_path, "*.tmp")
+    assert before == read_files(tmp_path, "*.pt")
+    assert not read_files(tmp_path, "*.tmp")
     assert len(run(folder, tmp_path)) == 20
 
 
@@ -2364,7 +2397,8 @@ def test_train_main_works_in_a_thread_and_where_stdout_is_no_file(folder, tmp_pa
         thread = threading.Thread(target=run, args=(folder, tmp_path, "--steps", 2))
         thread.start()
         thread.join()
-    assert (tmp_path / "encoder.pt").exists() and "step 2/20" in printed.getvalue()
+    assert (tmp_path / "encoder.pt").exists()
+    assert "step 2/20" in printed.getvalue()
 
 
 def test_laptop_squares_are_decoded_once_for_all_runs(folder, tmp_path, capsys, monkeypatch):
@@ -2423,17 +2457,21 @@ def test_folders_are_found_as_people_name_them(files, tmp_path):
     n, classes, wanted = LAYOUTS[files]
     assert (len(ds), " ".join(ds.classes or [])) == (n, classes)
     if isinstance(wanted, str):
-        assert test is None and wanted in why
+        assert test is None
+        assert wanted in why
     else:
-        assert len(test) == wanted and test.classes == ds.classes
+        assert len(test) == wanted
+        assert test.classes == ds.classes
 
 
 def test_what_is_left_out_is_counted(tmp_path, capsys):
     files = BOTH + "train/loose.gif train/a/x.heic train/b/y.HEIC train/b/._2.bmp"
     train.open_dataset(touch(tmp_path, *files.split()))
     taken, left_out = capsys.readouterr().out.splitlines()[0].split("left out")
-    assert "2 pictures" in taken and "2 class folders of 3 files and folders" in taken
-    assert "'.heic': 2" in left_out and ".bmp" in left_out
+    assert "2 pictures" in taken
+    assert "2 class folders of 3 files and folders" in taken
+    assert "'.heic': 2" in left_out
+    assert ".bmp" in left_out
 
 
 @pytest.mark.parametrize("text, classes", [
@@ -2580,7 +2618,8 @@ def test_the_square_is_cut_before_it_is_resized(tmp_path):
     ds = train.open_dataset(str(tmp_path), "train", 224)
     for i in range(2):
         red, green, blue = ds[i][0]
-        assert red.min() == 255 and green.max() == blue.max() == 0
+        assert red.min() == 255
+        assert green.max() == blue.max() == 0
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
 
 
@@ -2604,9 +2643,11 @@ def test_a_damaged_picture_is_named_and_its_neighbor_stands_in(folder, tmp_path,
     bee.write_bytes(bee.read_bytes()[:1000])
     run(data, "a", "--steps", 1)
     error = capfd.readouterr().err
-    assert str(bee) in error and "truncated" in error
+    assert str(bee) in error
+    assert "truncated" in error
     tokens = np.load("a/tokens.npy")
-    assert np.array_equal(tokens[67], tokens[68]) and not np.array_equal(tokens[66], tokens[67])
+    assert np.array_equal(tokens[67], tokens[68])
+    assert not np.array_equal(tokens[66], tokens[67])
     ant.write_bytes(b"")
     for flags in (["--crop", .2], []):
         refused(data, "b", capfd, flags, "2 of 120", "more than 1 %", ant)
@@ -2678,7 +2719,8 @@ def test_bad_input_is_one_line_that_names_it(flags, folder, capsys, monkeypatch)
     np.save("far.npy", np.full((40, 9), 6, np.uint16))
     before = read_files(here)
     refused(folder, "run", capsys, flags.split(), FAULTS[flags])
-    assert before == read_files(here) and not read_files(here, "run/*.pt")
+    assert before == read_files(here)
+    assert not read_files(here, "run/*.pt")
 
 
 @pytest.mark.parametrize("name", ["last.pt", "settings.json"])
@@ -2746,7 +2788,8 @@ def probe_refuses(capsys, argv, *words):
     with pytest.raises(SystemExit) as stop:
         probed(*argv)
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2 and "error:" in line
+    assert stop.value.code == 2
+    assert "error:" in line
     assert all(word in line for word in words), line
 
 
@@ -2877,7 +2920,8 @@ def test_token_mlp_is_a_bag_and_token_vit_is_not():
     patches = F.relu(mlp.hidden(mlp.table(tokens.flatten(1))))             # MaPeT Table 4, patch by patch
     assert_close(mlp(tokens)[:, 0], mlp.head(patches.mean(1)))
     assert_close(mlp(tokens), mlp(tokens.flip(1)))
-    assert net(tokens).shape == (2, 1, 3) and not torch.allclose(net(tokens), net(tokens.flip(1)))
+    assert net(tokens).shape == (2, 1, 3)
+    assert not torch.allclose(net(tokens), net(tokens.flip(1)))
 
 
 # --- properties: what a wrong implementation would break ----------------------------------------------------
@@ -2886,10 +2930,13 @@ def test_nothing_is_chosen_on_the_test_split():
     train_data, (x, y) = layered(400), layered(200, 1)
     found = probe.choose_head(*train_data, x, y)
     best, held_out = found["chosen"].split(", lr")[0], found["held_out"]
-    assert found["linear"] == 1 and "block 2" in best and len(held_out) == 9
+    assert found["linear"] == 1
+    assert "block 2" in best
+    assert len(held_out) == 9
     assert max(held_out.values()) == held_out[best] > .9
     other = probe.choose_head(*train_data, x, y.flip(0))
-    assert other["linear"] < .6 and {**other, "linear": 1.} == found
+    assert other["linear"] < .6
+    assert {**other, "linear": 1.} == found
 
 
 def test_no_held_out_image_is_trained_on():
@@ -2968,8 +3015,10 @@ def test_pictures_of_the_papers(probe_pictures):
         assert np.abs(probe.test_view(ds, args)[0][0].numpy() - wanted).mean() < 1
     strong = probe.training_view(ds, args)
     images = torch.stack([strong[epoch, 0][0] for epoch in (0, 0, 1)])
-    assert images.dtype == torch.float32 and images.shape == (3, 3, 56, 56)
-    assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
+    assert images.dtype == torch.float32
+    assert images.shape == (3, 3, 56, 56)
+    assert torch.equal(images[0], images[1])
+    assert not torch.equal(images[0], images[2])
 
 
 # --- commands -----------------------------------------------------------------------------------------------
@@ -2978,7 +3027,8 @@ def test_knn_repeats_the_closing_table(trained, capsys):
     """Of the run's folder, of its file, and of files of others with the same weights."""
     summary = train.read_metrics(f"{trained}/metrics.jsonl")[-1]
     out = f"{trained}/others"
-    assert summary["summary"] and {"linear", "linear_random"} <= summary.keys()
+    assert summary["summary"]
+    assert {"linear", "linear_random"} <= summary.keys()
     found = probed("knn", trained)
     assert (found["knn"], found["floor"]) == (summary["knn"], summary["knn_random"])
     assert f"knn {100 * summary['knn']:.1f} % (" in capsys.readouterr().out
@@ -3005,12 +3055,16 @@ def test_linear_protocols(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(probe, "pool_features", counted)
     same = ["--no-floor", "--out", tmp_path, "--epochs", 2]
     fast = probed("linear", trained, *same)
-    assert sum(seen) == 260 and fast["protocol"] == "fast" and len(fast["held_out"]) == 12
+    assert sum(seen) == 260
+    assert fast["protocol"] == "fast"
+    assert len(fast["held_out"]) == 12
     beit = probed("linear", trained, *same, "--protocol", "beit", "--batch-size", 50)
     assert sum(seen) == 260 + 2 * 200 + 60
-    assert beit["heads"][-1] == beit["linear"] and len(beit["heads"]) == 4
+    assert beit["heads"][-1] == beit["linear"]
+    assert len(beit["heads"]) == 4
     mae = probed("linear", trained, *same[1:], "--protocol", "mae")
-    assert 0 < mae["floor"] < 1 and (tmp_path / "linear-mae-textures-random.pt").exists()
+    assert 0 < mae["floor"] < 1
+    assert (tmp_path / "linear-mae-textures-random.pt").exists()
     saved = torch.load(tmp_path / "linear-mae-textures.pt", weights_only=True)["model"]
     wanted = "heads.0.bias heads.0.weight norm.num_batches_tracked norm.running_mean norm.running_var"
     assert sorted(saved) == wanted.split()
@@ -3023,7 +3077,8 @@ def test_finetune_resumes_exactly_and_keeps_its_head(trained, tmp_path, capsys):
     whole = probed("finetune", trained, *how, "--epochs", 2, "--out", tmp_path / "whole")
     with pytest.raises(SystemExit) as stop:
         probed("finetune", trained, *how, "--epochs", 2, "--out", tmp_path / "parts", "--steps", 2)
-    assert not stop.value.code and "step 2 of 10" in capsys.readouterr().out
+    assert not stop.value.code
+    assert "step 2 of 10" in capsys.readouterr().out
     parts = probed("finetune", trained, *how, "--epochs", 2, "--out", tmp_path / "parts")
     assert parts["finetune"] == whole["finetune"]
     files = [tmp_path / name / "finetune-textures-textures.pt" for name in ("whole", "parts")]
@@ -3090,9 +3145,11 @@ def test_tokens_alone(trained, tmp_path):
     """Of a run, whose tokenizer makes them, or of a tokenizer: the same tokens, the same result."""
     how = ["--epochs", 2, "--batch-size", 50, "--out"]
     found = probed("tokens", trained, *how, tmp_path)
-    assert found["protocol"] == "mlp" and .1 <= found["floor"] < .2
+    assert found["protocol"] == "mlp"
+    assert .1 <= found["floor"] < .2
     made = {len(tokens): tokens for tokens in map(kmeans.load_tokens, tmp_path.glob("tokens-*.npy"))}
-    assert sorted(made) == [60, 200] and found["top5"] > found["tokens"]
+    assert sorted(made) == [60, 200]
+    assert found["top5"] > found["tokens"]
     assert np.array_equal(made[200], kmeans.load_tokens(f"{trained}/tokens.npy"))
     again = probed("tokens", f"{trained}/tokenizer.pt", *how, tmp_path / "again")
     assert again["tokens"] == found["tokens"]
@@ -3115,7 +3172,8 @@ def test_compare_groups_runs_by_what_they_did(tmp_path, capsys):
     found = probe.main(["compare", *[str(tmp_path / name) for name in "abcde"], "--out", str(tmp_path)])
     out = capsys.readouterr().out
     assert [list(map(int, group)) for group in found.values()] == [[0, 1], [1, 0]]
-    assert "60.0 ± 14.1" in out and "9.0 ± 1.0" in out                     # 8 and 10
+    assert "60.0 ± 14.1" in out
+    assert "9.0 ± 1.0" in out                                             # 8 and 10
     assert f"{tmp_path / 'e'}: left out, it stopped at step 2 of 3" in out
     assert (tmp_path / "compare.png").exists()
 
@@ -3237,7 +3295,8 @@ def test_the_python_example_runs():
     block, = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
     names = {}
     exec(block, names)
-    assert names["loss"].item() > 0 and names["tokens"].shape == (64, 36)
+    assert names["loss"].item() > 0
+    assert names["tokens"].shape == (64, 36)
 
 
 @pytest.mark.parametrize("name", IMPORTS)
