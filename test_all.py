@@ -62,6 +62,19 @@ def fixed_random_numbers():
     torch.manual_seed(0)
 
 
+def refusal(capture, command, *argv):
+    """The one line with which a command ends, exit code 2."""
+    capture.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        command(*argv)
+    printed = capture.readouterr().err
+    assert stop.value.code == 2
+    assert "Traceback" not in printed
+    error, = [line for line in printed.splitlines() if ": error: " in line]
+    assert printed.endswith(error + "\n")
+    return error
+
+
 # --- vit.py -----------------------------------------------------------------------------------------------
 
 
@@ -69,7 +82,6 @@ TINY = dict(image_size=24, patch_size=8, width=32, depth=2, heads=2)            
 
 
 def tiny(**over):
-    torch.manual_seed(0)
     return V.ViT(**{**TINY, **over})
 
 
@@ -955,11 +967,7 @@ def test_the_commands_on_pictures_of_ones_own(tmp_path, capsys):
                         ([*fit, "--max-iter", "0"], "--max-iter"),
                         (["show", *data, "--tokenizer", "nothing.pt"], "nothing.pt"),
                         (["show", "--data", "nowhere", *tokenizer], "nowhere")):
-        with pytest.raises(SystemExit, match="2"):
-            kmeans.main(words)
-        line = capsys.readouterr().err.splitlines()[-1]
-        assert "error:" in line
-        assert says in line
+        assert says in refusal(capsys, kmeans.main, words)
 
 
 # --- kmeans.py on a GPU -----------------------------------------------------------------------------------
@@ -1250,21 +1258,15 @@ def test_theorem_1_holds_from_a_ratio_on():
 
 # --- tcas.py: the commands --------------------------------------------------------------------------------
 
-def run_tcas(capsys, *argv):
-    """Exit code, standard output and error of tcas.py with these flags, in this process."""
-    code = 0
-    try:
-        tcas.main([str(word) for word in argv])
-    except SystemExit as stop:
-        code = stop.code
-    return code, *capsys.readouterr()
+def run_tcas(*argv):
+    tcas.main([str(word) for word in argv])
 
 
 def test_toy_command(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     picture = tmp_path / "new" / "toy.png"
-    code, out, err = run_tcas(capsys, "toy", "--overlap", 2, "--out", picture)
-    assert code == 0
+    run_tcas("toy", "--overlap", 2, "--out", picture)
+    out, err = capsys.readouterr()
     assert not err
     assert picture.exists()
     numbers = "w_in 0.004500 w_x 0.000500 sum 1.409600 alpha 0.244000"
@@ -1273,8 +1275,8 @@ def test_toy_command(tmp_path, capsys):
     assert re.search(r"Theorem 1\), sum +c2/c1 3.5 to inf", out)
     assert re.search(r"classwise <= mae, sum +c2/c1 0 to 2.88", out)
     assert re.search(r"classwise <= mae, tail +c2/c1 never", out)
-    code, out, _ = run_tcas(capsys, "toy", "--graph", "ring", "--n", 12, "--out", picture)
-    assert code == 0
+    run_tcas("toy", "--graph", "ring", "--n", 12, "--out", picture)
+    out = capsys.readouterr().out
     assert "algebra" not in out
     assert re.search(r"mae <= crossclass, sum +c2/c1 9.235 to inf", out)
     assert re.search(r"mae <= crossclass, tail +c2/c1 7.259 to inf", out)
@@ -1288,9 +1290,7 @@ def test_toy_command(tmp_path, capsys):
     (["--width", 0], "--width"),
 ])
 def test_toy_command_refuses_in_one_line(tmp_path, capsys, flags, what):
-    code, _, err = run_tcas(capsys, "toy", "--out", tmp_path / "toy.png", *flags)
-    assert code == 2
-    assert what in err.splitlines()[-1]
+    assert what in refusal(capsys, run_tcas, "toy", "--out", tmp_path / "toy.png", *flags)
     assert not (tmp_path / "toy.png").exists()
 
 
@@ -1328,14 +1328,13 @@ def test_a_tokenizer_scores_as_its_stored_tokens_do(few, capsys):
     tokenizer.save(str(few / "t.pt"))
     tokens = tokenizer(torch.stack([ds[i][0] for i in range(200)]))
     np.save(few / "t.npy", tokens.numpy().astype(np.uint16))
-    code, out, err = run_tcas(capsys, "score", "--tokenizer", few / "t.pt", "--tokens", few / "t.npy")
-    made, stored, labels, random = read_table(out)
-    assert code == 0
-    assert made == stored, err
+    run_tcas("score", "--tokenizer", few / "t.pt", "--tokens", few / "t.npy")
+    made, stored, labels, random = read_table(capsys.readouterr().out)
+    assert made == stored
     assert labels[2] == 0 < made[2] < random[2] - .05
-    code, out, _ = run_tcas(capsys, "score", "--tokens", few / "t.npy", "--group", 2)
-    assert code == 0
-    assert 8 < read_table(out)[0][0] <= 64  # pairs of 8 tokens
+    run_tcas("score", "--tokens", few / "t.npy", "--group", 2)
+    pairs = read_table(capsys.readouterr().out)[0]
+    assert 8 < pairs[0] <= 64                                             # of 8 tokens
 
 
 @pytest.mark.parametrize("against, y", [
@@ -1345,8 +1344,8 @@ def test_a_tokenizer_scores_as_its_stored_tokens_do(few, capsys):
 def test_a_dot_is_a_tokenizer_the_mean_of_its_runs(few, capsys, against, y):
     runs = [few / f"run{i}" for i in range(4)]
     picture = few / "dots.png"
-    code, out, _ = run_tcas(capsys, "score", "--probes", *runs, "--against", against, "--out", picture)
-    assert code == 0
+    run_tcas("score", "--probes", *runs, "--against", against, "--out", picture)
+    out = capsys.readouterr().out
     assert picture.exists()
     x = [row[2] for row in read_table(out)[:3]]
     line = re.search(rf"mapet, 9 steps: {against} = (\S+) .*Pearson r = (\S+),.*, 3 tokenizers", out)
@@ -1359,15 +1358,13 @@ def test_probes_that_cannot_be_used_are_left_out(few, capsys):
     (few / "run1" / "tokens.npy").unlink()
     (few / "run2" / "metrics.jsonl").write_text('{"summary": true, "step": 5, "steps": 9}\n{"step": 7, "lo')
     runs = [few / f"run{i}" for i in range(4)]
-    code, out, _ = run_tcas(capsys, "score", "--probes", *runs)
-    assert code == 0
+    run_tcas("score", "--probes", *runs)
+    out = capsys.readouterr().out
     assert "run1: left out, it has no tokens" in out
     assert "run2: left out, it stopped at step 5" in out
     assert "mapet, 9 steps: left out, a line needs 3 tokenizers" in out
-    code, out, err = run_tcas(capsys, "score", "--probes", *runs, "--against", "finetune")
-    assert code == 2
-    assert "nothing to score" in err
-    assert out.count("no result of finetune") == 3
+    argv = "score", "--probes", *runs, "--against", "finetune"
+    assert "nothing to score" in refusal(capsys, run_tcas, *argv)
 
 
 @pytest.mark.parametrize("name, what", [
@@ -1376,10 +1373,7 @@ def test_probes_that_cannot_be_used_are_left_out(few, capsys):
 ])
 def test_score_refuses_wrong_token_files_in_one_line(few, capsys, name, what):
     np.save(few / "short.npy", np.zeros((39, 36), np.uint16))
-    code, _, err = run_tcas(capsys, "score", "--tokens", few / name)
-    assert code == 2
-    assert what in err
-    assert err.count("\n") == 1
+    assert what in refusal(capsys, run_tcas, "score", "--tokens", few / name)
 
 
 # --- objectives.py ----------------------------------------------------------------------------------------
@@ -1390,14 +1384,9 @@ FORMS = [("mae", "pixel"), ("mae", "pixel-norm"), ("maskfeat", "hog"), ("maskfea
 FORMS += [(name, None) for name in TOKEN_OBJECTIVES]                     # every objective in every form
 
 
-def small_vit(**over):
-    """9 patches of 8 x 8 pixels."""
-    return V.ViT(**{**dict(image_size=24, patch_size=8, width=32, depth=2, heads=2), **over})
-
-
 def example(name, target=None, b=2, k=11, vit=None, **how):
     """A small objective; images, tokens or features, an order."""
-    model = objectives.make(name, vit or small_vit(), k, target=target, **how)
+    model = objectives.make(name, vit or tiny(), k, target=target, **how)
     tokens = torch.randn(b, 9, k) if target == "features" else torch.randint(k, (b, 9))
     return model, torch.randn(b, 3, 24, 24), tokens, objectives.random_order(b, 9)
 
@@ -1463,7 +1452,7 @@ def test_block_masks_hide_exactly_the_count(grid, n):
 
 @pytest.mark.parametrize("name, blocks", [("beit", True), ("cae", True), ("mim", False), ("mae", False)])
 def test_orders_hide_blocks_or_not(name, blocks):
-    model = objectives.make(name, small_vit(image_size=112, depth=1), 8)
+    model = objectives.make(name, tiny(image_size=112, depth=1), 8)
     order = model.draw_order(8, torch.Generator().manual_seed(3))
     assert torch.equal(order.sort(1).values, torch.arange(196).expand(8, -1))
     _, hidden = model.split(torch.zeros(8), order)
@@ -1560,7 +1549,7 @@ def raster_loss(model, images, tokens, order):
 @pytest.mark.parametrize("name", ["mapet", "pim"])
 @pytest.mark.parametrize("cut", [1, 4, 9])
 def test_permuted_rows_equal_raster_order_with_masks(name, cut):
-    model, *batch = example(name, vit=small_vit(layer_scale=.3), cut=cut)
+    model, *batch = example(name, vit=tiny(layer_scale=.3), cut=cut)
     strengthen(model)
     assert_close(model(*batch)[0], raster_loss(model, *batch), atol=1e-5, rtol=1e-5)
 
@@ -1663,7 +1652,7 @@ def literal_cae(model, image, tokens, z):
 
 
 def test_cae_equals_its_description_with_a_teacher_one_step_behind():
-    model, *batch = example("cae", vit=small_vit(layer_scale=.3, pos="sincos"), cut=5, decoder_depth=2)
+    model, *batch = example("cae", vit=tiny(layer_scale=.3, pos="sincos"), cut=5, decoder_depth=2)
     strengthen(model)
     for _ in range(2):
         wanted = torch.stack([literal_cae(model, *row) for row in zip(*batch)]).mean()
@@ -1688,7 +1677,7 @@ def sees(output, images):
 @pytest.mark.parametrize("cls_token", [True, False])
 def test_no_target_leaks_through_12_layers(name, cls_token):
     """Prediction t depends on the visible patches and on targets before t, and on nothing else."""
-    vit = small_vit(depth=12, cls_token=cls_token)
+    vit = tiny(depth=12, cls_token=cls_token)
     model, images, tokens, order = example(name, vit=vit, b=1, cut=4)
     strengthen(model, .3).double()
     images = images.double().requires_grad_()
@@ -1714,7 +1703,7 @@ def test_no_hidden_pixel_reaches_encoder_or_gradient(name, target):
 
 
 def test_first_query_equals_its_mask_token_in_every_layer():
-    model, *batch = example("mapet", vit=small_vit(depth=4), cut=5)
+    model, *batch = example("mapet", vit=tiny(depth=4), cut=5)
     strengthen(model, .3).double()
     rows = []
     for block in model.encoder.blocks[:-1]:
@@ -1729,7 +1718,7 @@ def test_first_query_equals_its_mask_token_in_every_layer():
 
 @pytest.mark.parametrize("name", TOKEN_OBJECTIVES)
 def test_untrained_loss_is_ln_k_and_each_target_counts_once(name):
-    model, images, tokens, order = example(name, b=64, k=50, cut=4, vit=small_vit(init="mae"))
+    model, images, tokens, order = example(name, b=64, k=50, cut=4, vit=tiny(init="mae"))
     logits, wanted = model.predict(images, tokens, order)[:2]
     assert torch.equal(wanted, tokens.gather(1, order[:, 3:]))            # each target once
     loss, logs = objectives.Objective.loss(model, logits, wanted)
@@ -1759,7 +1748,7 @@ def test_every_parameter_learns_and_8_images_are_overfitted(name, target):
 
 def tokenizer_example(name, k=7, b=4, **over):
     """A small learned tokenizer, images, a teacher's features."""
-    vit = small_vit(**{"width": 96, "heads": 3, "init": "mae", **over})
+    vit = tiny(**{"width": 96, "heads": 3, "init": "mae", **over})
     perceptual = (lambda images: [V.hog(images, 8)]) if name == "peco" else None
     model = objectives.make(name, vit, k, values=5, decoder_depth=1, perceptual=perceptual)
     return model, torch.randn(b, 3, 24, 24), torch.randn(b, 9, 5) + 1
@@ -1926,9 +1915,7 @@ def test_masks_are_printed_and_drawn(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.count("  #") == 7 * 7                  # cls, 2 visible, 4 mask tokens
     objectives.main(["cae"])
     assert capsys.readouterr().out.split("marked #")[1].count("#") == 98
-    with pytest.raises(SystemExit):
-        objectives.main(["mapet", "--cut", "7"])
-    assert "1 to 6" in capsys.readouterr().err
+    assert "1 to 6" in refusal(capsys, objectives.main, ["mapet", "--cut", "7"])
 
 
 # --- train.py --------------------------------------------------------------------------------
@@ -1991,15 +1978,8 @@ def wait_for(path, process):
 
 
 def refused(data, out, capture, flags, *words):
-    """The run ends with exit code 2 and one line that holds the words."""
-    capture.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        run(data, out, *flags)
-    printed = capture.readouterr().err
-    error, = [line for line in printed.splitlines() if ": error: " in line]
-    assert stop.value.code == 2
-    assert printed.endswith(error + "\n")
-    assert "Traceback" not in printed
+    """The run ends in one line that holds the words."""
+    error = refusal(capture, run, data, out, *flags)
     assert not [word for word in words if str(word) not in error], error
 
 
@@ -2783,13 +2763,8 @@ def probed(*argv):
 
 
 def probe_refuses(capsys, argv, *words):
-    """The command ends with exit code 2 and one line that has all the words."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        probed(*argv)
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2
-    assert "error:" in line
+    """The command ends in one line that holds the words."""
+    line = refusal(capsys, probed, *argv)
     assert all(word in line for word in words), line
 
 
