@@ -46,7 +46,6 @@ import torchvision
 from PIL import Image
 from pytest import approx
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import kmeans
 import objectives
@@ -564,12 +563,6 @@ def test_rows_of_zeros_are_no_seeds_by_cosine():
         assert found.n_iter > 1
 
 
-@pytest.mark.parametrize("wrong", [dict(metric="cos"), dict(init="kmeans++")])
-def test_kmeans_refuses_unknown_names(wrong):
-    with pytest.raises(ValueError, match=list(wrong.values())[0].replace("+", ".")):
-        KMeans(2, **wrong).fit(rows_of(9, 2))
-
-
 @pytest.mark.parametrize("n, d, k", [(60, 2, 3), (5000, 30, 20)])
 def test_lloyd_is_the_slow_lloyd(n, d, k):
     x = rows_of(n, d)
@@ -639,7 +632,9 @@ def test_degenerate_data_ends_finite():
 
 def test_what_cannot_be_clustered_is_refused():
     x = rows_of(4, 3)
-    for km, bad, says in ((KMeans(5), 1, "5 clusters of 4 rows"),
+    for km, bad, says in ((KMeans(2, "cos"), 1, "cos"),
+                          (KMeans(2, init="kmeans++"), 1, "kmeans[+]+"),
+                          (KMeans(5), 1, "5 clusters of 4 rows"),
                           (KMeans(2), math.nan, "NaN"),
                           (KMeans(2), math.inf, "infinite")):
         x[1, 2] = bad
@@ -699,23 +694,18 @@ def test_kmeans_plusplus_is_the_slow_loop():
     assert kmeans.kmeans_plusplus(torch.ones(5, 2), 3).max() < 5          # all alike: any
 
 
-class Largest(TorchDispatchMode):
-    """Values of the largest tensor that is made meanwhile."""
-    size = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **kwargs or {})
-        several = out if isinstance(out, (tuple, list)) else [out]
-        for tensor in filter(torch.is_tensor, several):
-            self.size = max(self.size, tensor.numel())
-        return out
+def largest_tensor(function, *given):
+    """Bytes."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        function(*given)
+    return max(event.cpu_memory_usage for event in profile.events())
 
 
 def test_no_matrix_of_all_scores_is_made():
     x = torch.randn(40000, 2)
-    with Largest() as largest:
-        KMeans(50, max_iter=2).fit(x).predict(x)
-    assert 0 < largest.size < len(x) * 50 / 2
+    km = KMeans(50, max_iter=1)
+    assert largest_tensor(km.fit, x) < 40000 * 50
+    assert largest_tensor(km.predict, x) < 40000 * 50                     # bytes: not even one an entry
 
 
 TRITON = """
@@ -844,12 +834,9 @@ def test_foreign_files_are_refused_in_one_line(tmp_path):
 def official_vqkd(vit, project, codes):
     """A state dict with the names of BEiT v2's file: encoder, decoder, teacher, buffers; no bias of keys."""
     state = {}
-    for key, value in vit.state_dict().items():
+    for key, value in split_qkv(vit.state_dict(), bias=True).items():
         key = key.replace("norm.", "fc_norm.") if key.startswith("norm.") else key
         state[f"encoder.{key}"] = state[f"decoder.{key}"] = value
-    for key in [key for key in state if key.endswith("qkv.bias")]:
-        q, _, v = state.pop(key).chunk(3)
-        state |= {key.replace("qkv.bias", "q_bias"): q, key.replace("qkv.bias", "v_bias"): v}
     state |= {f"encode_task_layer.{key}": value for key, value in project.state_dict().items()}
     for key in ("decode_task_layer.0.bias", "teacher_model.visual.proj", "quantize.cluster_size"):
         state[key] = torch.zeros(4)
@@ -1059,10 +1046,7 @@ def test_tcas_is_eq_8(norm, k, c):
 
 
 def test_tcas_never_builds_the_matrix_of_all_codes():
-    with torch.profiler.profile(profile_memory=True) as profile:
-        tcas.tcas(random_counts(3000, 4))
-    largest = max(event.cpu_memory_usage for event in profile.events())
-    assert largest < 3000 * 3000  # bytes: not even one an entry
+    assert largest_tensor(tcas.tcas, random_counts(3000, 4)) < 3000 * 3000
 
 
 def test_tcas_by_hand():
@@ -1179,15 +1163,13 @@ def test_algebra_equals_brute_force(classes, n, overlap, name):
     assert brute["bound"] == approx(brute["sum"] + classes * brute["alpha"])
 
 
-@pytest.mark.parametrize("classes, n, overlap, name, total, alpha, w_in, w_x", [
-    (2, 10, 2, "mae", 1.4096, .244, .0045, .0005),
-    (2, 10, 2, "classwise", 1.262144, .2952, .0041, .0009),
-    (2, 10, 2, "crossclass", 1, .5, .0025, .0025),
-    (3, 20, 4, "mae", 1.4802, .4380, .00066667, .00008333),
-    (3, 20, 4, "classwise", 1.235298, .5066, .00055, .00014167),
+@pytest.mark.parametrize("name, total, alpha, w_in, w_x", [
+    ("mae", 1.4096, .244, .0045, .0005),
+    ("classwise", 1.262144, .2952, .0041, .0009),
+    ("crossclass", 1, .5, .0025, .0025),
 ])
-def test_toy_numbers(classes, n, overlap, name, total, alpha, w_in, w_x):
-    toy = tcas.toy_model(n, overlap, name, classes)
+def test_toy_numbers(name, total, alpha, w_in, w_x):
+    toy = tcas.toy_model(10, 2, name)
     assert toy["sum"] == approx(total, abs=5e-5)
     assert toy["alpha"] == approx(alpha, abs=5e-5)
     assert toy["w_in"] == approx(w_in, abs=1e-8)
@@ -1198,7 +1180,6 @@ def test_toy_numbers(classes, n, overlap, name, total, alpha, w_in, w_x):
     (1, "mae", 5.6296, 3.6296, 0, 5 / 12),
     (1, "classwise", 2, 0, 0, 1),
     (1, "crossclass", 1.0123, 0, .5, 1),
-    (1, "pairs", 4.8889, 2.8889, 0, 1 / 2),
     (2, "mae", 3.264, 1.264, 0, 3 / 4),
 ])
 def test_ring(width, name, total, tail, alpha, linked):
@@ -1502,16 +1483,6 @@ def test_amount_of_masking():
     defaults = dict(mae=147, maskfeat=147, clustermim=147, cae=98, beit=75, mim=75, pim=147, mapet=147, vq=0)
     assert {name: amount(name) for name in defaults} == defaults
     assert amount("mapet", mask_ratio=.7) == 137                          # ViT-B: cutting point 60
-    for how in (dict(cut=0), dict(cut=197), dict(mask_ratio=1.1)):
-        with pytest.raises(ValueError, match="out of range"):
-            amount("cae", **how)
-
-
-@pytest.mark.parametrize("how, words", [(dict(name="vq", cut=3), "hides nothing"),
-                                        (dict(name="mae", target="hog"), "pixel-norm")])
-def test_what_makes_no_sense_is_refused(how, words):
-    with pytest.raises(ValueError, match=words):
-        example(**how)
 
 
 # --- each objective beside its literal description
@@ -1927,14 +1898,14 @@ SMALL = """--preset laptop --image-size 24 --vocab-size 6 --batch-size 8 --epoch
 textures = functools.cache(train.open_textures)
 
 
-def make_folder(root, per_class=20, splits=("train", "val")):
+def make_folder(root, per_class=20, splits=("train", "val"), size=(24, 32)):
     """Pictures in ImageNet's layout: ants are dark, bees are light."""
     rng = np.random.default_rng(0)
     for split in splits:
         for name, level in (("ant", 0), ("bee", 100)):
             os.makedirs(root / split / name)
             for i in range(per_class):
-                pixels = level + rng.integers(128, size=(24, 32, 3), dtype=np.uint8)
+                pixels = level + rng.integers(128, size=(*size, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(root / split / name / f"{i:03}.png")
     return str(root)
 
@@ -1969,6 +1940,9 @@ def launch(*command):
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                             env=environment, start_new_session=True)
+
+
+TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
 
 
 def wait_for(path, process):
@@ -2290,8 +2264,7 @@ def test_two_processes_are_one(folder, tmp_path, monkeypatch):
     (two / "settings.json").write_text('{"seed": 1}')          # of a run that --fresh removes
     argv = """--fresh --epochs 2 --batch-size 16 --micro-batch 4 --no-probe --log-every 1
               --device cpu --out""".split()
-    torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
-    process = launch(*torchrun, script, *argv, two)
+    process = launch(*TORCHRUN, script, *argv, two)
     for name in small:
         monkeypatch.setitem(train.TEXTURES, name, small[name])
     train.main([*argv, str(one)])
@@ -2314,8 +2287,9 @@ def read_files(folder, pattern="*"):
     return {path: path.read_bytes() for path in folder.glob(pattern) if path.is_file()}
 
 
-def test_paths_may_change_but_nothing_else(folder, tmp_path, capsys):
+def test_paths_may_change_but_nothing_else_of_a_run_that_began(folder, tmp_path, capsys):
     out, moved = tmp_path / "run", tmp_path / "moved"
+    refused(folder, out, capsys, ["--features", "nonsense"], "nonsense")
     run(folder, out, "--steps", 2)
     shutil.copytree(folder, moved)
     for data, steps in ((folder + "/", 3), (moved, 4)):
@@ -2332,11 +2306,6 @@ def test_paths_may_change_but_nothing_else(folder, tmp_path, capsys):
         refused(folder, out, capsys, [flag, name, "--fresh"], name)
     assert before == read_files(out)
     assert len(run(folder, out, "--lr", .005, "--fresh", "--steps", 1)) == 1
-
-
-def test_what_was_refused_does_not_stop_the_command_that_is_right(folder, tmp_path, capsys):
-    refused(folder, tmp_path, capsys, ["--features", "nonsense"], "nonsense")
-    assert len(run(folder, tmp_path, "--steps", 1)) == 1
 
 
 @pytest.mark.parametrize("room", [300, 3000, 1_000_000])
@@ -2747,15 +2716,7 @@ def trained(run_folder, few_textures):
 
 @pytest.fixture(scope="module")
 def probe_pictures(tmp_path_factory):
-    """Picture files in ImageNet's layout: dark ants and light bees, 12 a class and split."""
-    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    for split in ("train", "val"):
-        for light, name in enumerate(("ant", "bee")):
-            (root / split / name).mkdir(parents=True)
-            for i in range(12):
-                pixels = rng.integers(0, 128, (60, 80, 3)) + 100 * light
-                Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{i}.png")
-    return str(root)
+    return make_folder(tmp_path_factory.mktemp("pictures"), 12, size=(60, 80))
 
 
 def probed(*argv):
@@ -2999,25 +2960,15 @@ def test_pictures_of_the_papers(probe_pictures):
 # --- commands -----------------------------------------------------------------------------------------------
 
 def test_knn_repeats_the_closing_table(trained, capsys):
-    """Of the run's folder, of its file, and of files of others with the same weights."""
+    """Of the run's folder and of its file."""
     summary = train.read_metrics(f"{trained}/metrics.jsonl")[-1]
-    out = f"{trained}/others"
     assert summary["summary"]
     assert {"linear", "linear_random"} <= summary.keys()
     found = probed("knn", trained)
     assert (found["knn"], found["floor"]) == (summary["knn"], summary["knn_random"])
     assert f"knn {100 * summary['knn']:.1f} % (" in capsys.readouterr().out
     assert train.read_metrics(f"{trained}/probe.jsonl")[-1] == found
-    state = torch.load(f"{trained}/encoder.pt", weights_only=True)
-    backbone = {f"module.backbone.{key}": value for key, value in state.items()}
-    others = {
-        "timm.pth": {**state, "head.weight": torch.zeros(10, 96)},
-        "mae.pth": {"model": state},
-        "dino.pth": {"teacher": backbone}}
-    os.makedirs(out)
-    for name, layout in others.items():
-        torch.save(layout, f"{out}/{name}")
-        assert probed("knn", f"{out}/{name}", "--no-floor")["knn"] == summary["knn"]
+    assert probed("knn", f"{trained}/encoder.pt", "--no-floor")["knn"] == summary["knn"]
 
 
 def test_linear_protocols(trained, tmp_path, monkeypatch):
@@ -3084,13 +3035,9 @@ def test_a_head_of_other_classes_is_not_taken_for_this_data(trained, probe_pictu
 
 def test_released_networks_are_scored_by_their_own_head(trained, tmp_path, capsys):
     """MaPeT's layout: q apart from k and v, fc_norm and head; other classes are refused."""
-    model, state = probe.Classifier(V.vit_micro(), 10, head_std=1.), {}
-    for key, value in model.state_dict().items():
-        name = key.removeprefix("encoder.")
-        if ".qkv." in name:
-            state[name.replace("qkv", "q")], state[name.replace("qkv", "kv")] = value[:96], value[96:]
-        else:
-            state[name] = value
+    model = probe.Classifier(V.vit_micro(), 10, head_std=1.)
+    state = split_qkv(model.state_dict(), bias=False)
+    state = {key.removeprefix("encoder."): value for key, value in state.items()}
     torch.save({"state_dict": state}, tmp_path / "mapet.tar")
     ds = train.open_dataset("textures", "test")
     images = V.normalize(torch.stack([ds[i][0] for i in range(60)]), ds.mean, ds.std)
@@ -3177,8 +3124,9 @@ def test_two_processes_give_the_result_of_one(trained, tmp_path, monkeypatch):
         probe.main(argv)
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER.format(here=os.path.dirname(probe.__file__), textures=few, commands=two))
-    launch = "-m torch.distributed.run --nproc_per_node 2 --rdzv-backend c10d --rdzv-endpoint localhost:0"
-    subprocess.run([sys.executable, *launch.split(), str(driver)], check=True, timeout=120)
+    process = launch(*TORCHRUN, driver)
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed
     one, two = (train.read_metrics(tmp_path / out / "probe.jsonl") for out in ("one", "two"))
     assert len(one) == len(two) == 3
     for a, b in zip(one, two):
