@@ -543,7 +543,6 @@ def test_rows_of_zeros_are_no_seeds_by_cosine():
     for seed in range(5):
         found = KMeans(8, "cosine", seed=seed).fit(x)
         assert_close(found.centroids.norm(dim=1), torch.ones(8))
-        assert found.n_iter > 1
 
 
 @pytest.mark.parametrize("n, d, k", [(60, 2, 3), (5000, 30, 20)])
