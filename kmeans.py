@@ -59,8 +59,12 @@ def barrier():
         dist.barrier()
 
 
+def is_main_process():
+    return rank_and_world()[0] == 0
+
+
 def print0(*words):
-    if rank_and_world()[0] == 0:
+    if is_main_process():
         print(*words, flush=True)
 
 
@@ -500,7 +504,7 @@ def load_batches(ds, indices, batch_size, workers=0, device="cpu", desc=None):
     A neighbor may stand in for a damaged picture. desc: the name of this pass, for a bar.
     """
     loader = DataLoader(ds, batch_size, sampler=torch.as_tensor(indices).tolist(), num_workers=workers)
-    if desc and rank_and_world()[0] == 0:
+    if desc and is_main_process():
         loader = tqdm(loader, desc, leave=False, disable=None)               # None: not into a file
     for images, labels, wanted, read in loader:
         ds.note_damaged(wanted, read)
@@ -603,6 +607,16 @@ def tokenize(tokenizer, ds, path, batch_size=64, workers=0, device="cpu"):
 
 # --- pictures ---------------------------------------------------------------------------------------------
 
+def average_patches(images, tokens, p, k):
+    """What each of k tokens looks like: the mean (k, 3 p^2) in 0..1 of its patches, p pixels a side; or 0.
+
+    images uint8 (b, 3, S, S), their tokens (b, n) int64
+    """
+    patches, tokens = patchify(images, p).flatten(0, 1) / 255, tokens.flatten()
+    sums = patches.new_zeros(k, patches.shape[1]).index_add_(0, tokens, patches)
+    return sums / tokens.bincount(minlength=k)[:, None].clamp(min=1)
+
+
 def draw(tokenizer, ds, out, codes=None):
     """OUT/tokens.png: images, their tokens in a color each, and rebuilt of the looks of their tokens.
 
@@ -615,7 +629,7 @@ def draw(tokenizer, ds, out, codes=None):
     k = tokenizer.vocab_size
     side = images.shape[-1] // math.isqrt(tokens.shape[1])                   # of a patch, in pixels of `ds`
     patches = patchify(images, side) / 255
-    looks = torch.stack([patches[tokens == code].mean(0) for code in range(k)])
+    looks = average_patches(images, tokens, side, k)
     if codes and max(codes) >= k:
         raise ValueError(f"--codes {max(codes)}: the last code of this tokenizer is {k - 1}")
     few = tokens[:6]
@@ -682,7 +696,7 @@ def fit(args, device):
     ds = open_dataset(args.data, "train", pixels, args.classes)
     tokenizer = fit_tokenizer(ds, args.features, args.k or k, args.patch_size or p, size,
                               workers=args.workers, device=device, max_iter=args.max_iter)
-    if rank_and_world()[0] == 0:
+    if is_main_process():
         tokenizer.save(f"{args.out}/tokenizer.pt")
     found = tokenizer.kmeans
     print0(f"{found.counts.sum()} patches, {found.n_iter} iterations, sum of squared distances "
@@ -707,7 +721,7 @@ def main(argv=None):
         path = f"{args.out}/tokens.npy"
         if os.path.exists(path):                               # of which tokenizer?
             raise ValueError(f"{path} is there already: remove it, or choose another --out")
-        tokens = tokenize(tokenizer.to(device), ds, path, 64, args.workers, device)
+        tokens = tokenize(tokenizer.to(device), ds, path, workers=args.workers, device=device)
         print0(f"{path}: tokens {tokens.shape} (images, patches) of {tokenizer.vocab_size}")
 
 

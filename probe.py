@@ -291,8 +291,7 @@ def token_vit(name, vocab_size, classes, grid, drop_path):
 def layer_groups(model, weight_decay, layer_decay):
     """Parameter groups: the learning rate is multiplied by scale = layer_decay ^ (L + 1 - layer) (BEiT, MAE).
 
-    layer 0: class token, positions, patch embedding; i + 1: block i; L + 1: the rest. No weight decay on
-    biases, norms, LayerScale, positions, class token.
+    layer 0: class token, positions, patch embedding; i + 1: block i; L + 1: the rest.
     """
     groups = []
     for name, p in model.named_parameters():
@@ -302,8 +301,7 @@ def layer_groups(model, weight_decay, layer_decay):
             below = model.encoder.depth + 1
         if part[1] == "blocks":
             below -= int(part[2]) + 1
-        free = p.ndim < 2 or name.endswith(("pos_embed", "cls_token"))
-        decay = 0. if free else weight_decay
+        decay = weight_decay if train.is_decayed(name, p) else 0.
         groups.append(dict(params=[p], weight_decay=decay, scale=layer_decay ** below))
     return groups
 
@@ -364,15 +362,6 @@ TOKENS = dict(
     DEFAULTS, lr=1e-3, weight_decay=.05, smoothing=.1,
     batch_size=1024, epochs=100., warmup_epochs=5., drop_path=.1)
 SMALL_TOKENS = dict(TOKENS, batch_size=128, epochs=20., warmup_epochs=1.)
-
-
-def complete(args, recipe):
-    """The recipe's values where the command line has none."""
-    if args.epochs and args.warmup_epochs is None:             # a shorter run keeps the share of the warm-up
-        args.warmup_epochs = recipe["warmup_epochs"] * min(1, args.epochs / recipe["epochs"])
-    for key, value in recipe.items():
-        if getattr(args, key, None) is None:
-            setattr(args, key, value)
 
 
 # --- what is trained on -----------------------------------------------------------------------------------
@@ -463,21 +452,21 @@ def learn(model, train_ds, test_ds, args, suffix=""):
 def measure(args, vit, splits, suffix):
     """What knn, linear or finetune finds; suffix: of the checkpoint's name."""
     torch.manual_seed(args.seed)
-    weights = nn.utils.parameters_to_vector(vit.parameters())
-    args.weights = zlib.crc32(weights.detach().cpu().numpy())  # what a checkpoint was trained on
     where = args.device, args.workers
     if args.what == "knn":
         return dict(knn=knn(*extract(vit, splits, *where), args.k))
     if args.variant == "fast":
         features = extract(vit, splits, *where, slice(None))
         return choose_head(*features, round(args.epochs or 30), args.seed)
+    weights = nn.utils.parameters_to_vector(vit.parameters())
+    args.weights = zlib.crc32(weights.detach().cpu().numpy())  # what a checkpoint was trained on
     train_ds, test_ds = splits
     classes = len(train_ds.classes)
     if args.what == "linear":
-        complete(args, PROTOCOLS[args.protocol])
+        train.fill_in(args, PROTOCOLS[args.protocol])
         model = LinearProbe(vit, classes, args.protocol == "mae")
     else:
-        complete(args, RECIPES[args.recipe] | BY_WIDTH.get((args.recipe, vit.width), {}))
+        train.fill_in(args, RECIPES[args.recipe] | BY_WIDTH.get((args.recipe, vit.width), {}))
         model = Classifier(vit, classes, args.drop_path, args.head_std)
     # BEiT prints the best block on the test images; the last block's is the number that nobody chose.
     top1, top5 = learn(model, training_view(train_ds, args), test_view(test_ds, args), args, suffix)
@@ -506,12 +495,12 @@ def run_tokens(args):
     for ds in open_data(args, tokenizer.input_size):
         made_of = zlib.crc32(repr([ds.name, len(ds), ds.classes]).encode(errors="replace"), args.weights)
         path = f"{args.out}/tokens-{made_of:08x}.npy"
-        tokens = tokenize(tokenizer, ds, path, 64, args.workers, args.device)
+        tokens = tokenize(tokenizer, ds, path, workers=args.workers, device=args.device)
         ds = ds.view(v2.Identity(), image_size=side)           # whose pictures are maps of tokens
         ds.load = torch.from_numpy(tokens.astype("int32")).view(-1, side, side).__getitem__
         splits.append(ds)
     train_ds, test_ds = splits
-    complete(args, SMALL_TOKENS if args.data == "textures" else TOKENS)
+    train.fill_in(args, SMALL_TOKENS if args.data == "textures" else TOKENS)
     torch.manual_seed(args.seed)
     sizes = tokenizer.vocab_size, len(train_ds.classes)
     if args.head == "mlp":

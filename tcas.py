@@ -273,8 +273,7 @@ def read_runs(args):
         accuracy = summary["linear"] if args.against == "closing" else None
         for line in train.read_metrics(folder / "probe.jsonl"):    # the last result counts
             kind = f"{line['what']}-{line.get('protocol')}"
-            random = line["source"].startswith("random init")
-            if kind.startswith(args.against) and line["data"] == args.data and not random:
+            if kind.startswith(args.against) and line["data"] == args.data:
                 accuracy = line[line["what"]]
         settings = summary["settings"]
         files = folder / "tokens.npy", folder / "tokenizer.pt", settings["tokens"], settings["tokenizer"]

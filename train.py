@@ -43,10 +43,11 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.functional import pil_to_tensor
 
 import objectives
-from kmeans import (KMeans, KMeansTokenizer, all_reduce, barrier, blank_tokenizer, fit_tokenizer,
-                    load_batches, load_tokenizer, load_tokens, print0, rank_and_world, tokenize, write_npy)
+from kmeans import (KMeans, KMeansTokenizer, all_reduce, average_patches, barrier, blank_tokenizer,
+                    fit_tokenizer, is_main_process, load_batches, load_tokenizer, load_tokens, print0,
+                    rank_and_world, tokenize, write_npy)
 from tcas import describe_codebook
-from vit import (IMAGENET, MODELS, draw_rows, exit_on_error, load_matplotlib, normalize, patchify,
+from vit import (IMAGENET, MODELS, draw_rows, exit_on_error, load_matplotlib, normalize,
                  read_checkpoint, save, save_figure, write_atomically)
 
 try:
@@ -55,10 +56,6 @@ except ImportError:                         # not on Windows
     fcntl = None
 
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))              # of this process on its machine, by torchrun
-
-
-def is_main_process():
-    return rank_and_world()[0] == 0
 
 
 # --- recipes: an explicit flag beats the preset -----------------------------------------------------------
@@ -160,16 +157,22 @@ def learning_rate(step, steps, warmup, peak, start, end, cosine="warmup"):
     return end + (peak - end) * .5 * (1 + math.cos(math.pi * done))
 
 
-def make_optimizer(model, args):
-    """AdamW; weight decay on matrices only: not on biases, norms, LayerScale, positions, class token.
+def is_decayed(name, p):
+    """Weight decay is for matrices: not for biases, norms, LayerScale, positions, class token."""
+    return p.ndim >= 2 and not name.endswith(("pos_embed", "cls_token"))
 
-    The mask token, (1, 1, d), is decayed, as in the released code (ClusterMIM's also decays the class token).
+
+def make_optimizer(model, args):
+    """AdamW. The mask token, (1, 1, d), is decayed, as in the released code.
+
+    ClusterMIM's code decays the class token, too.
     """
-    groups = [dict(params=[], weight_decay=args.weight_decay), dict(params=[], weight_decay=0.)]
+    decayed = dict(params=[], weight_decay=args.weight_decay)
+    free = dict(params=[], weight_decay=0.)
     for name, p in model.named_parameters():
-        is_free = p.ndim < 2 or name.endswith(("pos_embed", "cls_token"))
-        groups[is_free]["params"].append(p)
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(.9, args.beta2), fused=True)
+        group = decayed if is_decayed(name, p) else free
+        group["params"].append(p)
+    return torch.optim.AdamW([decayed, free], lr=args.lr, betas=(.9, args.beta2), fused=True)
 
 
 def divide_batch(args):
@@ -892,10 +895,7 @@ def draw_results(args, model, ds, held_out, targets, size, device):
     looks = None
     if model.needs == "tokens":                                # a code looks like the mean of its patches
         images, _, read = sample(ds, 256)
-        tokens = targets(images, read).flatten()
-        patches = patchify(images, args.patch_size).flatten(0, 1) / 255
-        sums = patches.new_zeros(size, patches.shape[1]).index_add_(0, tokens, patches)
-        looks = sums / tokens.bincount(minlength=size)[:, None].clamp(min=1)
+        looks = average_patches(images, targets(images, read), args.patch_size, size)
     images, _, _ = sample(held_out, 8)
     rows = objectives.picture_predictions(model, images / 255, ds.mean, ds.std, targets(images), looks)
     draw_rows(rows, f"{args.out}/predictions.png")
@@ -1031,6 +1031,15 @@ def check_numbers(parser, args, may_be_zero):
                 parser.error(f"--{key.replace('_', '-')} {number}: wanted is one {least}, at most {most}")
 
 
+def fill_in(args, recipe):
+    """The recipe's values where the command line has none; a shorter run keeps the share of the warm-up."""
+    shorter = 1 if args.epochs is None else min(1, args.epochs / recipe["epochs"])
+    recipe = dict(recipe, warmup_epochs=recipe["warmup_epochs"] * shorter)
+    for key, value in recipe.items():
+        if getattr(args, key, None) is None:
+            setattr(args, key, value)
+
+
 def complete(args, chosen, ds, device):
     """Fill in what the preset decides for the data; refuse what cannot be, before anything is written."""
     if args.tokenizer or args.tokens:                          # then the file says what the codebook is
@@ -1042,14 +1051,10 @@ def complete(args, chosen, ds, device):
     if args.preset == "laptop":                                # the same work on any data set
         chosen["epochs"] *= TEXTURES["train"][1] / len(ds)
         chosen["warmup_epochs"] *= TEXTURES["train"][1] / len(ds)
-    if args.epochs is not None:                                # a shorter run keeps the share of the warm-up
-        chosen["warmup_epochs"] *= min(1, args.epochs / chosen["epochs"])
     chosen["out"] = f"runs/{args.objective}-{os.path.basename(os.path.normpath(args.data))}"
     chosen["compile"] = device.type == "cuda"
     chosen["workers"] = default_workers(ds)
-    for key, value in chosen.items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
+    fill_in(args, chosen)
     args.lr = args.lr or args.base_lr * args.batch_size / 256
     if args.compile and not has_compiler():
         raise ValueError("--compile: torch.compile needs a C compiler (gcc, clang), else --no-compile")
