@@ -392,7 +392,7 @@ def training_view(ds, args):
     if args.erase:                                             # by noise of unit variance: normalized
         steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(ds.mean, ds.std),
                   v2.RandomErasing(args.erase, value="random")]
-    return ds.view(v2.Compose(steps), args.seed)
+    return ds.view(v2.Compose(steps), seed=args.seed)
 
 
 # --- training and scoring ---------------------------------------------------------------------------------
@@ -595,10 +595,11 @@ def open_run(args):
 
 def open_data(args, image_size):
     """(training set, test set), with labels: of --data, or of what the run was trained on."""
-    squares = args.settings.get("preset") == "laptop"
-    train_ds, test_ds, why = train.open_splits(args.data, image_size, args.classes, squares)
+    train_ds, test_ds, why = train.open_splits(args.data, image_size, args.classes)
     if test_ds is None:
         raise ValueError(f"--data {args.data}: {why}; a probe needs labels: train/CLASS/ and val/CLASS/")
+    if args.settings.get("preset") == "laptop":
+        train_ds, test_ds = train.keep_squares(train_ds), train.keep_squares(test_ds)
     if args.workers is None:
         args.workers = train.default_workers(train_ds)
     return train_ds, test_ds

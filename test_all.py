@@ -2139,7 +2139,7 @@ def test_tokens_are_made_of_the_crop_or_stored_of_the_square(name, crop, folder,
 def test_crops_and_jitter_are_a_function_of_seed_epoch_and_image(folder):
     ds = train.open_dataset(folder, "train", 24)
     transform = train.v2.Compose([train.random_crop(24, .2), train.v2.ColorJitter(.4, .4, .4)])
-    one, same, other = (ds.view(transform, seed) for seed in (3, 3, 4))
+    one, same, other = (ds.view(transform, seed=seed) for seed in (3, 3, 4))
     image, *rest = one[0, 25]
     torch.manual_seed(99)
     assert torch.equal(image, same[0, 25][0])
@@ -2149,7 +2149,7 @@ def test_crops_and_jitter_are_a_function_of_seed_epoch_and_image(folder):
         assert not torch.equal(image, x[0])
     square, mirrored = ds[0][0].float(), 0
     for seed in range(8):
-        x = ds.view(train.random_crop(24, .99), seed)[0, 0][0].float()
+        x = ds.view(train.random_crop(24, .99), seed=seed)[0, 0][0].float()
         mirrored += (x - square).abs().mean() > (x.flip(2) - square).abs().mean()
     assert 0 < mirrored < 8
 

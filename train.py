@@ -14,7 +14,7 @@ one bit for bit (on the CPU), and 1, 2 or 8 processes run the same experiment.
 """
 import argparse
 import contextlib
-import copy
+import dataclasses
 import datetime
 import functools
 import io
@@ -347,6 +347,7 @@ class Damaged(Exception):
     """The bytes of a picture cannot be decoded."""
 
 
+@dataclasses.dataclass(eq=False)
 class Images(Dataset):
     """Item (epoch, i): picture i transformed, uint8 (3, S, S); its label or -1; i; the index really read.
 
@@ -355,26 +356,32 @@ class Images(Dataset):
 
     load        function i -> the whole picture, uint8 (3, H, W); Damaged if its bytes are none
     labels      (n,) int64, -1: none; classes: their names, None: no labels
-    from_files  pictures have any size and are cropped to a square; paths: of their files
-    mean_std    of the channels, on the scale 0..1
+    from_files  pictures have any size, and `transform` brings them to image_size; paths: of their files
+    mean, std   of the channels, on the scale 0..1
     """
 
-    def __init__(self, name, load, labels, classes, image_size, from_files=True, paths=(), mean_std=IMAGENET):
-        self.name, self.load, self.paths = name, load, paths
-        self.labels, self.classes = np.asarray(labels, dtype=np.int64), classes
-        self.image_size, self.from_files = image_size, from_files
-        self.mean, self.std = mean_std
-        self.transform = center_square(image_size) if from_files else v2.Identity()
-        self.seed, self.damaged = 0, set()
+    name: str
+    load: object
+    labels: np.ndarray
+    classes: object
+    image_size: int
+    transform: object = v2.Identity()
+    from_files: bool = False
+    paths: tuple = ()
+    mean: tuple = IMAGENET[0]
+    std: tuple = IMAGENET[1]
+    seed: int = 0
+
+    def __post_init__(self):
+        self.labels = np.asarray(self.labels, np.int64)
+        self.damaged = set()
 
     def __len__(self):
         return len(self.labels)
 
-    def view(self, transform, seed=0, image_size=None):
+    def view(self, transform, **changes):
         """The same pictures under another transform."""
-        ds = copy.copy(self)
-        ds.transform, ds.seed, ds.image_size = transform, seed, image_size or self.image_size
-        return ds
+        return dataclasses.replace(self, transform=transform, **changes)
 
     def __getitem__(self, key):
         epoch, i = key if isinstance(key, tuple) else (0, key)
@@ -454,8 +461,7 @@ def open_textures(split, size=48):
     seed, n = TEXTURES[split]
     images, labels = zip(*(render_texture(seed, i, size) for i in range(n)))
     load = torch.from_numpy(np.stack(images)).__getitem__
-    return Images(f"textures/{split}", load, labels, range(10), size, from_files=False,
-                  mean_std=((.5, .5, .5), (1 / 7, 1 / 7, 1 / 7)))
+    return Images(f"textures/{split}", load, labels, range(10), size, mean=3 * (.5,), std=3 * (1 / 7,))
 
 
 # What the wheels of torchvision and Pillow read without further packages.
@@ -527,7 +533,7 @@ def random_crop(size, area):
 
 def keep_squares(ds):
     """Pictures as center squares, decoded by all cores into data/squares once, for all runs: a memory map."""
-    if ds is None or not ds.from_files:
+    if not ds.from_files:
         return ds
     about = ds.name, ds.image_size, ds.paths, [os.stat(path).st_mtime_ns for path in ds.paths]
     path = f"data/squares/{zlib.crc32(repr(about).encode()):08x}.npy"
@@ -538,18 +544,16 @@ def keep_squares(ds):
         squares = (images.numpy() for images, _, _ in batches)
         write_npy(path, (len(ds), 3, ds.image_size, ds.image_size), squares)
     barrier()
-    kept = ds.view(v2.Identity())
-    kept.load, kept.from_files = torch.from_numpy(np.load(path, mmap_mode="c")).__getitem__, False
-    return kept
+    load = torch.from_numpy(np.load(path, mmap_mode="c")).__getitem__
+    return ds.view(v2.Identity(), load=load, from_files=False)
 
 
-# Data sets of torchvision: class, its argument for the split, that of training, of test, name of the labels.
+# Data sets of torchvision: class, its arguments for training, for the test.
 NAMED = {
-    "cifar10": (tv.CIFAR10, "train", True, False, "targets"),
-    "cifar100": (tv.CIFAR100, "train", True, False, "targets"),
-    "food101": (tv.Food101, "split", "train", "test", "_labels"),
-    "stanford_cars": (tv.StanfordCars, "split", "train", "test", "_samples"),
-    "fgvc_aircraft": (tv.FGVCAircraft, "split", "trainval", "test", "_labels"),
+    "cifar10": (tv.CIFAR10, dict(train=True), dict(train=False)),
+    "cifar100": (tv.CIFAR100, dict(train=True), dict(train=False)),
+    "food101": (tv.Food101, dict(split="train"), dict(split="test")),
+    "fgvc_aircraft": (tv.FGVCAircraft, dict(split="trainval"), dict(split="test")),
 }
 
 
@@ -570,23 +574,19 @@ def open_dataset(spec, split="train", image_size=None, classes=None):
 
 
 def open_named(name, split, image_size):
-    kind, argument, train, test, labels = NAMED[name]
-    arguments = {argument: test if split == "test" else train}
+    kind, *parts = NAMED[name]
+    arguments = parts[split == "test"]
     if LOCAL_RANK == 0:                                        # the first process of a machine fetches it
         try:
-            try:
-                kind("data", **arguments)
-            except RuntimeError:                               # not there, or not whole
-                kind("data", download=True, **arguments)
+            kind("data", download=True, **arguments)           # if it is not there
         except (OSError, RuntimeError, ValueError) as error:
             raise ValueError(f"--data {name}: not in data/ and cannot be fetched ({error})") from None
     barrier()
     source = kind("data", **arguments)
-    labels = np.array(getattr(source, labels))
-    if labels.ndim == 2:                                       # pairs (path, label)
-        labels = labels[:, 1].astype(int)
+    labels = source.targets if name.startswith("cifar") else source._labels
     load = functools.partial(read_named, source)
-    return Images(f"{name}/{split}", load, labels, range(1 + labels.max()), image_size)
+    classes = range(1 + max(labels))
+    return Images(f"{name}/{split}", load, labels, classes, image_size, center_square(image_size), True)
 
 
 def read_classes(path, found):
@@ -631,17 +631,15 @@ def open_folder(folder, split, image_size, classes_file=None):
         raise ValueError(f"--data {root}: no pictures in it, or in one of its class folders "
                          f"({' '.join(sorted(PICTURES))})")
     paths, labels = zip(*samples)
-    print0(f"{root}: {len(paths)} pictures, {len(classes) or 'no'} class folders of {len(entries)} files and "
-           f"folders; left out: {dict(left_out)}")
+    left_out = ", ".join(f"{n} {ending}" for ending, n in left_out.items())
+    print0(f"{root}: {len(paths)} pictures, {len(classes) or 'no'} classes (there are {len(entries)} entries);"
+           f" files left out, by ending: {left_out or 'none'}")
     load = functools.partial(read_picture, paths)
-    return Images(root, load, labels, classes or None, image_size, paths=paths)
+    return Images(root, load, labels, classes or None, image_size, center_square(image_size), True, paths)
 
 
-def open_splits(spec, image_size=None, classes=None, squares=False):
-    """(training set, test set or None, why there is none): both with labels of the same classes, for probes.
-
-    squares: see `keep_squares`
-    """
+def open_splits(spec, image_size=None, classes=None):
+    """(training set, test set or None, why there is none): both with labels of the same classes, for probes."""
     ds = open_dataset(spec, "train", image_size, classes)
     test, why = None, "no labels"
     if ds.classes:
@@ -651,8 +649,6 @@ def open_splits(spec, image_size=None, classes=None, squares=False):
                 raise ValueError("the class folders of its test split are not those of train/")
         except ValueError as error:                            # none, or unsorted pictures
             test, why = None, str(error)
-    if squares:
-        ds, test = keep_squares(ds), keep_squares(test)
     return ds, test, why
 
 
@@ -866,7 +862,7 @@ def pretrain(args, model, ds, targets, device):
     transform = random_crop(args.image_size, args.crop) if args.crop else ds.transform
     if args.jitter:
         transform = v2.Compose([transform, v2.ColorJitter(args.jitter, args.jitter, args.jitter)])
-    return train(model, make_optimizer(model, args), ds.view(transform, args.seed), args, compute_loss,
+    return train(model, make_optimizer(model, args), ds.view(transform, seed=args.seed), args, compute_loss,
                  device, f"{args.out}/last.pt", f"{args.out}/metrics.jsonl", model.before_step)
 
 
@@ -924,12 +920,15 @@ def run(args):
     started, device = time.time(), setup(args.device)
     args.preset = args.preset or ("laptop" if args.data == "textures" else "paper")
     chosen = recipe(args.objective, args.preset, args.model)
-    squares = args.preset == "laptop" and not args.crop
-    ds, test, why = open_splits(args.data, args.image_size or chosen["image_size"], args.classes, squares)
+    ds, test, why = open_splits(args.data, args.image_size or chosen["image_size"], args.classes)
     complete(args, chosen, ds, device)
     if test is None:
         print0(f"no k-NN and no linear probe at the end: {why}")
         args.probe = False
+    if args.preset == "laptop" and not args.crop:
+        ds, test = keep_squares(ds), test and keep_squares(test)
+    if args.workers is None:
+        args.workers = default_workers(ds)
     with lock_folder(args.out):
         source = open_source(args, ds)
         if args.fresh and is_main_process():
@@ -953,8 +952,9 @@ def run(args):
         barrier()
         if args.probe:
             print_table(args, model.encoder, step, steps, ds, test, device, started)
-        print0(f"\n{time.time() - started:.0f} s. In {args.out}: {', '.join(sorted(os.listdir(args.out)))}\n"
-               f"next: python probe.py linear {args.out}; also finetune, tokens, show")
+        made = sorted(os.listdir(args.out))
+        print0(f"\n{time.time() - started:.0f} s. In {args.out}: {', '.join(made)}\nnext: python probe.py "
+               f"linear {args.out}; also finetune, show{', tokens' if 'tokenizer.pt' in made else ''}")
 
 
 def start_over(args):
@@ -1049,11 +1049,10 @@ def complete(args, chosen, ds, device):
     if args.base_lr:
         chosen["lr"] = 0.
     if args.preset == "laptop":                                # the same work on any data set
-        chosen["epochs"] *= TEXTURES["train"][1] / len(ds)
-        chosen["warmup_epochs"] *= TEXTURES["train"][1] / len(ds)
+        for key in ("epochs", "warmup_epochs"):
+            chosen[key] = float(f"{chosen[key] * TEXTURES['train'][1] / len(ds):.3g}")
     chosen["out"] = f"runs/{args.objective}-{os.path.basename(os.path.normpath(args.data))}"
     chosen["compile"] = device.type == "cuda"
-    chosen["workers"] = default_workers(ds)
     fill_in(args, chosen)
     args.lr = args.lr or args.base_lr * args.batch_size / 256
     if args.compile and not has_compiler():
