@@ -632,14 +632,14 @@ def open_folder(folder, split, image_size, classes_file=None):
                          f"({' '.join(sorted(PICTURES))})")
     paths, labels = zip(*samples)
     left_out = ", ".join(f"{n} {ending}" for ending, n in left_out.items())
-    print0(f"{root}: {len(paths)} pictures, {len(classes) or 'no'} classes (there are {len(entries)} entries);"
-           f" files left out, by ending: {left_out or 'none'}")
+    print0(f"{root}: {len(paths)} pictures, {len(classes) or 'no'} classes (of {len(entries)} entries); left "
+           f"out by their endings: {left_out or 'none'}")
     load = functools.partial(read_picture, paths)
     return Images(root, load, labels, classes or None, image_size, center_square(image_size), True, paths)
 
 
 def open_splits(spec, image_size=None, classes=None):
-    """(training set, test set or None, why there is none): both with labels of the same classes, for probes."""
+    """(training set, test set or None, why there is none); a test set has labels of the same classes."""
     ds = open_dataset(spec, "train", image_size, classes)
     test, why = None, "no labels"
     if ds.classes:
