@@ -10,7 +10,8 @@ makes is in --out, and the same command again goes on where it stopped.
 Step s is a function of (seed, s) and the weights: the order of the images, their augmentation and the
 permutations z are drawn for the *global* batch, of which each process takes its rows; torch's own
 generator, which decides stochastic depth, is seeded from (seed, s, rank). So a resumed run equals an unbroken
-one bit for bit (on the CPU), and 1, 2 or 8 processes run the same experiment.
+one bit for bit (on the CPU), and 1, 2 or 8 processes run the same experiment: to rounding where the network
+draws nothing, statistically where it does (stochastic depth, dVAE).
 """
 import argparse
 import contextlib
@@ -125,24 +126,24 @@ def recipe(objective, preset, model=None):
 # --- what a step is: which images, which learning rate, which parameters ----------------------------------
 
 def derive_seed(*numbers):
-    """One seed from several, as different from its neighbors' as a random number."""
+    """One seed from several, as different from its neighbors' as a random number; (s, 0) is (s,)."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def schedule(n, batch, seed, start, stop, rows, accumulate):
+def schedule(n, batch, seed, start, stop, rows):
     """Yields, for each micro-batch of this process, its items (epoch, i); steps start..stop-1.
 
     An epoch is a permutation of the n images, a function of (seed, epoch), cut into global batches; the rest
-    is dropped. `rows`: this process's slice of a global batch, cut into `accumulate` equal micro-batches.
+    is dropped. `rows`: a range, where in a global batch this process's micro-batches begin.
     """
     for step in range(start, stop):
         epoch, k = divmod(step, n // batch)
         if step == start or k == 0:
             generator = torch.Generator().manual_seed(derive_seed(seed, epoch))
-            order = torch.randperm(n, generator=generator)
-        mine = order[k * batch:(k + 1) * batch][rows]
-        for micro in mine.split(len(mine) // accumulate):
-            yield [(epoch, i) for i in micro.tolist()]
+            order = torch.randperm(n, generator=generator).tolist()
+        for row in rows:
+            first = k * batch + row
+            yield [(epoch, i) for i in order[first:first + rows.step]]
 
 
 def learning_rate(step, steps, warmup, peak, start, end, cosine="warmup"):
@@ -191,14 +192,14 @@ def divide_batch(args):
 def train(model, optimizer, ds, args, compute_loss, device, checkpoint, metrics=None, before_step=None):
     """Steps of `optimizer` on batches of `ds`, from `checkpoint` if it is there, to the end or to args.steps.
 
-    compute_loss(net, images, labels, read, step, rows) -> loss, dict of 0-d logs
-                 images uint8 (b, 3, S, S), those at `read` (b,) of ds, rows: this slice of the global batch
+    compute_loss(net, images, labels, read, step, micro) -> loss, dict of 0-d logs
+                 images uint8 (b, 3, S, S), those at `read` (b,) of ds, micro: their slice of the global batch
     args         epochs batch_size micro_batch lr min_lr warmup_lr warmup_epochs cosine clip_norm steps seed
                  workers log_every save_every compile
     -> (step, steps): where it ended, of how many; by a signal if before args.steps
     """
     rank, world = rank_and_world()
-    mine = divide_batch(args)
+    rows = divide_batch(args)
     per_epoch = len(ds) // args.batch_size
     steps = max(1, round(args.epochs * per_epoch))
     warmup = round(args.warmup_epochs * per_epoch)
@@ -218,19 +219,19 @@ def train(model, optimizer, ds, args, compute_loss, device, checkpoint, metrics=
             lr = learning_rate(step, steps, warmup, args.lr, args.warmup_lr, args.min_lr, args.cosine)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group.get("scale", 1.)
-            torch.manual_seed(derive_seed(args.seed, step, rank))
-            for start in mine:
+            torch.manual_seed(derive_seed(args.seed, step, 1 + rank))        # without: the seed of z
+            for row in rows:
                 before = time.time()
                 images, labels, read = next(batches)
                 waited += time.time() - before
-                rows = slice(start, start + mine.step)
+                micro = slice(row, row + rows.step)
                 # All micro-batches make one gradient: the processes exchange it once, with the last.
-                net.require_backward_grad_sync = start == mine[-1]
+                net.require_backward_grad_sync = row == rows[-1]
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                    loss, logs = compute_loss(net, images, labels, read, step, rows)
-                (loss / len(mine)).backward()
+                    loss, logs = compute_loss(net, images, labels, read, step, micro)
+                (loss / len(rows)).backward()
                 logs = {"loss": loss.detach(), **logs}
-                sums = sums + torch.stack([*logs.values()]).float() / len(mine)
+                sums = sums + torch.stack([*logs.values()]).float() / len(rows)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm or math.inf)
             step += 1
             save_due = step == stop or step % args.save_every == 0
@@ -239,8 +240,9 @@ def train(model, optimizer, ds, args, compute_loss, device, checkpoint, metrics=
                 if not norm.isfinite():                        # the same on every process
                     raise ValueError(f"step {step}: the loss or its gradient is not finite, what was saved "
                                      f"is kept; try a lower --lr (now {args.lr:g})")
-                asked = torch.tensor(float(len(received)), device=device)
-                all_reduce(asked)                              # by a signal to any process
+                signals = torch.tensor(float(len(received)), device=device)
+                all_reduce(signals)                            # to any process
+                asked = signals.item() > 0
             if before_step:
                 before_step(step / steps)
             optimizer.step()
@@ -267,16 +269,16 @@ def train(model, optimizer, ds, args, compute_loss, device, checkpoint, metrics=
 
 def load_checkpoint(path, model, optimizer, metrics=None):
     """The step to go on from, 0 without a checkpoint. Lines of `metrics` written after it are dropped."""
-    if not os.path.exists(path):
-        return 0
-    state = read_checkpoint(path)
-    try:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
-    except (KeyError, RuntimeError, TypeError, ValueError):
-        raise ValueError(f"{path}: not a checkpoint of this run; --fresh starts over") from None
-    print0(f"going on from {path} at step {step}")
+    step = 0
+    if os.path.exists(path):
+        state = read_checkpoint(path)
+        try:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            step = state["step"]
+        except (KeyError, RuntimeError, TypeError, ValueError):
+            raise ValueError(f"{path}: not a checkpoint of this run; --fresh starts over") from None
+        print0(f"going on from {path} at step {step}")
     barrier()                                                  # nobody writes before everybody has read
     if metrics and is_main_process():
         kept = [json.dumps(line) + "\n" for line in read_metrics(metrics) if line["step"] <= step]
@@ -287,9 +289,8 @@ def load_checkpoint(path, model, optimizer, metrics=None):
 
 def load_steps(ds, args, start, stop, device):
     """(images on device, labels on device, index really read) of each micro-batch of steps start..stop-1."""
-    mine = divide_batch(args)
-    keys = schedule(len(ds), args.batch_size, args.seed, start, stop, slice(mine.start, mine.stop), len(mine))
-    # The loader draws a seed: from a generator of its own, as torch's is the step's.
+    keys = schedule(len(ds), args.batch_size, args.seed, start, stop, divide_batch(args))
+    # A loader draws a seed: not from torch's generator, which would shift the step's random numbers.
     loader = DataLoader(ds, batch_sampler=keys, num_workers=args.workers, worker_init_fn=ignore_signals,
                         pin_memory=device.type == "cuda", generator=torch.Generator())
     for images, labels, wanted, read in loader:
@@ -335,8 +336,8 @@ def setup(device=None):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")      # names of files need not be UTF-8
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        backend = dist.get_default_backend_for_device(device)
         # Others wait while the first process downloads, or draws.
-        backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     return device
 
@@ -502,7 +503,7 @@ def decode_picture(data):
         raise
     except Exception as error:                                 # decoders raise half a dozen kinds
         with contextlib.suppress(RuntimeError):                # PIL refuses what only its metadata ails
-            return decode_png(raw, "RGB")
+            return v2.functional.to_dtype(decode_png(raw, "RGB"), torch.uint8, scale=True)
         reason = str(error).split("<_io")[0].split("\n")[0]
         raise Damaged(f"{reason}; it begins with {data[:16]!r}") from None
 
@@ -513,6 +514,11 @@ def read_picture(paths, i):
 
 def read_named(source, i):
     return pil_to_tensor(source[i][0].convert("RGB"))
+
+
+def count_cores():
+    """Of this process; a scheduler may give it some of the machine's only."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def crop_square(picture):
@@ -540,20 +546,22 @@ def keep_squares(ds):
     if LOCAL_RANK == 0 and not os.path.exists(path):
         os.makedirs("data/squares", exist_ok=True)
         print0(f"decoding the {len(ds)} pictures of {ds.name} once, into {path}")
-        batches = load_batches(ds, range(len(ds)), 64, os.cpu_count(), desc="squares")
+        batches = load_batches(ds, range(len(ds)), 64, count_cores(), desc="squares")
         squares = (images.numpy() for images, _, _ in batches)
-        write_npy(path, (len(ds), 3, ds.image_size, ds.image_size), squares)
+        temporary = f"{path}.{os.getpid()}"                    # another run may do the same
+        write_npy(temporary, (len(ds), 3, ds.image_size, ds.image_size), squares)
+        os.replace(temporary, path)
     barrier()
     load = torch.from_numpy(np.load(path, mmap_mode="c")).__getitem__
     return ds.view(v2.Identity(), load=load, from_files=False)
 
 
-# Data sets of torchvision: class, its arguments for training, for the test.
+# Data sets of torchvision: class, its second argument for training, for the test.
 NAMED = {
-    "cifar10": (tv.CIFAR10, dict(train=True), dict(train=False)),
-    "cifar100": (tv.CIFAR100, dict(train=True), dict(train=False)),
-    "food101": (tv.Food101, dict(split="train"), dict(split="test")),
-    "fgvc_aircraft": (tv.FGVCAircraft, dict(split="trainval"), dict(split="test")),
+    "cifar10": (tv.CIFAR10, True, False),
+    "cifar100": (tv.CIFAR100, True, False),
+    "food101": (tv.Food101, "train", "test"),
+    "fgvc_aircraft": (tv.FGVCAircraft, "trainval", "test"),
 }
 
 
@@ -574,15 +582,15 @@ def open_dataset(spec, split="train", image_size=None, classes=None):
 
 
 def open_named(name, split, image_size):
-    kind, *parts = NAMED[name]
-    arguments = parts[split == "test"]
+    kind, train, test = NAMED[name]
+    part = train if split == "train" else test
     if LOCAL_RANK == 0:                                        # the first process of a machine fetches it
         try:
-            kind("data", download=True, **arguments)           # if it is not there
+            kind("data", part, download=True)                  # if it is not there
         except (OSError, RuntimeError, ValueError) as error:
             raise ValueError(f"--data {name}: not in data/ and cannot be fetched ({error})") from None
     barrier()
-    source = kind("data", **arguments)
+    source = kind("data", part)
     labels = source.targets if name.startswith("cifar") else source._labels
     load = functools.partial(read_named, source)
     classes = range(1 + max(labels))
@@ -609,9 +617,9 @@ def open_folder(folder, split, image_size, classes_file=None):
     tests = [name for name in ("val", "valid", "validation", "test", "testing") if name in inside]
     if tests and not train_root:
         raise ValueError(f"--data {folder}: there is {tests[0]}/, but no train/ beside it")
-    if split == "test" and not tests:
+    if split != "train" and not tests:
         raise ValueError(f"--data {folder}: no val/ or test/ folder")
-    root = inside[tests[0]] if split == "test" else train_root or folder
+    root = inside[tests[0]] if split != "train" else train_root or folder
     entries = [entry for entry in os.scandir(root) if not entry.name.startswith(".")]
     classes = sorted(entry.name for entry in entries if train_root and entry.is_dir())
     if classes_file:
@@ -622,7 +630,7 @@ def open_folder(folder, split, image_size, classes_file=None):
         ending = os.path.splitext(path)[1].lower()
         taken = ending in PICTURES and f"{os.sep}." not in path[len(root):]
         if not taken:
-            left_out[ending] += 1
+            left_out[ending or "without one"] += 1
         return taken
 
     numbers = {name: i for i, name in enumerate(classes)} or {"": -1}
@@ -684,9 +692,9 @@ def append_metrics(path, **line):
             file.write(json.dumps(line) + "\n")
 
 
-def fixed_settings(args, *without):
+def fixed_settings(args):
     """The flags of a run that its continuation must have, too."""
-    return {key: value for key, value in vars(args).items() if key not in (*FREE, *without)}
+    return {key: value for key, value in vars(args).items() if key not in FREE}
 
 
 def check_settings(path, settings, fresh=False):
@@ -718,7 +726,7 @@ def lock_folder(folder):
         if fcntl and is_main_process():
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)              # its loaders do not inherit it
-            except OSError:
+            except (BlockingIOError, PermissionError):
                 raise ValueError(f"--out {folder}: another run is at work there: wait for it, or take "
                                  "another folder") from None
         yield
@@ -733,8 +741,9 @@ def plot_metrics(plt, runs, path):
         for i, (label, several) in enumerate(runs.items()):
             for run in several:
                 points = [(line["epoch"], line[name]) for line in run if name in line]
-                axis.plot(*zip(*points), f"C{i}", label=label)
-                label = None                                   # once in the legend
+                if points:
+                    axis.plot(*zip(*points), f"C{i}", label=label)
+                    label = None                               # once in the legend
         axis.set(xlabel="epoch", ylabel=name)
         axis.legend()
     save_figure(plt, path)
@@ -754,7 +763,8 @@ def wants_tokens(args):
 def open_source(args, ds):
     """What the flags name, read before anything is written or removed, or None.
 
-    Stored tokens (images, n), or a tokenizer; before its fit, or of a teacher, it only has features.
+    Stored tokens (images, n); or a tokenizer: --tokenizer, or that of this run, which was started before.
+    One that is to be fitted, or a teacher, has features, but no codes.
     """
     if args.tokens:
         tokens = load_tokens(args.tokens, len(ds), (args.image_size // args.patch_size) ** 2)
@@ -762,28 +772,16 @@ def open_source(args, ds):
             raise ValueError(f"{args.tokens}: token {tokens.max()} is beyond --vocab-size {args.vocab_size}")
         return tokens
     if args.tokenizer:
-        return load_tokenizer(args.tokenizer)
+        tokenizer = load_tokenizer(args.tokenizer)
+        if (tokenizer.image_size, tokenizer.patch_size) != (args.image_size, args.patch_size):
+            raise ValueError(f"{args.tokenizer}: it is for images of {tokenizer.image_size} pixels and "
+                             f"patches of {tokenizer.patch_size}, unlike this run")
+        return tokenizer
+    path = f"{args.out}/tokenizer.pt"
+    if wants_tokens(args) and os.path.exists(path) and not args.fresh:
+        return load_tokenizer(path)
     if wants_features(args) or wants_tokens(args):
         return blank_tokenizer(ds, args.features, args.patch_size)
-
-
-def make_tokenizer(args, ds, source, device):
-    """--tokenizer, or that of --out, where it is fitted first."""
-    path = f"{args.out}/tokenizer.pt"
-    if args.tokenizer:
-        tokenizer = source
-    elif os.path.exists(path):
-        tokenizer = load_tokenizer(path)
-    else:
-        print0(f"K-means of {args.features} features, K = {args.vocab_size}")
-        tokenizer = fit_tokenizer(ds, args.features, args.vocab_size, args.patch_size, args.image_size,
-                                  args.seed, workers=args.workers, device=device)
-        if is_main_process():
-            tokenizer.save(path)
-    if (tokenizer.image_size, tokenizer.patch_size) != (args.image_size, args.patch_size):
-        raise ValueError(f"{args.tokenizer or path}: it is for images of {tokenizer.image_size} pixels and "
-                         f"patches of {tokenizer.patch_size}, unlike this run")
-    return tokenizer.to(device)
 
 
 def make_targets(args, ds, source, device):
@@ -805,7 +803,13 @@ def make_targets(args, ds, source, device):
         pictures = ds
         if ds.from_files:                                      # k-CLIP's tokens want twice the pixels
             pictures = ds.view(center_square(source.input_size), image_size=source.input_size)
-        make = make_tokenizer(args, pictures, source, device)
+        if source.vocab_size == 1:                             # no codes yet
+            print0(f"K-means of {args.features} features, K = {args.vocab_size}")
+            source = fit_tokenizer(pictures, args.features, args.vocab_size, args.patch_size, args.image_size,
+                                   args.seed, workers=args.workers, device=device)
+            if is_main_process():
+                source.save(f"{args.out}/tokenizer.pt")
+        make = source.to(device)
         size = make.vocab_size
         if not args.crop:
             tokens = tokenize(make, pictures, f"{args.out}/tokens.npy", workers=args.workers, device=device)
@@ -845,25 +849,30 @@ def start_codebook(args, model, ds, device):
 
 # --- a run ------------------------------------------------------------------------------------------------
 
+def training_view(ds, args):
+    """What is trained on: center squares, or random crops, and color jitter."""
+    transform = random_crop(args.image_size, args.crop) if args.crop else ds.transform
+    if args.jitter:
+        transform = v2.Compose([transform, v2.ColorJitter(args.jitter, args.jitter, args.jitter)])
+    return ds.view(transform, seed=args.seed)
+
+
 def pretrain(args, model, ds, targets, device):
     """(step, steps) of the loop: images -> loss of `model`."""
     @functools.lru_cache(1)
     def draw_order(step):
         """z (batch, n) of the global batch, the same on every process."""
-        on = "cpu" if model.blockwise else device              # blocks take decisions
-        generator = torch.Generator(on).manual_seed(derive_seed(args.seed, step))
-        return model.draw_order(args.batch_size, generator, on).to(device)
+        generator = torch.Generator("cpu" if model.blockwise else device)    # a GPU is slow at blocks
+        generator.manual_seed(derive_seed(args.seed, step))
+        return model.draw_order(args.batch_size, generator, device)
 
-    def compute_loss(net, images, labels, read, step, rows):
+    def compute_loss(net, images, labels, read, step, micro):
         with torch.autocast(device.type, enabled=False):
             given = targets(images, read)
-        return net(normalize(images, ds.mean, ds.std), given, draw_order(step)[rows])
+        return net(normalize(images, ds.mean, ds.std), given, draw_order(step)[micro])
 
-    transform = random_crop(args.image_size, args.crop) if args.crop else ds.transform
-    if args.jitter:
-        transform = v2.Compose([transform, v2.ColorJitter(args.jitter, args.jitter, args.jitter)])
-    return train(model, make_optimizer(model, args), ds.view(transform, seed=args.seed), args, compute_loss,
-                 device, f"{args.out}/last.pt", f"{args.out}/metrics.jsonl", model.before_step)
+    return train(model, make_optimizer(model, args), ds, args, compute_loss, device,
+                 f"{args.out}/last.pt", f"{args.out}/metrics.jsonl", model.before_step)
 
 
 def save_results(args, model, ds):
@@ -906,8 +915,8 @@ def print_table(args, vit, step, steps, ds, test, device, started):
         print0("k-NN and linear probe of the trained and of the random encoder")
         line = dict(summary=True, seconds=round(time.time() - started, 1), objective=args.objective,
                     seed=args.seed, data=args.data, step=step, steps=steps,
-                    settings=fixed_settings(args, "seed"))
-        for suffix, network in (("_random", build(args, 2).encoder), ("", vit)):
+                    settings=fixed_settings(args))
+        for suffix, network in (("_random", build(args, 2).encoder.to(device)), ("", vit)):
             found = evaluate(network, ds, test, device, args.workers, args.seed)
             line |= {key + suffix: value for key, value in found.items()}
         append_metrics(path, **line)
@@ -936,14 +945,15 @@ def run(args):
         barrier()
         check_settings(f"{args.out}/settings.json", {**fixed_settings(args), "images": len(ds)})
         targets, size, layers = make_targets(args, ds, source, device)
-        del source                                             # K-means had a network of its own
+        del source                                             # it may have a network, K-means another one
         model = build(args, size, layers).to(device)
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         print0(f"{args.objective}: {args.model}, {millions:.2f}M parameters; cut {model.cut}: "
                f"{model.num_targets} of {model.encoder.n_patches} patches hidden; lr {args.lr:g}; {device}")
+        view = training_view(ds, args)
         if args.objective in HARD_CODES and not os.path.exists(f"{args.out}/last.pt"):
-            start_codebook(args, model, ds, device)
-        step, steps = pretrain(args, model, ds, targets, device)
+            start_codebook(args, model, view, device)
+        step, steps = pretrain(args, model, view, targets, device)
         if step not in (steps, args.steps):                    # by a signal
             return
         if is_main_process():
@@ -958,36 +968,39 @@ def run(args):
 
 
 def start_over(args):
-    """Remove what an earlier run left in --out, but no file that has the name of a given one."""
-    given = {os.path.basename(path) for path in (args.tokenizer, args.tokens) if path}
-    left = {"settings.json", "last.pt", "encoder.pt", "metrics.jsonl", "tokens.npy", "tokenizer.pt"}
-    for name in left - given:
-        Path(args.out, name).unlink(missing_ok=True)
+    """Remove what an earlier run left in --out, but no file that was given."""
+    given = [Path(path).resolve() for path in (args.tokenizer, args.tokens) if path]
+    for name in "settings.json last.pt encoder.pt metrics.jsonl probe.jsonl tokens.npy tokenizer.pt".split():
+        path = Path(args.out, name)
+        if path.resolve() not in given:
+            path.unlink(missing_ok=True)
 
 
 # --- command line -----------------------------------------------------------------------------------------
 
-# The flags that are no part of a recipe: type, help.
+# The flags that are no part of a recipe: type -> flag -> help.
 FLAGS = {
-    "data": (str, f"textures (embedded), a folder (ImageNet's layout, or no labels), {', '.join(NAMED)}"),
-    "classes": (str, "file with the class folders to keep, one a line (ImageNet-100)"),
-    "objective": (str, "default: mapet"),
-    "preset": (str, "laptop: vit_micro, 48 pixels, minutes on two cores, any data (default for textures), "
-               "paper: the recipe of the objective's paper (default for all else)"),
-    "cut": (int, "cutting point, class token included (MaPeT 50, ViT-B 60 of 197)"),
-    "mask_ratio": (float, "the same as a share of the patches that are hidden (MaPeT, MAE, ClusterMIM 0.75, "
-                   "MaPeT's ViT-B 0.7, CAE 0.5, BEiT 75 of 196)"),
-    "tokenizer": (str, "tokenizer.pt of kmeans.py fit (default: fitted first, kept in --out)"),
-    "tokens": (str, "tokens.npy of kmeans.py tokenize, (images, patches), in the data set's order"),
-    "steps": (int, "stop after this many optimizer steps of the schedule"),
-    "micro_batch": (int, "images at once on one process; its share is accumulated (default: up to 256)"),
-    "out": (str, "folder of the run (default: runs/OBJECTIVE-DATA)"),
-    "seed": (int, "of weights, order of images, augmentation, masks (default 0)"),
-    "device": (str, "cuda, cpu (default: cuda if there is one)"),
-    "workers": (int, "loading processes of each process (default: its share of the cores; 0 for textures)"),
-    "log_every": (int, "steps between lines of metrics.jsonl (default 50)"),
-    "save_every": (int, "steps between checkpoints (default 500)"),
-}
+    str: {
+        "data": f"textures (embedded), a folder (ImageNet's layout, or no labels), {', '.join(NAMED)}",
+        "classes": "file with the class folders to keep, one a line (ImageNet-100)",
+        "objective": "default: mapet",
+        "preset": "laptop: vit_micro, 48 pixels, minutes on two cores, any data (default for textures), "
+                  "paper: the recipe of the objective's paper (default for all else)",
+        "tokenizer": "tokenizer.pt of kmeans.py fit (default: fitted first, kept in --out)",
+        "tokens": "tokens.npy of kmeans.py tokenize, (images, patches), in the data set's order",
+        "out": "folder of the run (default: runs/OBJECTIVE-DATA)",
+        "device": "cuda, cpu (default: cuda if there is one)"},
+    int: {
+        "cut": "cutting point, class token included (MaPeT 50, ViT-B 60 of 197)",
+        "steps": "stop after this many optimizer steps of the schedule",
+        "micro_batch": "images at once on one process; its share is accumulated (default: up to 256)",
+        "seed": "of weights, order of images, augmentation, masks (default 0)",
+        "workers": "loading processes of each process (default: its share of the cores; 0 for textures)",
+        "log_every": "steps between lines of metrics.jsonl (default 50)",
+        "save_every": "steps between checkpoints (default 500)"},
+    float: {
+        "mask_ratio": "the same as --cut, as a share of the patches that are hidden (MaPeT, MAE, ClusterMIM "
+                      "0.75, MaPeT's ViT-B 0.7, CAE 0.5, BEiT 75 of 196)"}}
 CHOICES = dict(objective=list(objectives.OBJECTIVES), preset=["laptop", "paper"], model=list(MODELS),
                pos=["learned", "sincos"], init=["timm", "mae"], cosine=["start", "warmup"])
 SWITCHES = {"fresh": "start over: removes what an earlier run left in --out",
@@ -1002,20 +1015,25 @@ AT_MOST = dict(crop=1, mask_ratio=1, smoothing=1, erase=1, drop_path=.99, beta2=
 def parse(argv):
     parser = argparse.ArgumentParser(description="Pre-train a ViT by any objective of the two papers. What "
                                                  "is not given comes from the preset.")
-    flags = dict(FLAGS)
+    either = {}
+    for pair in ("cut", "mask_ratio"), ("lr", "base_lr"), ("tokens", "tokenizer"):
+        either |= dict.fromkeys(pair, parser.add_mutually_exclusive_group())
+
+    def add(key, kind, text):
+        to = either.get(key, parser)
+        to.add_argument(f"--{key.replace('_', '-')}", type=kind, choices=CHOICES.get(key), help=text)
+
+    for kind, flags in FLAGS.items():
+        for key, text in flags.items():
+            add(key, kind, text)
     for key, (mapet, clustermim, _, text) in SETTINGS.items():
-        flags[key] = type(mapet), f"{text} (MaPeT {mapet}, ClusterMIM {clustermim})"
-    for key, (kind, text) in flags.items():
-        parser.add_argument(f"--{key.replace('_', '-')}", type=kind, choices=CHOICES.get(key), help=text)
+        add(key, type(mapet), f"{text} (MaPeT {mapet}, ClusterMIM {clustermim})")
     for key, text in SWITCHES.items():
         parser.add_argument(f"--{key}", help=text, action=argparse.BooleanOptionalAction)
     parser.set_defaults(data="textures", objective="mapet", seed=0, log_every=50, save_every=500, fresh=False,
                         probe=True)
     args = parser.parse_args(argv)
     check_numbers(parser, args, MAY_BE_ZERO)
-    for one, other in (("cut", "mask_ratio"), ("lr", "base_lr"), ("tokens", "tokenizer")):
-        if None not in (getattr(args, one), getattr(args, other)):
-            parser.error(f"--{one} and --{other.replace('_', '-')} say the same thing: give one of them")
     if (args.tokens or args.tokenizer) and not wants_tokens(args):
         parser.error(f"--tokens, --tokenizer: {args.objective} does not predict tokens")
     return args
@@ -1070,7 +1088,7 @@ def complete(args, chosen, ds, device):
 def default_workers(ds):
     """Loading processes of each process: its share of the cores; none for what is in memory."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, os.cpu_count() // processes) if ds.from_files else 0
+    return max(1, count_cores() // processes) if ds.from_files else 0
 
 
 def has_compiler():
