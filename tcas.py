@@ -14,19 +14,17 @@ stated, lost in our copy       Eq. 8 with its weights, restored above. The evide
                                were not available
 not stated                     codes without patches (here: dropped), the split (here: training)
 
-python tcas.py score --data textures --tokenizer a.pt b.pt   labels < good tokenizers < random tokens
+python tcas.py score --data textures --tokenizer a.pt b.pt   beside it: random tokens of the same K
 python tcas.py score --probes runs/*                         finished runs: Pearson r, a line per objective
-python tcas.py toy --n 10 --overlap 2 --classes 2            Sec. 2.2 by brute force and by algebra, seconds
-python tcas.py toy --graph ring --n 12 --width 1             a sparse graph, where neighbors only are linked
+python tcas.py toy --n 10 --overlap 2 --n-classes 2          Sec. 2.2 by brute force and by algebra, seconds
+python tcas.py toy --n 12 --ring 1                           a sparse graph, where neighbors only are linked
 """
 import argparse
-import math
+import os
 import tempfile
-from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 
 # --- token-class alignment similarity (Sec. 3.1) ----------------------------------------------------------
@@ -37,7 +35,8 @@ def cooccurrence(tokens, labels, k, c):
     tokens (m, n), an image a row: array, memory map or tensor on the CPU, read class by class; labels (m,),
     images with another label than 0..c-1 do not count.
     """
-    tokens, labels = np.asarray(tokens), np.asarray(labels)
+    tokens = np.asarray(tokens)
+    labels = np.asarray(labels)
     if len(tokens) != len(labels):
         raise ValueError(f"tokens of {len(tokens)} images but {len(labels)} labels: of two data sets?")
     counts = [np.bincount(tokens[labels == label].ravel(), minlength=k) for label in range(c)]
@@ -53,7 +52,7 @@ def tcas_terms(counts, norm="l2"):
     r = counts[counts.sum(1) > 0].double()          # dead codes have no class distribution
     used = len(r)
     share = r.sum(1) / r.sum()
-    r = F.normalize(r, p={"l2": 2, "l1": 1}[norm], dim=1)
+    r = torch.nn.functional.normalize(r, p=1 if norm == "l1" else 2, dim=1)
     c_ii = r.square().sum(1)
     # The sum of all C_ij^2 is ||R' R'^T||^2 = ||R'^T R'||^2, whichever is smaller.
     gram = r @ r.T if used < r.shape[1] else r.T @ r
@@ -74,56 +73,53 @@ def describe_codebook(tokens, labels, k):
     the loss of a guess by their frequency; TCAS, if labels (m,) tell two classes. tokens (m, n) in 0..k-1.
     """
     known = labels.max() > 0
-    labels = labels if known else np.zeros(len(tokens), int)
+    labels = labels if known else 0 * labels
     terms = tcas_terms(cooccurrence(tokens, labels, k, labels.max() + 1))
     line = (f"codebook: {terms['used']} of {k} codes used, perplexity {terms['perplexity']:.1f}; a guess by "
-            f"code frequency has loss {math.log(terms['perplexity']):.3f}")
+            f"code frequency has loss {np.log(terms['perplexity']):.3f}")
     return f"{line}; TCAS {terms['tcas']:.3f} (0: no two tokens share a class)" if known else line
 
 
 # --- the toy model (Sec. 2.2, App. B and C), point by point -----------------------------------------------
 
 def populations(n, overlap, classes):
-    """Classes of n points, any two share `overlap` -> points: the classes that each is in, group by group;
-    membership z (points, classes): 1 where the point is in the class, else 0."""
+    """Classes of n points, any two share `overlap` -> (points, 2) int, group by group: both classes of a
+    point, or its only one twice; membership z (points, classes): 1 where it is in the class, else 0."""
     exclusive = n - (classes - 1) * overlap
-    if n % 2 or overlap % 2 or classes < 2 or exclusive < 1 or classes * n > 2000:
-        raise ValueError(f"--classes {classes} --n {n} --overlap {overlap}: needs 2 classes, at most "
-                         "2000 points, (classes - 1) * overlap < n, and even numbers: tokens halve groups")
+    if n % 2 or overlap % 2 or classes < 2 or exclusive < 1:
+        raise ValueError(f"--n-classes {classes} --n {n} --overlap {overlap}: needs 2 classes, (classes - 1) "
+                         "* overlap < n, and even numbers: tokens halve groups")
     points = []
     for c in range(classes):
-        points += [(c,)] * exclusive
-        for other in range(c + 1, classes):
-            points += [(c, other)] * overlap
-    return points, np.array([[c in owners for c in range(classes)] for owners in points], float)
+        for other in range(c, classes):
+            points += [(c, other)] * (exclusive if other == c else overlap)
+    return np.array(points), np.eye(classes)[points].max(1)
 
 
 def assign_tokens(tokenizer, points):
     """The token of every point, numbered from 0 on; `tokenizer`: a name, or a list of tokens.
 
-    Points stand group by group, in even numbers: every other one is half of each group.
+    points (points, 2) of `populations`, in groups of even numbers: every other one is half of each group.
     """
     # S^MAE: every point is a token. S^class: the label, of points of two classes in turn. S^cross: two
     # tokens, each has half of every group. Pairs (ours, for the ring): two neighbors are a token.
-    named = {
-        "mae": range(len(points)),
-        "classwise": [owners[i % len(owners)] for i, owners in enumerate(points)],
-        "crossclass": [i % 2 for i in range(len(points))],
-        "pairs": [i // 2 for i in range(len(points))]}
+    place = np.arange(len(points))
+    named = {"mae": place, "classwise": points[place, place % 2],
+             "crossclass": place % 2, "pairs": place // 2}
     tokens = named[tokenizer] if isinstance(tokenizer, str) else tokenizer
     return np.unique(tokens, return_inverse=True)[1]
 
 
-def mask_graph(z, graph="complete", width=1):
+def mask_graph(z, ring=None):
     """M(x1, x2) (points, points), the joint probability of both views: draw a class, a point of it, then a
-    second one, any ("complete", App. B) or at most `width` places away ("ring", ours)."""
+    second one, any (the complete graph, App. B) or, in a circle, at most `ring` places away (ours)."""
     mask = 0
     for member in z.T:
         linked = np.outer(member, member)
-        if graph == "ring":
+        if ring:
             place = member.cumsum()
-            distance = abs(place[:, None] - place)
-            linked *= np.minimum(distance, member.sum() - distance) <= width
+            near = np.subtract.outer(place, place) % member.sum() <= ring
+            linked *= near | near.T
         mask += linked / linked.sum() / z.shape[1]
     return mask
 
@@ -140,32 +136,33 @@ def augmentation_graph(mask, tokens):
 
 
 def measure_graph(mask, z, tokens):
-    """The numbers of `toy_model`, but for the bounds, and the graph."""
+    """The numbers of `toy_model` and the graph A, from mask (points, points), z, tokens (points,)."""
     _, graph, normalized = augmentation_graph(mask, tokens)
     classes = z.shape[1]
-    label = z / z.sum(1, keepdims=True)                            # shared points: evenly
-    exclusive = (label == 1) / (label == 1).sum(0)
-    weight = exclusive.T @ graph @ exclusive                       # mean weight, class by class
-    w_in = weight.trace() / classes
-    spectrum = np.linalg.eigvalsh(normalized)[::-1]
-    tail = spectrum[classes:]
-    return {"w_in": w_in, "w_x": (weight.sum() / classes - w_in) / (classes - 1),
-            "sum": spectrum @ spectrum, "alpha": 1 - (label.T @ graph @ label).trace(),
-            "tail": tail @ tail, "linked": (graph[z @ z.T > 0] > 1e-12).mean(), "graph": graph}
+    owners = z.sum(1)
+    label = z / owners[:, None]                                    # of shared points: evenly
+    single = np.outer(owners, owners) == 1                         # pairs of points of one class only
+    inside = z @ z.T > 0                                           # pairs of points that share a class
+    alpha = (graph * (1 - label @ label.T)).sum()
+    spectrum = np.linalg.eigvalsh(normalized)                      # the largest last
+    tail = spectrum[:-classes]
+    total = spectrum @ spectrum
+    return {"w_in": graph[single & inside].mean(), "w_x": graph[single & ~inside].mean(),
+            "sum": total, "alpha": alpha, "tail": tail @ tail, "linked": (graph[inside] > 1e-12).mean(),
+            "bound": total + classes * alpha, "graph": graph}
 
 
-def toy_model(n, overlap, tokenizer="mae", classes=2, graph="complete", width=1, c1=1., c2=None):
+def toy_model(n, overlap, tokenizer="mae", classes=2, ring=None):
     """The augmentation graph of one tokenizer in the world of Sec. 2.2, point by point: a dict of numbers.
 
     w_in, w_x   mean edge weight of two points of one class only, of the same or of different classes
     sum, tail   of squared eigenvalues: of all (Eq. 17); of all but the `classes` largest (HaoChen et al.)
     alpha       labeling error P(y(x) != y(x')) (Eq. 18), points of two classes count half for each
     linked      fraction of the pairs of one class that have an edge at all
-    bound       c1 sum + c2 alpha (Eq. 3), less is better, c2 = `classes` by default
+    bound       c1 sum + c2 alpha (Eq. 3), less is better; here c1 = 1, c2 = `classes`
     """
     points, z = populations(n, overlap, classes)
-    numbers = measure_graph(mask_graph(z, graph, width), z, assign_tokens(tokenizer, points))
-    return numbers | {"bound": c1 * numbers["sum"] + (classes if c2 is None else c2) * numbers["alpha"]}
+    return measure_graph(mask_graph(z, ring), z, assign_tokens(tokenizer, points))
 
 
 # --- the same by algebra, and Theorem 1 -------------------------------------------------------------------
@@ -189,8 +186,7 @@ def closed_form(n, overlap, tokenizer="mae", classes=2):
     mu = {"mae": kappa, "classwise": kappa ** 2, "crossclass": 0.}[tokenizer]
     t_x = (1 - mu) / classes                                       # T_cd; T_cc = mu + T_cd
     scale = classes * n * n
-    return {"w_in": (mu + t_x) / scale,
-            "w_x": t_x / scale,
+    return {"w_in": (mu + t_x) / scale, "w_x": t_x / scale,
             "sum": 1 + (classes - 1) * (mu * kappa) ** 2,
             "alpha": (classes - 1) / classes * (1 - mu * kappa ** 2)}
 
@@ -199,10 +195,11 @@ def window(better, worse, spectrum="sum"):
     """(low, high): the c2/c1 where `better` has at most the c1 sum + c2 alpha of `worse`; inf, inf: none."""
     gain = round(worse[spectrum] - better[spectrum], 12)
     cost = round(better["alpha"] - worse["alpha"], 12)             # c2 cost <= c1 gain
-    if cost == 0:
-        return 0 if gain >= 0 else math.inf, math.inf
-    ratio = max(0, gain / cost)
-    return (0, ratio) if cost > 0 else (ratio, math.inf)
+    if cost > 0:
+        return 0, max(0, gain / cost)
+    if gain >= 0:
+        return 0, np.inf
+    return gain / cost if cost else np.inf, np.inf
 
 
 def partitions(points):
@@ -213,14 +210,12 @@ def partitions(points):
     return found
 
 
-def theorem1(mask, z):
-    """Theorem 1 by trying every tokenizer of at most 8 points, where M(x1, x2) > 0 only inside a class.
-
-    -> {"sum": (low, inf), "tail": (low, inf)}, the c2/c1 where no bound is below that of the labels
-    """
+def theorem1(mask, z, spectrum="sum"):
+    """Theorem 1 by trying every tokenizer of at most 8 points, where M(x1, x2) > 0 only inside a class:
+    (low, inf), the c2/c1 where no bound is below that of the labels."""
     labels = measure_graph(mask, z, z.argmax(1))                   # alpha = 0: no window has an upper end
-    rivals = [measure_graph(mask, z, tokens) for tokens in partitions(len(z))]
-    return {key: max(window(labels, rival, key) for rival in rivals) for key in ("sum", "tail")}
+    return max(window(labels, measure_graph(mask, z, tokens), spectrum)
+               for tokens in partitions(len(z)))
 
 
 # --- python tcas.py toy -----------------------------------------------------------------------------------
@@ -236,59 +231,58 @@ def print_window(order, low, high):
 def toy(args):
     """Prints the numbers of each tokenizer, by brute force and by algebra, the windows; draws the graphs."""
     import vit
-    classes, toys = int(args.classes or 2), {}
-    for name in ("mae", "classwise", "crossclass", "pairs"):
-        toys[name] = toy_model(args.n, args.overlap, name, classes, args.graph, args.width)
-        print_numbers(name, toys[name])
-        if args.graph == "complete" and name != "pairs":
-            print_numbers("  algebra", closed_form(args.n, args.overlap, name, classes))
     print(toy_model.__doc__)
+    toys = {}
+    for name in ("mae", "classwise", "crossclass", "pairs"):
+        toys[name] = toy_model(args.n, args.overlap, name, args.n_classes, args.ring)
+        print_numbers(name, toys[name])
+        if name != "pairs" and not args.ring:
+            print_numbers("  algebra", closed_form(args.n, args.overlap, name, args.n_classes))
     z = np.repeat(np.eye(2), 4, axis=0)             # Theorem 1: two classes without overlap
-    for key, found in theorem1(mask_graph(z, args.graph), z).items():
-        print_window(f"labels <= all others (Theorem 1), {key}", *found)
+    for key in ("sum", "tail"):
+        print_window(f"labels <= all others (Theorem 1), {key}", *theorem1(mask_graph(z, args.ring), z, key))
         for better, worse in (("classwise", "mae"), ("mae", "crossclass")):
             print_window(f"{better} <= {worse}, {key}", *window(toys[better], toys[worse], key))
     plt = vit.load_matplotlib()
-    if plt:                                         # A, points sorted by class; roots show small weights, too
-        plt.matshow(np.sqrt(np.hstack([x["graph"] for x in toys.values()])), cmap="Blues")
-        plt.title(", ".join(toys))
-        vit.save_figure(plt, args.out or "runs/toy.png")
+    if plt:
+        _, axes = plt.subplots(1, 4, figsize=(12, 3))
+        for ax, name in zip(axes, toys):            # A, points sorted by class; dark: its largest weight
+            ax.imshow(toys[name]["graph"], cmap="Blues", vmin=0)
+            ax.set(title=name, xticks=[], yticks=[])
+            ax.spines[:].set_color("lightgray")
+        vit.save_figure(plt, "runs/toy.png")
 
 
 # --- python tcas.py score ---------------------------------------------------------------------------------
 
-def fit_line(x, y):
-    """Least squares y = intercept + slope x -> Pearson r, slope, intercept. App. E's "r-value" .85 is r^2."""
-    return np.corrcoef(x, y)[0, 1], *np.polyfit(x, y, 1)
-
-
 def read_runs(args):
-    """Finished runs on the data set: yields folder, objective, file of its tokens, accuracy in %."""
+    """Finished runs on the data set: yields the file of its tokens, objective, accuracy in %."""
     import train
-    for folder in map(Path, args.probes):
+    for folder in args.probes:
         summary, why = train.read_summary(folder)
         if why or summary["data"] != args.data:
             print(f"{folder}: left out, {why or 'it has other data'}")
             continue
         accuracy = summary["linear"] if args.against == "closing" else None
-        for line in train.read_metrics(folder / "probe.jsonl"):    # the last result counts
+        for line in train.read_metrics(f"{folder}/probe.jsonl"):   # the last result counts
             kind = f"{line['what']}-{line.get('protocol')}"
             if kind.startswith(args.against) and line["data"] == args.data:
                 accuracy = line[line["what"]]
         settings = summary["settings"]
-        files = folder / "tokens.npy", folder / "tokenizer.pt", settings["tokens"], settings["tokenizer"]
-        files = [file for file in files if Path(file or "").is_file()]
-        if accuracy is None or not files:
+        path = settings["tokens"] or f"{folder}/tokens.npy"
+        if not os.path.exists(path):
+            path = settings["tokenizer"] or f"{folder}/tokenizer.pt"
+        if accuracy is None or not os.path.exists(path):
             print(f"{folder}: left out, it has no tokens, or no result of {args.against}")
             continue
-        yield folder, f"{summary['objective']}, {summary['steps']} steps", files[0], 100 * accuracy
+        yield path, f"{summary['objective']}, {summary['steps']} steps", 100 * accuracy
 
 
 def load_labeled_tokens(path, args):
     """Tokens (m, n) and labels (m,) of the training images: by a tokenizer.pt, or stored in a tokens.npy."""
     import kmeans
     import train
-    if str(path).endswith(".npy"):
+    if path.endswith(".npy"):
         tokens = kmeans.load_tokens(path)
         ds = train.open_dataset(args.data, classes=args.classes)
     else:
@@ -299,17 +293,9 @@ def load_labeled_tokens(path, args):
             tokens = np.array(kmeans.tokenize(tokenizer, ds, f"{folder}/tokens.npy", device=device))
     if not ds.classes:
         raise ValueError(f"--data {args.data}: no labels, and TCAS compares classes")
-    if args.group == 2:                             # neighbors, 16 bits each, are one token, numbered anew
+    if args.group:                                  # neighbors, 16 bits each, are one token, numbered anew
         tokens = np.unique(tokens.view(np.uint32), return_inverse=True)[1].reshape(len(tokens), -1)
     return tokens, ds.labels
-
-
-def print_row(name, tokens, labels):
-    """A line of the table; returns `tcas_terms`."""
-    counts = cooccurrence(tokens, labels, int(tokens.max()) + 1, labels.max() + 1)
-    l2, l1 = tcas_terms(counts), tcas_terms(counts, "l1")
-    print(f"{str(name)[-40:]:40}{l2['used']:8}{l2['perplexity']:12.1f}{l2['tcas']:9.3f}{l1['tcas']:9.3f}")
-    return l2
 
 
 def draw_lines(dots, args):
@@ -317,42 +303,48 @@ def draw_lines(dots, args):
     import vit
     plt = vit.load_matplotlib()
     for objective, runs in dots.items():
-        if len(runs) < 3:
-            print(f"{objective}: left out, a line needs 3 tokenizers of unequal TCAS or more")
+        x = list(runs)
+        y = [np.mean(accuracies) for accuracies in runs.values()]
+        if plt:
+            plt.plot(x, y, "o", label=objective)
+        if len(x) < 3:
+            print(f"{objective}: no line, it needs 3 tokenizers of unequal TCAS or more")
             continue
-        x, y = np.array([(score, np.mean(accuracies)) for score, accuracies in runs.items()]).T
-        r, slope, intercept = fit_line(x, y)
+        slope, intercept = np.polyfit(x, y, 1)
+        r = np.corrcoef(x, y)[0, 1]                 # App. E's "r-value" .85 is r^2
         print(f"{objective}: {args.against} = {intercept:.1f} {slope:+.1f} TCAS l2 (%), Pearson r = {r:.3f}, "
               f"r^2 = {r * r:.3f}, {len(x)} tokenizers")
         if plt:
-            plt.plot(x, y, "o", label=f"{objective}, r = {r:.2f}")
             plt.axline((0, intercept), slope=slope)
     print("the paper's Table 7: 62.9 -24.0 TCAS, r = -0.920, r^2 = 0.846, 16 tokenizers")
-    if plt and plt.get_fignums():
+    if plt:
         plt.xlabel("TCAS")
         plt.ylabel(f"{args.against}, %")
         plt.legend()
-        vit.save_figure(plt, args.out or "runs/tcas.png")
+        vit.save_figure(plt, "runs/tcas.png")
 
 
 def score(args):
-    """Prints a row per tokenizer, token file and run, the reference rows, the lines through the runs."""
-    sources = [(path, None, path, None) for path in args.tokenizer]
+    """Prints a row per tokenizer, token file and run, and the lines through the runs."""
+    sources = [(path, None, None) for path in args.tokenizer]
     sources += read_runs(args)
     if not sources:
         raise ValueError("nothing to score: give --tokenizer (of kmeans.py fit), --tokens or --probes")
-    print(f"{'tokens':40}{'K used':>8}{'perplexity':>12}{'TCAS l2':>9}{'TCAS l1':>9}")
-    sizes, dots = set(), {}
-    for name, objective, path, accuracy in sources:
+    print("compare scores at equal K only; random: TCAS l2 of as many random tokens")
+    print(f"{'tokens':40}{'K used':>8}{'perplexity':>12}{'TCAS l2':>9}{'TCAS l1':>9}{'random':>9}")
+    dots = {}
+    for path, objective, accuracy in sources:
         tokens, labels = load_labeled_tokens(path, args)
-        terms = print_row(name, tokens, labels)
-        sizes.add(terms["used"])
+        c = labels.max() + 1
+        counts = cooccurrence(tokens, labels, int(tokens.max()) + 1, c)
+        terms = tcas_terms(counts)
+        l1 = tcas(counts, "l1")
+        k = terms["used"]
+        drawn = np.random.default_rng(0).integers(k, size=tokens.shape)
+        random = tcas(cooccurrence(drawn, labels, k, c))
+        print(f"{path[-40:]:40}{k:8}{terms['perplexity']:12.1f}{terms['tcas']:9.3f}{l1:9.3f}{random:9.3f}")
         if objective:                               # runs on the same tokens are one dot, their mean
             dots.setdefault(objective, {}).setdefault(terms["tcas"], []).append(accuracy)
-    # What a score can be: 0 for Theorem 1's optimum, and what K lets tokens score that know nothing.
-    print_row("labels as tokens", np.broadcast_to(labels[:, None], tokens.shape), labels)
-    for k in sorted(sizes):
-        print_row("random tokens", np.random.default_rng(0).integers(k, size=tokens.shape), labels)
     if dots:
         draw_lines(dots, args)
 
@@ -362,18 +354,17 @@ def main(argv=None):
     add = parser.add_argument
     add("command", choices=["score", "toy"])
     add("--data", default="textures", help="score: data set with labels, see train.py (%(default)s)")
-    add("--classes", help="score: file of the class folders to keep; toy: how many classes (2)")
+    add("--classes", help="score: file of the class folders to keep")
     add("--tokenizer", "--tokens", nargs="+", action="extend", default=[],
         help="tokenizer.pt files, or tokens.npy files of the training split")
     add("--probes", nargs="+", default=[], help="folders of train.py's runs")
     add("--against", default="closing", help="accuracy of the runs: closing (the table of train.py), or of "
         "probe.py linear-fast, linear-mae, linear-beit, finetune (%(default)s)")
     add("--group", type=int, choices=[2], help="2: neighboring pairs are one token")
+    add("--n-classes", type=int, default=2, help="toy: how many classes")
     add("--n", type=int, default=10, help="toy: points a class")
     add("--overlap", type=int, default=0, help="toy: points that two classes share")
-    add("--graph", choices=["complete", "ring"], default="complete")
-    add("--width", type=int, default=1)
-    add("--out", help="the picture (runs/tcas.png, runs/toy.png)")
+    add("--ring", type=int, help="toy: points stand in a circle, views at most so many places apart (any)")
     args = parser.parse_args(argv)
     import train                                    # only here: train.py imports this file
     import vit
