@@ -87,7 +87,8 @@ def extract(vit, splits, device, workers=0, blocks=slice(-1, None)):
     def encode(images):
         return pool_features(vit, images)[:, blocks].half()
 
-    (x, y), (test_x, test_y) = (run_network(encode, ds, device, workers) for ds in splits)
+    (x, y), (test_x, test_y) = (
+        run_network(encode, ds, device, workers) for ds in splits)
     std, mean = torch.std_mean(x, 0)
     for features in (x, test_x):
         features.sub_(mean).div_(std.clamp(min=1e-4))          # in place: there is no room for two
@@ -113,7 +114,10 @@ def knn(train_x, train_y, test_x, test_y, k=20, chunk=256):
 
 
 # What a head sees of [class token, patch mean]; of the mean alone, where there is no class token.
-POOLINGS = {"class token": slice(0, 1), "patch mean": slice(-1, None), "both": slice(None)}
+POOLINGS = {
+    "class token": slice(0, 1),
+    "patch mean": slice(-1, None),
+    "both": slice(None)}
 
 
 def train_heads(choices, x, y, rows, epochs=50, batch_size=1024, seed=0):
@@ -126,7 +130,8 @@ def train_heads(choices, x, y, rows, epochs=50, batch_size=1024, seed=0):
     heads, groups = [], []
     for block, pooling, lr, weight_decay in choices:
         layer, part = block - 1, POOLINGS[pooling]
-        head = Head(x[0, layer, part].numel(), int(y.max()) + 1).to(y.device)
+        width = x[0, layer, part].numel()
+        head = Head(width, int(y.max()) + 1).to(y.device)
         nn.init.zeros_(head.weight)
         heads.append((head, layer, part))
         groups.append(dict(params=head.parameters(), lr=lr, weight_decay=weight_decay))
@@ -169,19 +174,21 @@ def linear(train_x, train_y, test_x, test_y, **how):
 def choose_head(train_x, train_y, test_x, test_y, epochs=30, seed=0):
     """The fast linear probe: of many heads the best on a tenth of the training images, trained anew on all.
 
-    x (n, l, s, d) standardized features, y (n,) labels. heads: [its accuracy (0..1)]
+    x (n, l, s, d) standardized features, y (n,) labels -> [its accuracy (0..1)]; what was chosen is printed
     """
     n, blocks = train_x.shape[:2]
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(train.derive_seed(seed, 1)))
+    generator = torch.Generator().manual_seed(train.derive_seed(seed, 1))
+    order = torch.randperm(n, generator=generator)
     held, rest = order.tensor_split([n // 10])
-    rates, decays = (3e-3, 1e-2, 3e-2, .1), (1e-4, .1)
-    choices = list(itertools.product(range(1, blocks + 1), POOLINGS, rates, decays))
+    choices = list(itertools.product(
+        range(1, blocks + 1), POOLINGS,
+        (3e-3, 1e-2, 3e-2, .1), (1e-4, .1)))
     heads = train_heads(choices, train_x, train_y, rest, epochs, seed=seed)
     held_out, best = max(zip(measure_heads(heads, train_x[held], train_y[held]), choices))
     chosen = "block {}, {}, lr {}, weight decay {}".format(*best)
-    print0(f"{chosen}: {100 * held_out:.1f} % of held-out training images, best of {len(choices)} heads")
+    print0(f"best of {len(choices)} heads: {chosen} ({100 * held_out:.1f} % of held-out training images)")
     head = train_heads([best], train_x, train_y, order, epochs, seed=seed)
-    return dict(heads=measure_heads(head, test_x, test_y), chosen=chosen, held_out=held_out)
+    return measure_heads(head, test_x, test_y)
 
 
 def evaluate(vit, train_ds, test_ds, device, workers=0, seed=0):
@@ -218,15 +225,18 @@ class LinearProbe(nn.Module):
 
     def __init__(self, vit, classes, mae):
         super().__init__()
-        self.frozen, self.mae = [vit.eval()], mae              # in a list: no part of this module
+        self.frozen = [vit.eval()]                             # in a list: no part of this module
+        self.mae = mae
         self.norm = nn.BatchNorm1d(vit.width, eps=1e-6, affine=False) if mae else None
         widths = [vit.width] if mae else [(1 + vit.prefix) * vit.width] * vit.depth
         self.heads = nn.ModuleList(Head(width, classes, .01) for width in widths)
 
     def forward(self, images):
         x = pool_features(self.frozen[0], images, self.mae)
-        x = self.norm(x[:, -1, 0])[:, None] if self.mae else x.flatten(2)
-        return torch.stack([head(part) for head, part in zip(self.heads, x.unbind(1))], 1)
+        if self.mae:
+            x = self.norm(x[:, -1, 0])[:, None]
+        parts = zip(self.heads, x.flatten(2).unbind(1))
+        return torch.stack([head(part) for head, part in parts], 1)
 
 
 class Classifier(nn.Module):
@@ -254,7 +264,8 @@ class TokenMLP(nn.Module):
 
     def __init__(self, vocab_size, classes):
         super().__init__()
-        self.table, self.hidden = nn.Embedding(vocab_size, 192), nn.Linear(192, 768)
+        self.table = nn.Embedding(vocab_size, 192)
+        self.hidden = nn.Linear(192, 768)
         self.head = Head(768, classes)
 
     def forward(self, tokens):
@@ -295,8 +306,9 @@ def layer_groups(model, weight_decay, layer_decay):
             below = model.encoder.depth + 1
         if part[1] == "blocks":
             below -= int(part[2]) + 1
-        decay = weight_decay if train.is_decayed(name, p) else 0.
-        groups.append(dict(params=[p], weight_decay=decay, scale=layer_decay ** below))
+        groups.append(dict(
+            params=[p], scale=layer_decay ** below,
+            weight_decay=weight_decay if train.is_decayed(name, p) else 0.))
     return groups
 
 
@@ -319,8 +331,8 @@ class LARS(torch.optim.SGD):
 # per 256 images, lr = base_lr * batch / 256. cosine="start": it begins at step 0, under the warm-up (timm).
 ZERO = "min_lr clip_norm warmup_lr warmup_epochs drop_path smoothing mixup erase randaugment".split()
 DEFAULTS = dict.fromkeys(ZERO, 0.) | dict(
-    lr=None, base_lr=None, cosine="warmup", layer_decay=1., head_std=.02, test_crop=.875,
-    interpolation="bicubic")
+    lr=None, base_lr=None, cosine="warmup", layer_decay=1.,
+    head_std=.02, test_crop=.875, interpolation="bicubic")
 # Linear probes. mae: He et al. 2022, App. A.1, as in ClusterMIM. beit: MaPeT Sec. D; our copy lacks rate
 # and decay, which are of BEiT's code, as are bilinear crops and the decay of all parameters.
 PROTOCOLS = {
@@ -359,8 +371,10 @@ SMALL_TOKENS = dict(TOKENS, batch_size=128, epochs=20., warmup_epochs=1.)
 
 def test_view(ds, args):
     """The center 224 of 256 pixels a side (MaPeT's fine-tuning: of 248), from the whole picture."""
+    if not ds.from_files:
+        return ds
     square = train.center_square(int(ds.image_size / args.test_crop))
-    return ds.view(v2.Compose([square, v2.CenterCrop(ds.image_size)])) if ds.from_files else ds
+    return ds.view(v2.Compose([square, v2.CenterCrop(ds.image_size)]))
 
 
 def training_view(ds, args):
@@ -369,7 +383,9 @@ def training_view(ds, args):
     torchvision's crops for all; MAE's linear probe has TensorFlow's, of one draw.
     """
     size, interpolation = ds.image_size, InterpolationMode(args.interpolation)
-    steps = [v2.RandomResizedCrop(size, (.08, 1), interpolation=interpolation), v2.RandomHorizontalFlip()]
+    steps = [
+        v2.RandomResizedCrop(size, (.08, 1), interpolation=interpolation),
+        v2.RandomHorizontalFlip()]
     if ds.name.startswith("textures"):                         # shifted, a twelfth of a side
         steps = [v2.RandomCrop(size, padding=size // 12, padding_mode="reflect")]
     if args.randaugment:
@@ -381,8 +397,10 @@ def training_view(ds, args):
         maybe = v2.RandomApply([one], .5)
         steps += [v2.ToPILImage(), maybe, maybe, v2.ToImage()]
     if args.erase:                                             # by noise of unit variance: normalized
-        steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(ds.mean, ds.std),
-                  v2.RandomErasing(args.erase, value="random")]
+        steps += [
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(ds.mean, ds.std),
+            v2.RandomErasing(args.erase, value="random")]
     return ds.view(v2.Compose(steps), seed=args.seed)
 
 
@@ -433,17 +451,18 @@ def learn(model, train_ds, test_ds, args):
     else:
         load_head(model, args.run)
     logits, labels = run_network(model.eval(), test_ds, args.device, args.workers)
-    return (logits.argmax(-1) == labels[:, None]).double().mean(0).tolist()
+    right = logits.argmax(-1) == labels[:, None]
+    return right.double().mean(0).tolist()
 
 
 # --- commands ---------------------------------------------------------------------------------------------
 
 def measure(args, vit, splits):
-    """What knn, linear or finetune finds; splits: training set, test set."""
+    """Top-1 accuracies (0..1) of knn, linear or finetune, of each head; splits: training set, test set."""
     torch.manual_seed(args.seed)
     where = args.device, args.workers
     if args.what == "knn":
-        return dict(heads=[knn(*extract(vit, splits, *where), args.k)])
+        return [knn(*extract(vit, splits, *where), args.k)]
     if args.variant == "fast":
         features = extract(vit, splits, *where, slice(None))
         return choose_head(*features, round(args.epochs or 30), args.seed)
@@ -457,7 +476,7 @@ def measure(args, vit, splits):
     else:
         train.fill_in(args, RECIPES[args.recipe] | BY_WIDTH.get((args.recipe, vit.width), {}))
         model = Classifier(vit, classes, args.drop_path, args.head_std)
-    return dict(heads=learn(model, training_view(train_ds, args), test_view(test_ds, args), args))
+    return learn(model, training_view(train_ds, args), test_view(test_ds, args), args)
 
 
 def load_head(model, path):
@@ -473,7 +492,7 @@ def load_head(model, path):
 
 
 def run_tokens(args):
-    """What is learned from tokens alone, of a folder's tokenizer.pt or of one."""
+    """[Top-1 accuracy (0..1)] of what is learned from tokens alone, of a folder's tokenizer.pt or of one."""
     path = f"{args.run}/tokenizer.pt" if os.path.isdir(args.run) else args.run
     tokenizer = load_tokenizer(path).to(args.device)
     args.weights = zlib.crc32(tokenizer.weight.cpu().numpy())
@@ -490,7 +509,7 @@ def run_tokens(args):
     torch.manual_seed(args.seed)
     classes = len(splits[0].classes)
     model = token_network(args.head, tokenizer.vocab_size, classes, side, args.drop_path)
-    return dict(heads=learn(model, *splits, args))
+    return learn(model, *splits, args)
 
 
 @torch.no_grad()
@@ -523,7 +542,8 @@ def compare(args):
         name = names.setdefault(same, folder)
         groups.setdefault(name, {})[end["seed"]] = 100 * torch.tensor([end["knn"], end["linear"]])
         curves.setdefault(name, []).append(train.read_metrics(f"{folder}/metrics.jsonl"))
-    print(f"{'top-1 %, mean ± deviation over':<36}  seeds  {'k-NN':<12}  linear probe")
+    print("top-1 %: mean ± deviation over seeds; of a difference ± its standard error")
+    print(f"{'runs':<36}  seeds  {'k-NN':<12}  linear probe")
     first, *_ = groups
     for name, by_seed in groups.items():
         print_row(name, [*by_seed.values()])
@@ -547,7 +567,7 @@ def print_row(name, values, divisor=1):
 # --- what the arguments name ------------------------------------------------------------------------------
 
 def open_data(args):
-    """[training set, test set], with labels: of --data, or of what RUN, a run's folder or file, was trained on.
+    """[training set, test set], with labels: of --data, or of what RUN (a run's folder or file) was made of.
 
     Fills in what follows from RUN: --data and --classes, --out, --workers, --recipe.
     """
@@ -557,7 +577,8 @@ def open_data(args):
     settings = json.loads(file.read_text()) if file.exists() else {}
     args.out = args.out or (folder if settings else f"runs/{path.stem}")
     if args.data is None:
-        args.data, args.classes = settings.get("data", "textures"), args.classes or settings.get("classes")
+        args.data = settings.get("data", "textures")
+        args.classes = args.classes or settings.get("classes")
     args.recipe = args.recipe or ("textures" if args.data == "textures" else "mapet")
     args.variant = dict(linear=args.protocol, finetune=args.recipe, tokens=args.head).get(args.what)
     *splits, why = train.open_splits(args.data, args.image_size, args.classes)
@@ -573,7 +594,10 @@ def open_data(args):
 
 # --- command line -----------------------------------------------------------------------------------------
 
-CHOICES = {"protocol": ["fast", *PROTOCOLS], "recipe": list(RECIPES), "head": ["mlp", *MODELS]}
+CHOICES = {
+    "protocol": ["fast", *PROTOCOLS],
+    "recipe": list(RECIPES),
+    "head": ["mlp", *MODELS]}
 # Type -> flags -> help. A flag beats the recipe.
 FLAGS = {
     str: {
@@ -611,7 +635,9 @@ def parse(argv):
         for flag, text in flags.items():
             add(f"--{flag}", type=kind, choices=CHOICES.get(flag), help=text)
     add("--fresh", action="store_true", help="start over instead of going on from what is in --out")
-    parser.set_defaults(k=20, seed=0, protocol="fast", head="mlp", log_every=50, save_every=500)
+    parser.set_defaults(
+        k=20, seed=0, protocol="fast", head="mlp",
+        log_every=50, save_every=500)
     args = parser.parse_args(argv)
     train.check_numbers(parser, args, ["seed", "workers", "epochs"])
     return args
@@ -625,7 +651,7 @@ def run(args):
     args.device = train.setup(args.device)
     args.compile = args.what == "finetune" and args.device.type == "cuda" and train.has_compiler()
     if args.what == "tokens":
-        result = run_tokens(args)
+        by_head = run_tokens(args)
     else:
         if args.run in MODELS:                                 # untrained
             torch.manual_seed(args.seed)
@@ -637,13 +663,14 @@ def run(args):
         splits = open_data(args)
         if args.what == "show":
             return show(args, vit, splits[1])
-        result = measure(args, vit, splits)
+        by_head = measure(args, vit, splits)
     # BEiT prints the best block on the test images; the last block's is the number that nobody chose.
-    by_head = result["heads"]
     shown = ", ".join(f"{100 * accuracy:.1f}" for accuracy in by_head)
     print0(f"{args.what} {shown} % ({args.run}, {args.data})")
-    line = dict(what=args.what, protocol=args.variant, source=args.run, data=args.data, seed=args.seed)
-    line |= {args.what: by_head[-1], **result}
+    line = dict(
+        what=args.what, protocol=args.variant, source=args.run,
+        data=args.data, seed=args.seed, heads=by_head)
+    line[args.what] = by_head[-1]
     train.append_metrics(f"{args.out}/probe.jsonl", **line)
     return line
 
