@@ -97,7 +97,6 @@ def extract(vit, splits, device, workers=0, blocks=slice(-1, None)):
 
 # --- k-NN, and linear heads on the same stored features ---------------------------------------------------
 
-@torch.no_grad()
 def knn(train_x, train_y, test_x, test_y, k=20, chunk=256):
     """Top-1 accuracy (0..1) of weighted k-nearest neighbors under cosine similarity (Wu et al. 2018).
 
@@ -140,8 +139,7 @@ def train_heads(choices, x, y, rows, epochs=50, batch_size=1024, seed=0):
         logits = [head(x[:, layer, part].flatten(1)) for head, layer, part in heads]
         return torch.stack(logits)
 
-    batch_size = min(batch_size, len(rows))
-    per_epoch = len(rows) // batch_size
+    per_epoch = max(1, len(rows) // batch_size)
     optimizer = torch.optim.AdamW(groups)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * per_epoch)
     generator = torch.Generator().manual_seed(seed)
@@ -181,8 +179,7 @@ def choose_head(train_x, train_y, test_x, test_y, epochs=30, seed=0):
     order = torch.randperm(n, generator=generator)
     held, rest = order.tensor_split([n // 10])
     choices = list(itertools.product(
-        range(1, blocks + 1), POOLINGS,
-        (3e-3, 1e-2, 3e-2, .1), (1e-4, .1)))
+        range(1, blocks + 1), POOLINGS, (3e-3, 1e-2, 3e-2, .1), (1e-4, .1)))
     heads = train_heads(choices, train_x, train_y, rest, epochs, seed=seed)
     held_out, best = max(zip(measure_heads(heads, train_x[held], train_y[held]), choices))
     chosen = "block {}, {}, lr {}, weight decay {}".format(*best)
@@ -635,9 +632,8 @@ def parse(argv):
         for flag, text in flags.items():
             add(f"--{flag}", type=kind, choices=CHOICES.get(flag), help=text)
     add("--fresh", action="store_true", help="start over instead of going on from what is in --out")
-    parser.set_defaults(
-        k=20, seed=0, protocol="fast", head="mlp",
-        log_every=50, save_every=500)
+    parser.set_defaults(k=20, seed=0, protocol="fast", head="mlp",
+                        log_every=50, save_every=500)
     args = parser.parse_args(argv)
     train.check_numbers(parser, args, ["seed", "workers", "epochs"])
     return args
@@ -665,8 +661,7 @@ def run(args):
             return show(args, vit, splits[1])
         by_head = measure(args, vit, splits)
     # BEiT prints the best block on the test images; the last block's is the number that nobody chose.
-    shown = ", ".join(f"{100 * accuracy:.1f}" for accuracy in by_head)
-    print0(f"{args.what} {shown} % ({args.run}, {args.data})")
+    print0(args.what, *[f"{100 * accuracy:.1f}" for accuracy in by_head], f"% ({args.run}, {args.data})")
     line = dict(
         what=args.what, protocol=args.variant, source=args.run,
         data=args.data, seed=args.seed, heads=by_head)
