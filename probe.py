@@ -539,9 +539,9 @@ def compare(args):
         name = names.setdefault(same, folder)
         groups.setdefault(name, {})[end["seed"]] = 100 * torch.tensor([end["knn"], end["linear"]])
         curves.setdefault(name, []).append(train.read_metrics(f"{folder}/metrics.jsonl"))
+    first, *_ = groups
     print("top-1 %: mean ± deviation over seeds; of a difference ± its standard error")
     print(f"{'runs':<36}  seeds  {'k-NN':<12}  linear probe")
-    first, *_ = groups
     for name, by_seed in groups.items():
         print_row(name, [*by_seed.values()])
         paired = [by_seed[seed] - groups[first][seed] for seed in by_seed if seed in groups[first]]
@@ -598,7 +598,7 @@ CHOICES = {
 # Type -> flags -> help. A flag beats the recipe.
 FLAGS = {
     str: {
-        "protocol": "linear: many heads on stored features (default), or a paper's probe",
+        "protocol": "linear: many heads on stored features (default), or a paper's probe (beit: of each block, the last counts)",
         "recipe": "finetune (default: textures for textures, else mapet)",
         "head": "tokens: the network (default mlp; MaPeT has mlp and vit_tiny)",
         "data": "as in train.py (default: what the run was trained on, else textures)",
