@@ -404,12 +404,11 @@ def training_view(ds, args):
 # --- training and scoring ---------------------------------------------------------------------------------
 
 def make_optimizer(model, args):
-    decay = args.weight_decay
     if not isinstance(model, LinearProbe):
-        return torch.optim.AdamW(layer_groups(model, decay, args.layer_decay), fused=True)
+        return torch.optim.AdamW(layer_groups(model, args.weight_decay, args.layer_decay), fused=True)
     if model.mae:
         return LARS(model.parameters(), momentum=.9)
-    return torch.optim.AdamW(model.parameters(), weight_decay=decay)
+    return torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay)
 
 
 def fit(model, ds, args):
@@ -598,7 +597,8 @@ CHOICES = {
 # Type -> flags -> help. A flag beats the recipe.
 FLAGS = {
     str: {
-        "protocol": "linear: many heads on stored features (default), or a paper's probe (beit: of each block, the last counts)",
+        "protocol": "linear: many heads on stored features (default), or a paper's probe "
+                    "(beit: of each block, the last counts)",
         "recipe": "finetune (default: textures for textures, else mapet)",
         "head": "tokens: the network (default mlp; MaPeT has mlp and vit_tiny)",
         "data": "as in train.py (default: what the run was trained on, else textures)",
