@@ -5,22 +5,22 @@
     fine-tuning    softmax(W LN(mean of the patches) + b), all of f trained, lower blocks more slowly
     tokens         softmax(W g(tokens) + b): no pixels at all (MaPeT Table 4)
 
-python probe.py knn runs/mapet-textures           or finetune, or show: where [CLS] looks, what patches share
+python probe.py knn runs/mapet-textures           or finetune, or show: what patches share
 python probe.py linear runs/mapet-textures        the best of many heads on stored features: a minute
 python probe.py linear RUN --protocol mae         or beit: the papers' probes, the encoder runs every epoch
+python probe.py linear vit_base --data IMAGENET   untrained, the random-init baseline (finetune: from scratch)
 python probe.py finetune FILE --epochs 0          the score of a fine-tuned network, by the head that it has
 python probe.py tokens RUN --head mlp             RUN: a run's folder or a tokenizer.pt
 python probe.py compare runs/mim-* runs/pim-*     curves, mean and deviation over seeds, differences
 
-RUN is a run's folder or encoder.pt, which say the data, too, a timm/DINO/DeiT/MAE/MaPeT file or a public
-name; --data another data set (MaPeT Table 5). Beside each result is the floor, the same network untrained (by
-finetune: from scratch); probe.jsonl in the run's folder has them all. Nothing is chosen on the test images:
-the epoch that counts is the last one. (MAE's code prints the best on them, BEiT's the best epoch and layer.)
+RUN is a run's folder or encoder.pt, which say the data, too, a timm/DINO/DeiT/MAE/MaPeT file, a public name,
+or the name of a ViT size; --data another data set (MaPeT Table 5). All results are in probe.jsonl in the
+run's folder, as fractions of 1. Nothing is chosen on the test images: the epoch that counts is the last one.
+(MAE's code prints the best on them, BEiT's the best epoch and layer.)
 """
 import argparse
 import itertools
 import json
-import math
 import os
 import zlib
 from pathlib import Path
@@ -28,13 +28,12 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from einops import rearrange
 from torchvision.transforms import InterpolationMode, v2
 
 import train
 from kmeans import all_reduce, load_batches, load_tokenizer, print0, rank_and_world, tokenize
-from vit import (MODELS, ViT, draw_rows, drop_rates, exit_on_error, from_weights, load_matplotlib,
-                 normalize, principal_colors, read_checkpoint, unpatchify, unwrap_weights)
+from vit import (MODELS, draw_rows, drop_rates, exit_on_error, from_weights, load_matplotlib, normalize,
+                 principal_colors, read_checkpoint, unpatchify, unwrap_weights)
 
 
 # --- features ---------------------------------------------------------------------------------------------
@@ -88,7 +87,8 @@ def extract(vit, splits, device, workers=0, blocks=slice(-1, None)):
     def encode(images):
         return pool_features(vit, images)[:, blocks].half()
 
-    (x, y), (test_x, test_y) = (run_network(encode, ds, device, workers) for ds in splits)
+    (x, y), (test_x, test_y) = (
+        run_network(encode, ds, device, workers) for ds in splits)
     std, mean = torch.std_mean(x, 0)
     for features in (x, test_x):
         features.sub_(mean).div_(std.clamp(min=1e-4))          # in place: there is no room for two
@@ -97,7 +97,6 @@ def extract(vit, splits, device, workers=0, blocks=slice(-1, None)):
 
 # --- k-NN, and linear heads on the same stored features ---------------------------------------------------
 
-@torch.no_grad()
 def knn(train_x, train_y, test_x, test_y, k=20, chunk=256):
     """Top-1 accuracy (0..1) of weighted k-nearest neighbors under cosine similarity (Wu et al. 2018).
 
@@ -114,7 +113,10 @@ def knn(train_x, train_y, test_x, test_y, k=20, chunk=256):
 
 
 # What a head sees of [class token, patch mean]; of the mean alone, where there is no class token.
-POOLINGS = {"class token": slice(0, 1), "patch mean": slice(-1, None), "both": slice(None)}
+POOLINGS = {
+    "class token": slice(0, 1),
+    "patch mean": slice(-1, None),
+    "both": slice(None)}
 
 
 def train_heads(choices, x, y, rows, epochs=50, batch_size=1024, seed=0):
@@ -126,31 +128,29 @@ def train_heads(choices, x, y, rows, epochs=50, batch_size=1024, seed=0):
     """
     heads, groups = [], []
     for block, pooling, lr, weight_decay in choices:
-        width = x[0, block - 1, POOLINGS[pooling]].numel()
+        layer, part = block - 1, POOLINGS[pooling]
+        width = x[0, layer, part].numel()
         head = Head(width, int(y.max()) + 1).to(y.device)
         nn.init.zeros_(head.weight)
-        heads.append(head)
+        heads.append((head, layer, part))
         groups.append(dict(params=head.parameters(), lr=lr, weight_decay=weight_decay))
 
     def predict(x):
-        logits = []
-        for head, (block, pooling, _, _) in zip(heads, choices):
-            logits.append(head(x[:, block - 1, POOLINGS[pooling]].flatten(1)))
+        logits = [head(x[:, layer, part].flatten(1)) for head, layer, part in heads]
         return torch.stack(logits)
 
+    per_epoch = max(1, len(rows) // batch_size)
+    optimizer = torch.optim.AdamW(groups)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * per_epoch)
     generator = torch.Generator().manual_seed(seed)
-    batch_size, batches = min(batch_size, len(rows)), []
     for _ in range(epochs):
         order = rows[torch.randperm(len(rows), generator=generator)]
-        batches += order.split(batch_size)[:len(rows) // batch_size]
-    optimizer = torch.optim.AdamW(groups)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
-    for batch in batches:
-        # The sum over the heads: no head's gradient knows of another.
-        sum(F.cross_entropy(logits, y[batch]) for logits in predict(x[batch])).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        cosine.step()
+        for batch in order.split(batch_size)[:per_epoch]:
+            # The sum over the heads: no head's gradient knows of another.
+            sum(F.cross_entropy(logits, y[batch]) for logits in predict(x[batch])).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            cosine.step()
     return predict
 
 
@@ -163,31 +163,29 @@ def measure_heads(predict, x, y):
 
 def linear(train_x, train_y, test_x, test_y, **how):
     """Top-1 accuracy (0..1) of one linear head on standardized features (n, 1, s, d), labels (n,)."""
-    choices, rows = [(1, "both", 1e-2, 1e-4)], torch.arange(len(train_x))
-    head = train_heads(choices, train_x, train_y, rows, **how)
-    return measure_heads(head, test_x, test_y)[0]
+    rows = torch.arange(len(train_x))
+    head = train_heads([(1, "both", 1e-2, 1e-4)], train_x, train_y, rows, **how)
+    accuracy, = measure_heads(head, test_x, test_y)
+    return accuracy
 
 
 def choose_head(train_x, train_y, test_x, test_y, epochs=30, seed=0):
     """The fast linear probe: of many heads the best on a tenth of the training images, trained anew on all.
 
-    x (n, l, s, d) standardized features, y (n,) labels.
+    x (n, l, s, d) standardized features, y (n,) labels -> [its accuracy (0..1)]; what was chosen is printed
     """
     n, blocks = train_x.shape[:2]
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(train.derive_seed(seed, 1)))
-    held, rest = order.tensor_split([max(1, n // 10)])
-    rates, decays = (3e-3, 1e-2, 3e-2, .1), (1e-4, .1)
-    choices = list(itertools.product(range(1, blocks + 1), POOLINGS, rates, decays))
+    generator = torch.Generator().manual_seed(train.derive_seed(seed, 1))
+    order = torch.randperm(n, generator=generator)
+    held, rest = order.tensor_split([n // 10])
+    choices = list(itertools.product(
+        range(1, blocks + 1), POOLINGS, (3e-3, 1e-2, 3e-2, .1), (1e-4, .1)))
     heads = train_heads(choices, train_x, train_y, rest, epochs, seed=seed)
-    ranked = sorted(zip(measure_heads(heads, train_x[held], train_y[held]), choices), reverse=True)
-    held_out = {}                                              # by the best rate and decay
-    for score, (block, pooling, _, _) in ranked:
-        held_out.setdefault(f"block {block}, {pooling}", score)
-    _, best = ranked[0]
-    head = train_heads([best], train_x, train_y, order, epochs, seed=seed)
-    accuracy, = measure_heads(head, test_x, test_y)
+    held_out, best = max(zip(measure_heads(heads, train_x[held], train_y[held]), choices))
     chosen = "block {}, {}, lr {}, weight decay {}".format(*best)
-    return dict(linear=accuracy, chosen=chosen, held_out=held_out)
+    print0(f"best of {len(choices)} heads: {chosen} ({100 * held_out:.1f} % of held-out training images)")
+    head = train_heads([best], train_x, train_y, order, epochs, seed=seed)
+    return measure_heads(head, test_x, test_y)
 
 
 def evaluate(vit, train_ds, test_ds, device, workers=0, seed=0):
@@ -224,17 +222,18 @@ class LinearProbe(nn.Module):
 
     def __init__(self, vit, classes, mae):
         super().__init__()
-        self.frozen, self.mae = [vit.eval()], mae              # in a list: no part of this module
+        self.frozen = [vit.eval()]                             # in a list: no part of this module
+        self.mae = mae
         self.norm = nn.BatchNorm1d(vit.width, eps=1e-6, affine=False) if mae else None
         widths = [vit.width] if mae else [(1 + vit.prefix) * vit.width] * vit.depth
         self.heads = nn.ModuleList(Head(width, classes, .01) for width in widths)
 
     def forward(self, images):
-        x = pool_features(self.frozen[0], images, final_norm=self.mae)
+        x = pool_features(self.frozen[0], images, self.mae)
         if self.mae:
             x = self.norm(x[:, -1, 0])[:, None]
-        logits = [head(x[:, i].flatten(1)) for i, head in enumerate(self.heads)]
-        return torch.stack(logits, 1)
+        parts = zip(self.heads, x.flatten(2).unbind(1))
+        return torch.stack([head(part) for head, part in parts], 1)
 
 
 class Classifier(nn.Module):
@@ -262,7 +261,8 @@ class TokenMLP(nn.Module):
 
     def __init__(self, vocab_size, classes):
         super().__init__()
-        self.table, self.hidden = nn.Embedding(vocab_size, 192), nn.Linear(192, 768)
+        self.table = nn.Embedding(vocab_size, 192)
+        self.hidden = nn.Linear(192, 768)
         self.head = Head(768, classes)
 
     def forward(self, tokens):
@@ -278,8 +278,10 @@ class TokenEmbed(nn.Embedding):
         return super().forward(tokens.flatten(1))
 
 
-def token_vit(name, vocab_size, classes, grid, drop_path):
-    """MaPeT Table 4's other head: the named ViT on tokens, each of them a patch of one pixel."""
+def token_network(name, vocab_size, classes, grid, drop_path):
+    """MaPeT Table 4's heads: mlp, or the named ViT on tokens, each of them a patch of one pixel."""
+    if name == "mlp":
+        return TokenMLP(vocab_size, classes)
     vit = MODELS[name](image_size=grid, patch_size=1, pos="learned")
     vit.patch_embed = TokenEmbed(vocab_size, vit.width)
     nn.init.trunc_normal_(vit.patch_embed.weight, std=.02)
@@ -301,16 +303,16 @@ def layer_groups(model, weight_decay, layer_decay):
             below = model.encoder.depth + 1
         if part[1] == "blocks":
             below -= int(part[2]) + 1
-        decay = weight_decay if train.is_decayed(name, p) else 0.
-        groups.append(dict(params=[p], weight_decay=decay, scale=layer_decay ** below))
+        groups.append(dict(
+            params=[p], scale=layer_decay ** below,
+            weight_decay=weight_decay if train.is_decayed(name, p) else 0.))
     return groups
 
 
 class LARS(torch.optim.SGD):
     """SGD with momentum, a matrix moves in proportion to its own norm (You et al. 2017, as in MAE's code).
 
-        g = gradient + decay p;  v <- momentum v + (0.001 |p| / |g|) g;  p <- p - lr v
-        1-D:                     v <- momentum v + gradient;             p <- p - lr v
+        g = gradient;  v <- momentum v + (0.001 |p| / |g|) g;  p <- p - lr v;  1-D: as in SGD
     """
 
     @torch.no_grad()
@@ -318,9 +320,7 @@ class LARS(torch.optim.SGD):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.ndim > 1:
-                    p.grad.add_(p, alpha=group["decay"])
-                    trust = .001 * p.norm() / p.grad.norm()
-                    p.grad.mul_(trust.nan_to_num(1, 1))        # a gradient of 0 stays 0
+                    p.grad.mul_(.001 * p.norm() / p.grad.norm())
         super().step()
 
 
@@ -328,8 +328,8 @@ class LARS(torch.optim.SGD):
 # per 256 images, lr = base_lr * batch / 256. cosine="start": it begins at step 0, under the warm-up (timm).
 ZERO = "min_lr clip_norm warmup_lr warmup_epochs drop_path smoothing mixup erase randaugment".split()
 DEFAULTS = dict.fromkeys(ZERO, 0.) | dict(
-    lr=None, base_lr=None, cosine="warmup", layer_decay=1., head_std=.02, test_crop=.875,
-    interpolation="bicubic")
+    lr=None, base_lr=None, cosine="warmup", layer_decay=1.,
+    head_std=.02, test_crop=.875, interpolation="bicubic")
 # Linear probes. mae: He et al. 2022, App. A.1, as in ClusterMIM. beit: MaPeT Sec. D; our copy lacks rate
 # and decay, which are of BEiT's code, as are bilinear crops and the decay of all parameters.
 PROTOCOLS = {
@@ -343,7 +343,7 @@ PROTOCOLS = {
 STRONG = dict(
     DEFAULTS, batch_size=1024, epochs=100., min_lr=1e-6,
     weight_decay=.05, layer_decay=.65, drop_path=.1,
-    smoothing=.1, mixup=.8, erase=.25, randaugment=9.)
+    smoothing=.1, mixup=.8, erase=.25, randaugment=9)
 # Ours: the embedded data's class is an orientation and a period, so nothing may turn, flip or zoom it.
 RECIPES = {
     "mapet": dict(
@@ -368,8 +368,10 @@ SMALL_TOKENS = dict(TOKENS, batch_size=128, epochs=20., warmup_epochs=1.)
 
 def test_view(ds, args):
     """The center 224 of 256 pixels a side (MaPeT's fine-tuning: of 248), from the whole picture."""
+    if not ds.from_files:
+        return ds
     square = train.center_square(int(ds.image_size / args.test_crop))
-    return ds.view(v2.Compose([square, v2.CenterCrop(ds.image_size)])) if ds.from_files else ds
+    return ds.view(v2.Compose([square, v2.CenterCrop(ds.image_size)]))
 
 
 def training_view(ds, args):
@@ -378,7 +380,9 @@ def training_view(ds, args):
     torchvision's crops for all; MAE's linear probe has TensorFlow's, of one draw.
     """
     size, interpolation = ds.image_size, InterpolationMode(args.interpolation)
-    steps = [v2.RandomResizedCrop(size, (.08, 1), interpolation=interpolation), v2.RandomHorizontalFlip()]
+    steps = [
+        v2.RandomResizedCrop(size, (.08, 1), interpolation=interpolation),
+        v2.RandomHorizontalFlip()]
     if ds.name.startswith("textures"):                         # shifted, a twelfth of a side
         steps = [v2.RandomCrop(size, padding=size // 12, padding_mode="reflect")]
     if args.randaugment:
@@ -386,42 +390,43 @@ def training_view(ds, args):
         # torchvision has other operations, all of which grow with the magnitude (timm: "inc1"), and no noise
         # on it (mstd 0.5). PIL's rotations are the faster ones.
         fill = [round(255 * m) for m in ds.mean]
-        one = v2.RandAugment(1, min(30, round(3 * args.randaugment)), 31, interpolation, fill)
+        one = v2.RandAugment(1, 3 * args.randaugment, 31, interpolation, fill)
         maybe = v2.RandomApply([one], .5)
         steps += [v2.ToPILImage(), maybe, maybe, v2.ToImage()]
     if args.erase:                                             # by noise of unit variance: normalized
-        steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(ds.mean, ds.std),
-                  v2.RandomErasing(args.erase, value="random")]
+        steps += [
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(ds.mean, ds.std),
+            v2.RandomErasing(args.erase, value="random")]
     return ds.view(v2.Compose(steps), seed=args.seed)
 
 
 # --- training and scoring ---------------------------------------------------------------------------------
 
 def make_optimizer(model, args):
-    decay = args.weight_decay
     if not isinstance(model, LinearProbe):
-        return torch.optim.AdamW(layer_groups(model, decay, args.layer_decay), fused=True)
+        return torch.optim.AdamW(layer_groups(model, args.weight_decay, args.layer_decay), fused=True)
     if model.mae:
-        return LARS([dict(params=model.parameters(), decay=decay)], momentum=.9)
-    return torch.optim.AdamW(model.parameters(), weight_decay=decay)
+        return LARS(model.parameters(), momentum=.9)
+    return torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay)
 
 
-def fit(model, ds, args, suffix):
+def fit(model, ds, args):
     """Train by the recipe. A checkpoint in OUT is gone on from, if it is of the same settings."""
-    name = f"{args.out}/{args.what}-{args.variant}-{Path(args.data).name}{suffix}"
+    name = f"{args.out}/{args.what}-{args.variant}-{Path(args.data).name}"
     if args.batch_size > len(ds):                              # in whole micro-batches, where there are many
-        unit = rank_and_world()[1] * (256 if len(ds) > 4096 else 1)
-        args.batch_size = len(ds) // unit * unit
+        args.batch_size = len(ds) // 256 * 256 or len(ds)
     args.lr = args.lr or args.base_lr * args.batch_size / 256
-    settings = {key: getattr(args, key) for key in [*STRONG, "seed", "weights"]}
-    settings.update(images=len(ds), image_size=ds.image_size, labels=str(ds.classes))
+    settings = train.fixed_settings(args, "run")
+    settings.update(images=len(ds), labels=str(ds.classes))
     if args.fresh:
         Path(f"{name}.pt").unlink(missing_ok=True)
     train.check_settings(f"{name}.json", settings, args.fresh)
-    mix, classes = v2.Identity(), len(ds.classes)
+    mix = v2.Identity()
     if args.mixup:                                             # or CutMix, the same chance
-        mixup = v2.MixUp(alpha=args.mixup, num_classes=classes)
-        mix = v2.RandomChoice([mixup, v2.CutMix(num_classes=classes)])
+        classes = len(ds.classes)
+        mix = v2.RandomChoice([v2.MixUp(alpha=args.mixup, num_classes=classes),
+                               v2.CutMix(num_classes=classes)])
 
     def compute_loss(net, images, labels, read, step, rows):
         x, labels = mix(prepare(images, ds), labels)
@@ -434,27 +439,26 @@ def fit(model, ds, args, suffix):
         raise SystemExit                                       # without a result
 
 
-def learn(model, train_ds, test_ds, args, suffix=""):
-    """Top-1 and top-5 accuracies (0..1) on the test images, two lists of one for each head of the network."""
+def learn(model, train_ds, test_ds, args):
+    """Top-1 accuracies (0..1) on the test images, one for each head of the network."""
     model.to(args.device)
     if args.epochs:
-        fit(model, train_ds, args, suffix)
+        fit(model, train_ds, args)
     else:
         load_head(model, args.run)
     logits, labels = run_network(model.eval(), test_ds, args.device, args.workers)
-    right = logits.topk(min(5, logits.shape[-1])).indices == labels[:, None, None]       # (n, heads, 5)
-    top1, top5 = right[..., 0], right.any(-1)
-    return top1.double().mean(0).tolist(), top5.double().mean(0).tolist()
+    right = logits.argmax(-1) == labels[:, None]
+    return right.double().mean(0).tolist()
 
 
 # --- commands ---------------------------------------------------------------------------------------------
 
-def measure(args, vit, splits, suffix):
-    """What knn, linear or finetune finds; suffix: of the checkpoint's name."""
+def measure(args, vit, splits):
+    """Top-1 accuracies (0..1) of knn, linear or finetune, of each head; splits: training set, test set."""
     torch.manual_seed(args.seed)
     where = args.device, args.workers
     if args.what == "knn":
-        return dict(knn=knn(*extract(vit, splits, *where), args.k))
+        return [knn(*extract(vit, splits, *where), args.k)]
     if args.variant == "fast":
         features = extract(vit, splits, *where, slice(None))
         return choose_head(*features, round(args.epochs or 30), args.seed)
@@ -468,9 +472,7 @@ def measure(args, vit, splits, suffix):
     else:
         train.fill_in(args, RECIPES[args.recipe] | BY_WIDTH.get((args.recipe, vit.width), {}))
         model = Classifier(vit, classes, args.drop_path, args.head_std)
-    # BEiT prints the best block on the test images; the last block's is the number that nobody chose.
-    top1, top5 = learn(model, training_view(train_ds, args), test_view(test_ds, args), args, suffix)
-    return {args.what: top1[-1], "top5": top5[-1], "heads": top1}
+    return learn(model, training_view(train_ds, args), test_view(test_ds, args), args)
 
 
 def load_head(model, path):
@@ -482,58 +484,39 @@ def load_head(model, path):
                 value.copy_(state[key])
     except (KeyError, RuntimeError):
         raise ValueError(f"{path}: --epochs 0 scores a fine-tuned network: a file with fc_norm and with "
-                         f"a head for the {model.head.out_features} classes of --data") from None
+                         "a head for the classes of --data") from None
 
 
 def run_tokens(args):
-    """What is learned from tokens alone, of a folder's tokenizer.pt or of one; floor: one class for all."""
+    """[Top-1 accuracy (0..1)] of what is learned from tokens alone, of a folder's tokenizer.pt or of one."""
     path = f"{args.run}/tokenizer.pt" if os.path.isdir(args.run) else args.run
     tokenizer = load_tokenizer(path).to(args.device)
     args.weights = zlib.crc32(tokenizer.weight.cpu().numpy())
+    args.image_size = tokenizer.input_size
     side = tokenizer.image_size // tokenizer.patch_size
     splits = []
-    for ds in open_data(args, tokenizer.input_size):
-        made_of = zlib.crc32(repr([ds.name, len(ds), ds.classes]).encode(errors="replace"), args.weights)
+    for ds in open_data(args):
+        made_of = zlib.crc32(repr([ds.name, len(ds), ds.classes]).encode(), args.weights)
         path = f"{args.out}/tokens-{made_of:08x}.npy"
         tokens = tokenize(tokenizer, ds, path, workers=args.workers, device=args.device)
-        ds = ds.view(v2.Identity(), image_size=side)           # whose pictures are maps of tokens
-        ds.load = torch.from_numpy(tokens.astype("int32")).view(-1, side, side).__getitem__
-        splits.append(ds)
-    train_ds, test_ds = splits
+        maps = torch.from_numpy(tokens.astype("int32")).view(-1, side, side)
+        splits.append(ds.view(v2.Identity(), load=maps.__getitem__))
     train.fill_in(args, SMALL_TOKENS if args.data == "textures" else TOKENS)
     torch.manual_seed(args.seed)
-    sizes = tokenizer.vocab_size, len(train_ds.classes)
-    if args.head == "mlp":
-        model = TokenMLP(*sizes)
-    else:
-        model = token_vit(args.head, *sizes, side, args.drop_path)
-    (top1,), (top5,) = learn(model, train_ds, test_ds, args)
-    counts = torch.as_tensor(test_ds.labels).bincount()
-    return dict(tokens=top1, top5=top5, floor=counts.max().item() / len(test_ds))
-
-
-def cls_attention(vit, images):
-    """Where the class token (without one: the mean patch) looks in the last block, mean of heads: (b, n)."""
-    *blocks, last = vit.blocks
-    x = nn.Sequential(*blocks)(vit.embed(images))
-    qkv = last.attn.qkv(last.norm1(x))
-    q, k, _ = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=vit.heads)
-    attention = (q @ k.mT / q.shape[-1] ** .5).softmax(-1).mean(1)
-    return attention[:, 0, 1:] if vit.prefix else attention.mean(1)
+    classes = len(splits[0].classes)
+    model = token_network(args.head, tokenizer.vocab_size, classes, side, args.drop_path)
+    return learn(model, *splits, args)
 
 
 @torch.no_grad()
 def show(args, vit, ds):
-    """OUT/show.png: the attention of the class token, and three principal components of the features."""
+    """OUT/show.png: images, and three principal components of their patches' features as colors."""
     some = torch.linspace(0, len(ds) - 1, 6).long()
-    pixels, _, _ = next(load_batches(ds, some, 6, 0, args.device))
-    images = normalize(pixels, ds.mean, ds.std)
-    colors, = principal_colors(vit.eval()(images)[:, vit.prefix:])
-    heat = cls_attention(vit, images)
-    heat = heat / heat.amax(1, keepdim=True)
-    rows = {"image": pixels / 255}
-    for label, x in (("attention", heat[..., None].expand(colors.shape)), ("features", colors)):
-        rows[label] = unpatchify(x.repeat(1, 1, vit.patch_size ** 2), vit.patch_size)
+    images, _, _ = next(load_batches(ds, some, 6, 0, args.device))
+    features = vit.eval()(normalize(images, ds.mean, ds.std))
+    colors, = principal_colors(features[:, vit.prefix:])
+    patches = colors.repeat(1, 1, vit.patch_size ** 2)
+    rows = {"image": images / 255, "features": unpatchify(patches, vit.patch_size)}
     draw_rows(rows, f"{args.out}/show.png")
 
 
@@ -555,74 +538,67 @@ def compare(args):
         name = names.setdefault(same, folder)
         groups.setdefault(name, {})[end["seed"]] = 100 * torch.tensor([end["knn"], end["linear"]])
         curves.setdefault(name, []).append(train.read_metrics(f"{folder}/metrics.jsonl"))
-    if not groups:
-        raise ValueError("compare: none of these runs has accuracies")
-    print("k-NN and linear probe, top-1 %: mean ± deviation over seeds; differences ± standard error")
-    first = next(iter(groups.values()))
+    first, *_ = groups
+    print("top-1 %: mean ± deviation over seeds; of a difference ± its standard error")
+    print(f"{'runs':<36}  seeds  {'k-NN':<12}  linear probe")
     for name, by_seed in groups.items():
-        print_row(name, list(by_seed.values()))
-        differences = [by_seed[seed] - first[seed] for seed in by_seed if seed in first]
-        if differences and by_seed is not first:
-            print_row("    minus the first", differences, len(differences) ** .5)
+        print_row(name, [*by_seed.values()])
+        paired = [by_seed[seed] - groups[first][seed] for seed in by_seed if seed in groups[first]]
+        if paired and name != first:
+            print_row(f"    minus {first}", paired, len(paired) ** .5)
     plt = load_matplotlib()
     if plt:
         train.plot_metrics(plt, curves, f"{args.out or 'runs'}/compare.png")
-    return groups
 
 
 def print_row(name, values, divisor=1):
-    """values: (k-NN, linear probe) of each seed."""
-    n, x = len(values), torch.stack(values)
-    knn, linear = x.mean(0)
-    knn_std, linear_std = x.std(0) / divisor if n > 1 else (math.nan, math.nan)
-    print(f"{name}: {n} seeds, {knn:6.1f} ± {knn_std:.1f} {linear:6.1f} ± {linear_std:.1f}")
+    """values: (k-NN, linear probe) of each seed; of one seed there is no deviation."""
+    columns = []
+    for x in torch.stack(values).T:
+        deviation = f" ± {x.std() / divisor:.1f}" if len(x) > 1 else ""
+        columns.append(f"{x.mean():.1f}{deviation}")
+    print(f"{name:<36}  {len(values):<5}  {columns[0]:<12}  {columns[1]}")
 
 
 # --- what the arguments name ------------------------------------------------------------------------------
 
-def open_run(args):
-    """Sets args.settings: the flags of the run whose folder or file RUN is; and what follows from them."""
-    folder = args.run if os.path.isdir(args.run) else os.path.dirname(args.run)
-    file = Path(folder, "settings.json")
-    args.settings = settings = json.loads(file.read_text()) if file.exists() else {}
-    args.out = args.out or (folder if settings else f"runs/{Path(args.run).stem}")
-    os.makedirs(args.out, exist_ok=True)
+def open_data(args):
+    """[training set, test set], with labels: of --data, or of what RUN (a run's folder or file) was made of.
+
+    Fills in what follows from RUN: --data and --classes, --out, --workers, --recipe.
+    """
+    path = Path(args.run)
+    folder = path if path.is_dir() else path.parent
+    file = folder / "settings.json"
+    settings = json.loads(file.read_text()) if file.exists() else {}
+    args.out = args.out or (folder if settings else f"runs/{path.stem}")
     if args.data is None:
-        args.data, args.classes = settings.get("data", "textures"), args.classes or settings.get("classes")
+        args.data = settings.get("data", "textures")
+        args.classes = args.classes or settings.get("classes")
     args.recipe = args.recipe or ("textures" if args.data == "textures" else "mapet")
     args.variant = dict(linear=args.protocol, finetune=args.recipe, tokens=args.head).get(args.what)
-
-
-def open_data(args, image_size):
-    """(training set, test set), with labels: of --data, or of what the run was trained on."""
-    train_ds, test_ds, why = train.open_splits(args.data, image_size, args.classes)
-    if test_ds is None:
+    *splits, why = train.open_splits(args.data, args.image_size, args.classes)
+    if None in splits:
         raise ValueError(f"--data {args.data}: {why}; a probe needs labels: train/CLASS/ and val/CLASS/")
-    if args.settings.get("preset") == "laptop":
-        train_ds, test_ds = train.keep_squares(train_ds), train.keep_squares(test_ds)
+    if settings.get("preset") == "laptop":
+        splits = list(map(train.keep_squares, splits))
     if args.workers is None:
-        args.workers = train.default_workers(train_ds)
-    return train_ds, test_ds
-
-
-def untrain(vit, args):
-    """The same network, untrained, as its run began it."""
-    torch.manual_seed(args.seed)
-    flags = args.settings
-    scale = vit.layer_scale and flags.get("layer_scale", .1)
-    fresh = ViT(
-        vit.image_size, vit.patch_size, vit.width, vit.depth, vit.heads, vit.mlp_ratio, scale,
-        pos=flags.get("pos", "learned"), cls_token=bool(vit.prefix), init=flags.get("init", "timm"))
-    return fresh.to(args.device)
+        args.workers = train.default_workers(splits[0])
+    os.makedirs(args.out, exist_ok=True)
+    return splits
 
 
 # --- command line -----------------------------------------------------------------------------------------
 
-CHOICES = {"protocol": ["fast", *PROTOCOLS], "recipe": list(RECIPES), "head": ["mlp", *MODELS]}
+CHOICES = {
+    "protocol": ["fast", *PROTOCOLS],
+    "recipe": list(RECIPES),
+    "head": ["mlp", *MODELS]}
 # Type -> flags -> help. A flag beats the recipe.
 FLAGS = {
     str: {
-        "protocol": "linear: many heads on stored features (default), or a paper's probe",
+        "protocol": "linear: many heads on stored features (default), or a paper's probe "
+                    "(beit: of each block, the last counts)",
         "recipe": "finetune (default: textures for textures, else mapet)",
         "head": "tokens: the network (default mlp; MaPeT has mlp and vit_tiny)",
         "data": "as in train.py (default: what the run was trained on, else textures)",
@@ -640,15 +616,7 @@ FLAGS = {
         "steps": "stop after so many optimizer steps of the schedule"},
     float: {
         "epochs": "passes over the training images; finetune --epochs 0 scores a file's network as it is",
-        "lr": "peak learning rate, as used",
-        "weight-decay": "on matrices only",
-        "warmup-epochs": "linear warm-up",
-        "layer-decay": "finetune: learning rate of a block, over that of the one above",
-        "drop-path": "finetune, tokens: stochastic depth of the last block",
-        "smoothing": "of the labels",
-        "mixup": "finetune: alpha of MixUp; 0: neither MixUp nor CutMix",
-        "erase": "finetune: probability of random erasing",
-        "randaugment": "finetune: magnitude from 0 to 10"}}
+        "lr": "peak learning rate, as used"}}
 
 
 def parse(argv):
@@ -656,47 +624,49 @@ def parse(argv):
     add = parser.add_argument
     add("what", choices="knn linear finetune tokens show compare".split(),
         help="k-NN; a linear layer on frozen features; all trained on labels; classes from the tokens alone; "
-             "pictures; curves and accuracies of several runs")
+             "a picture; curves and accuracies of several runs")
     add("run", metavar="RUN", nargs="+",
-        help="a run's folder, a timm, DINO, DeiT, MAE or MaPeT file, a public name; tokens: a tokenizer.pt")
+        help="a run's folder, a timm, DINO, DeiT, MAE or MaPeT file, a public name, or, untrained, one of "
+             f"{', '.join(MODELS)}; tokens: a tokenizer.pt")
     for kind, flags in FLAGS.items():
         for flag, text in flags.items():
             add(f"--{flag}", type=kind, choices=CHOICES.get(flag), help=text)
-    add("--no-floor", action="store_true", help="do not measure the untrained network as well")
     add("--fresh", action="store_true", help="start over instead of going on from what is in --out")
-    parser.set_defaults(k=20, seed=0, protocol="fast", head="mlp", log_every=50, save_every=500)
+    parser.set_defaults(k=20, seed=0, protocol="fast", head="mlp",
+                        log_every=50, save_every=500)
     args = parser.parse_args(argv)
-    may_be_zero = """seed workers weight_decay warmup_epochs layer_decay drop_path smoothing mixup erase
-                     randaugment""".split()
-    if args.what == "finetune":
-        may_be_zero.append("epochs")
-    train.check_numbers(parser, args, may_be_zero)
-    if args.what != "compare" and len(args.run) > 1:
-        parser.error(f"{args.what} takes one RUN, not {len(args.run)}")
+    train.check_numbers(parser, args, ["seed", "workers", "epochs"])
     return args
 
 
 def run(args):
     """Measures, prints the result, and appends it to OUT/probe.jsonl."""
-    args.run, = args.run
+    args.run, *more = args.run
+    if more:
+        raise ValueError(f"{args.what} takes one RUN, not also {' '.join(more)}")
     args.device = train.setup(args.device)
     args.compile = args.what == "finetune" and args.device.type == "cuda" and train.has_compiler()
-    open_run(args)
     if args.what == "tokens":
-        result = run_tokens(args)
+        by_head = run_tokens(args)
     else:
-        vit = from_weights(args.run, args.image_size, args.heads).to(args.device)
-        splits = open_data(args, vit.image_size)
+        if args.run in MODELS:                                 # untrained
+            torch.manual_seed(args.seed)
+            size = dict(image_size=args.image_size) if args.image_size else {}
+            vit = MODELS[args.run](**size)
+        else:
+            vit = from_weights(args.run, args.image_size, args.heads)
+        args.image_size = vit.to(args.device).image_size
+        splits = open_data(args)
         if args.what == "show":
             return show(args, vit, splits[1])
-        result = measure(args, vit, splits, "")
-    print0(f"{args.what} {100 * result[args.what]:.1f} % ({args.run}, {args.data})")
-    if not (args.no_floor or args.epochs == 0 or "floor" in result):
-        result["floor"] = measure(args, untrain(vit, args), splits, "-random")[args.what]
+        by_head = measure(args, vit, splits)
+    # BEiT prints the best block on the test images; the last block's is the number that nobody chose.
+    print0(args.what, *[f"{100 * accuracy:.1f}" for accuracy in by_head], f"% ({args.run}, {args.data})")
     line = dict(
-        what=args.what, protocol=args.variant, source=args.run, data=args.data, seed=args.seed, **result)
+        what=args.what, protocol=args.variant, source=args.run,
+        data=args.data, seed=args.seed, heads=by_head)
+    line[args.what] = by_head[-1]
     train.append_metrics(f"{args.out}/probe.jsonl", **line)
-    print0(json.dumps(result, indent=4))
     return line
 
 
