@@ -417,7 +417,7 @@ def fit(model, ds, args):
     if args.batch_size > len(ds):                              # in whole micro-batches, where there are many
         args.batch_size = len(ds) // 256 * 256 or len(ds)
     args.lr = args.lr or args.base_lr * args.batch_size / 256
-    settings = train.fixed_settings(args, "run")
+    settings = train.fixed_settings(args)
     settings.update(images=len(ds), labels=str(ds.classes))
     if args.fresh:
         Path(f"{name}.pt").unlink(missing_ok=True)
@@ -534,10 +534,12 @@ def compare(args):
         if why:
             print(f"{folder}: left out, {why}")
             continue
-        same = str([end["objective"], end["data"], end["settings"]])
+        same = str(end["settings"] | {"seed": None})
         name = names.setdefault(same, folder)
         groups.setdefault(name, {})[end["seed"]] = 100 * torch.tensor([end["knn"], end["linear"]])
         curves.setdefault(name, []).append(train.read_metrics(f"{folder}/metrics.jsonl"))
+    if not groups:
+        raise ValueError("compare: none of these runs has accuracies")
     first, *_ = groups
     print("top-1 %: mean ± deviation over seeds; of a difference ± its standard error")
     print(f"{'runs':<36}  seeds  {'k-NN':<12}  linear probe")

@@ -663,7 +663,7 @@ def open_splits(spec, image_size=None, classes=None):
 # --- the files of a run -----------------------------------------------------------------------------------
 
 # Flags that may change between a run and its continuation: they do not change what is computed. So may paths.
-FREE = set("out device workers steps fresh compile probe save_every log_every micro_batch".split())
+FREE = set("run out device workers steps fresh compile probe save_every log_every micro_batch".split())
 PATHS = {"data", "classes", "tokenizer", "tokens"}
 
 
@@ -1008,7 +1008,7 @@ SWITCHES = {"fresh": "start over: removes what an earlier run left in --out",
             "probe": "k-NN and linear probe at the end (default)"}
 MAY_BE_ZERO = set("""seed workers jitter crop cut mask_ratio drop_path layer_scale min_lr warmup_lr
                      warmup_epochs weight_decay beta2 clip_norm""".split())
-AT_MOST = dict(crop=1, mask_ratio=1, smoothing=1, erase=1, drop_path=.99, beta2=.9999,
+AT_MOST = dict(crop=1, mask_ratio=1, drop_path=.99, beta2=.9999,
                vocab_size=1 << 16)                             # tokens are stored in 16 bits
 
 
