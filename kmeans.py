@@ -88,10 +88,9 @@ def find_nearest(x, weight, bias):
     """
     if triton and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0):        # Ampere
         return find_nearest_triton(x, weight, bias)
-    x = x.float()
     if x.is_cuda:
-        return F.linear(x, weight, bias).argmax(1)
-    image = x[None, :, None].permute(0, 3, 1, 2)               # (1, d, m, 1): channels last, as the rows lie
+        return F.linear(x.float(), weight, bias).argmax(1)
+    image = x.float()[None, :, None].permute(0, 3, 1, 2)       # (1, d, m, 1): channels last, as the rows lie
     scores = F.conv2d(image, weight[:, :, None, None], bias)   # (1, k, m, 1)
     return scores.argmax(1).flatten()
 
@@ -239,13 +238,11 @@ class KMeans:
     """Lloyd's algorithm with its seeding.
 
     k, metric   number of clusters; "euclidean", or "cosine": rows have unit length, and so have the centroids
-    init        "k-means++" on a seeded sample of max(16384, 4 k) rows, "random": k of it, or a tensor (k, d);
-                by cosine, rows of zeros are left out, as they have no direction
+    init        "k-means++" on a seeded sample of max(16384, 4 k) rows, "random": k of it, or a tensor (k, d)
     tol         see `lloyd`; restarts: seedings, the one with the least inertia is kept
     device      where arrays and streams are worked on (the CPU); tensors where they are
 
-    Afterwards: centroids (k, d) float32, counts (k,) int64 (0: a dead code), inertia (sum of squared
-    distances), n_iter, history (the inertia of each pass).
+    Afterwards: centroids (k, d) float32, counts (k,) int64, inertia, n_iter, history; see `lloyd`.
     """
 
     k: int
@@ -267,7 +264,7 @@ class KMeans:
             first = self.init
             if not torch.is_tensor(first):                     # the same rows on all processes
                 rows = sample_rows(x, max(16384, 4 * self.k), generator, device, self.metric)
-                if self.metric == "cosine":
+                if self.metric == "cosine":                    # a row of zeros has no direction
                     rows = rows[rows.any(1)]
                 if len(rows) < self.k:
                     raise ValueError(f"{self.k} clusters of {len(rows)} rows: as many rows are wanted")
@@ -334,7 +331,7 @@ def find_nearest_triton(x, weight, bias):
     return labels
 
 
-# --- patch features: f, which is never trained here -------------------------------------------------------
+# --- the tokenizer: f, which is never trained here, and a linear layer -------------------------------------
 
 CLIP_SHA256 = "be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c"
 CLIP_URL = f"https://openaipublic.azureedge.net/clip/models/{CLIP_SHA256}/RN50x64.pt"
@@ -386,8 +383,6 @@ class CLIPTrunk(nn.Sequential):
     def forward(self, images):
         return super().forward(images).flatten(2).mT
 
-
-# --- the tokenizer: f, which is never trained here, and a linear layer -------------------------------------
 
 class KMeansTokenizer(nn.Module):
     """images (b, 3, S, S) -> tokens (b, n) int64: t(x) = argmax_k weight_k . f(x) + bias_k.
@@ -443,8 +438,7 @@ class KMeansTokenizer(nn.Module):
 
     def forward(self, images):
         x = self.compute_features(images)
-        tokens = find_nearest(x.flatten(0, 1), self.weight, self.bias)
-        return tokens.view(x.shape[:2])
+        return find_nearest(x.flatten(0, 1), self.weight, self.bias).view(x.shape[:2])
 
     def layers(self, images):
         """What a perceptual loss compares: [(b, rows, d)], each row standardized; gradients reach the images.
@@ -462,8 +456,8 @@ class KMeansTokenizer(nn.Module):
         return [F.layer_norm(x.float(), x.shape[-1:]) for x in rows]
 
     def save(self, path):
-        names = "features", "weight", "bias", "patch_size", "image_size", "mean", "std"
-        state = {name: getattr(self, name) for name in names}
+        arguments = "features", "weight", "bias", "patch_size", "image_size", "mean", "std"
+        state = {name: getattr(self, name) for name in arguments}
         if self.project:                                       # learned here: no other file has it
             state["encoder"] = self.state_dict()
         save(state, path)
@@ -515,8 +509,8 @@ def sample_features(tokenizer, ds, k, seed, workers, device):
     """What K-means is fitted on, this process's part: features (rows, d), those of an encoder in float16.
 
     All patches of 20,000 seeded random images, or of as many as give 512 rows a code; of each image 5 % for
-    clip (MaPeT Sec. 4.2; its code: 1.7 %), and for textures. (Sorted by class, as folders are, the images
-    would seed k-means++ with one class, as in ClusterMIM's code, whose K-means sees all images, in batches.)
+    clip (MaPeT Sec. 4.2; its code: 1.7 %), and for textures. (ClusterMIM's code: all images in batches, by
+    class, so that one class gives the seeds.)
     """
     n = keep = tokenizer.n_patches
     if tokenizer.features == "clip" or ds.name.startswith("textures/"):
@@ -610,23 +604,21 @@ def average_patches(images, tokens, p, k):
 def draw(tokenizer, ds, out, codes=None):
     """OUT/tokens.png: images, their tokens in a color each, and rebuilt of the looks of their tokens.
 
-    OUT/codebook.png: a row for each of `codes` (the 16 most used): how it looks, the mean of its patches in
-    200 images, and 12 of these.
+    OUT/codebook.png: a row for each of `codes` (the 16 most used): its mean patch in 200 images, 12 patches.
     """
     torch.manual_seed(0)
     images, _, _ = next(load_batches(ds, torch.randperm(len(ds))[:200], 200))
     tokens = tokenizer(images)
-    side = images.shape[-1] // math.isqrt(tokens.shape[1])                   # of a patch, in pixels of `ds`
+    side = images.shape[-1] // math.isqrt(tokenizer.n_patches)               # of a patch, in pixels of `ds`
     looks = average_patches(images, tokens, side, tokenizer.vocab_size)
-    few, colors = tokens[:6], torch.rand(tokenizer.vocab_size, 3)
-    maps = unpatchify(colors[few], 1)
-    rows = {
-        "image": images[:6] / 255,
-        "tokens": F.interpolate(maps, images.shape[-1]),
-        "rebuilt": unpatchify(looks[few], side)}
+    colors = torch.rand(tokenizer.vocab_size, 3)
+    rows = {"image": images[:6] / 255,
+            "tokens": F.interpolate(unpatchify(colors[tokens[:6]], 1), images.shape[-1]),
+            "rebuilt": unpatchify(looks[tokens[:6]], side)}
     draw_rows(rows, f"{out}/tokens.png")
-    patches, rows = patchify(images, side) / 255, {}
+    patches = patchify(images, side) / 255
     most = tokens.flatten().bincount().argsort(descending=True)
+    rows = {}
     for code in codes or most[:16]:
         row = torch.cat([looks[code, None], patches[tokens == code][:12]])
         rows[f"code {code}"] = unpatchify(row[:, None], side)
