@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from torchvision.models import resnet
 from tqdm import tqdm
 
-from vit import (CLIP, IMAGENET, PATCH_FEATURES, PUBLIC, SYMMETRIC, ViT, download, draw_rows, exit_on_error,
+from vit import (CLIP, PATCH_FEATURES, PUBLIC, SYMMETRIC, ViT, download, draw_rows, exit_on_error,
                  from_weights, gather_patches, normalize, patchify, read_checkpoint, save, unpatchify,
                  write_atomically)
 
@@ -86,13 +86,11 @@ def find_nearest(x, weight, bias):
 
     On the CPU as a 1x1 convolution, by oneDNN, which some of AMD's processors do faster than MKL's product.
     """
-    ampere = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
-    if triton and ampere:
+    if triton and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0):        # Ampere
         return find_nearest_triton(x, weight, bias)
-    x = x.float()
     if x.is_cuda:
-        return F.linear(x, weight, bias).argmax(1)
-    image = x[None, :, None].permute(0, 3, 1, 2)               # (1, d, m, 1): channels last, as the rows lie
+        return F.linear(x.float(), weight, bias).argmax(1)
+    image = x.float()[None, :, None].permute(0, 3, 1, 2)       # (1, d, m, 1): channels last, as the rows lie
     scores = F.conv2d(image, weight[:, :, None, None], bias)   # (1, k, m, 1)
     return scores.argmax(1).flatten()
 
@@ -105,9 +103,8 @@ def blocks(x, device, metric="euclidean"):
     size = 1 << 11 if device.type == "cpu" else 1 << 16
     for chunk in x() if callable(x) else [x]:
         for start in range(0, len(chunk), size):
-            block = chunk[start:start + size]
-            block = block.to(device) if torch.is_tensor(block) else torch.tensor(block, device=device)
-            yield F.normalize(block.float(), dim=1) if metric == "cosine" else block
+            block = torch.as_tensor(chunk[start:start + size], device=device)
+            yield F.normalize(block.float()) if metric == "cosine" else block
 
 
 def compute_moments(x, device, metric="euclidean"):
@@ -176,7 +173,8 @@ def lloyd(x, centroids, n_iter, tol=0., metric="euclidean"):
     variance = scatter / (sum(sizes) * len(mean))
     new, history = centroids.double(), []                      # c: of this pass, new: of the next one
     for _ in range(n_iter + 1):                                # the last pass only assigns
-        new = F.normalize(new, dim=1) if metric == "cosine" else new
+        if metric == "cosine":
+            new = F.normalize(new)
         if history and (new - c).square().sum() <= tol * variance:
             break
         c = new
@@ -244,8 +242,7 @@ class KMeans:
     tol         see `lloyd`; restarts: seedings, the one with the least inertia is kept
     device      where arrays and streams are worked on (the CPU); tensors where they are
 
-    Afterwards: centroids (k, d) float32, counts (k,) int64 (0: a dead code), inertia (sum of squared
-    distances), n_iter, history (the inertia of each pass).
+    Afterwards: centroids (k, d) float32, counts (k,) int64, inertia, n_iter, history; see `lloyd`.
     """
 
     k: int
@@ -260,8 +257,6 @@ class KMeans:
     def fit(self, x):
         if self.metric not in ("euclidean", "cosine"):
             raise ValueError(f"metric must be euclidean or cosine, not {self.metric!r}")
-        if not torch.is_tensor(self.init) and self.init not in ("k-means++", "random"):
-            raise ValueError(f"init must be k-means++, random or a tensor (k, d), not {self.init!r}")
         device = torch.device(self.device or getattr(x, "device", "cpu"))
         generator = torch.Generator().manual_seed(self.seed)
         self.inertia = math.inf
@@ -269,13 +264,12 @@ class KMeans:
             first = self.init
             if not torch.is_tensor(first):                     # the same rows on all processes
                 rows = sample_rows(x, max(16384, 4 * self.k), generator, device, self.metric)
-                directed = rows.any(1)                         # by cosine, a row of zeros has no direction
-                if self.metric == "cosine" and directed.sum() >= self.k:
-                    rows = rows[directed]
+                if self.metric == "cosine":                    # a row of zeros has no direction
+                    rows = rows[rows.any(1)]
                 if len(rows) < self.k:
                     raise ValueError(f"{self.k} clusters of {len(rows)} rows: as many rows are wanted")
                 first = rows[:self.k]
-                if self.init == "k-means++":
+                if self.init != "random":
                     first = rows[kmeans_plusplus(rows, self.k, generator)]
             found = lloyd(x, first.to(device), self.max_iter, self.tol, self.metric)
             if found[2][-1] < self.inertia:
@@ -337,29 +331,30 @@ def find_nearest_triton(x, weight, bias):
     return labels
 
 
-# --- patch features: f, which is never trained here -------------------------------------------------------
+# --- the tokenizer: f, which is never trained here, and a linear layer -------------------------------------
 
 CLIP_SHA256 = "be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c"
 CLIP_URL = f"https://openaipublic.azureedge.net/clip/models/{CLIP_SHA256}/RN50x64.pt"
 ENCODERS = {"dino": "dino_vits16", "deit": "deit_small", "mae": "mae_vitb16"}
 
 
-class Bottleneck(resnet.Bottleneck):
-    """CLIP's ResNet block: where a ResNet has a strided convolution, it averages."""
-
-    def __init__(self, width_in, width, stride):
-        wide = 4 * width
-        widen = nn.Sequential()
-        if width_in != wide:
-            widen = nn.Sequential(resnet.conv1x1(width_in, wide), nn.BatchNorm2d(wide))
-        super().__init__(width_in, width, downsample=widen)
-        self.shrink = nn.AvgPool2d(stride)
+class AveragingConv(nn.Conv2d):
+    """A 1x1 convolution of the means of stride x stride pixels: where a ResNet strides, CLIP's averages."""
 
     def forward(self, x):
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(self.shrink(y)))
-        return self.relu(y + self.downsample(self.shrink(x)))
+        return F.conv2d(F.avg_pool2d(x, self.stride), self.weight)
+
+
+class Bottleneck(resnet.Bottleneck):
+    """CLIP's ResNet block: (b, width_in, H, W) -> (b, 4 width, H / stride, W / stride)."""
+
+    def __init__(self, width_in, width, stride=1):
+        super().__init__(width_in, width)
+        wide = 4 * width
+        self.conv3 = AveragingConv(width, wide, 1, stride, bias=False)
+        if width_in != wide:
+            widen = AveragingConv(width_in, wide, 1, stride, bias=False)
+            self.downsample = nn.Sequential(widen, nn.BatchNorm2d(wide))
 
 
 class CLIPTrunk(nn.Sequential):
@@ -367,7 +362,7 @@ class CLIPTrunk(nn.Sequential):
 
     The default is RN50x64: 4096 features at 14x14 places of 448 pixels (MaPeT Sec. 4.2: k-CLIP).
     """
-    prefix, patch_size = 0, 16                                 # no class token; pixels of the smaller image
+    patch_size = 16                                            # pixels of an image of half the size
 
     def __init__(self, width=128, layers=(3, 15, 36, 10)):
         super().__init__()
@@ -375,21 +370,19 @@ class CLIPTrunk(nn.Sequential):
         for i, size in enumerate((width // 2, width // 2, width), 1):         # names as in its weights
             self.add_module(f"conv{i}", resnet.conv3x3(width_in, size, stride=2 if i == 1 else 1))
             self.add_module(f"bn{i}", nn.BatchNorm2d(size))
-            self.add_module(f"relu{i}", nn.ReLU())
+            self.append(nn.ReLU())
             width_in = size
         self.pool = nn.AvgPool2d(2)
         for i, depth in enumerate(layers, 1):
             first = Bottleneck(width_in, width, 1 if i == 1 else 2)
             width_in = 4 * width
-            others = [Bottleneck(width_in, width, 1) for _ in range(depth - 1)]
+            others = [Bottleneck(width_in, width) for _ in range(depth - 1)]
             self.add_module(f"layer{i}", nn.Sequential(first, *others))
             width *= 2
 
     def forward(self, images):
         return super().forward(images).flatten(2).mT
 
-
-# --- the tokenizer: f, which is never trained here, and a linear layer -------------------------------------
 
 class KMeansTokenizer(nn.Module):
     """images (b, 3, S, S) -> tokens (b, n) int64: t(x) = argmax_k weight_k . f(x) + bias_k.
@@ -411,18 +404,16 @@ class KMeansTokenizer(nn.Module):
         self.n_patches = (image_size // patch_size) ** 2
         self.input_size = image_size * 2 if features == "clip" else image_size
         self.encoder, self.project = None, nn.Sequential()
+        if features == "clip":
+            self.encoder = CLIPTrunk().to(memory_format=torch.channels_last)
+            archive = torch.jit.load(download(CLIP_URL, sha256=CLIP_SHA256), map_location="cpu")
+            self.encoder.load_state_dict(archive.visual.state_dict(), strict=False)      # it pools, too
+        elif features not in PATCH_FEATURES:
+            self.encoder = from_weights(encoder or ENCODERS.get(features, features), image_size)
         if encoder:
             size, width = encoder["project.2.weight"].shape
             self.project = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, size))
-            self.encoder = from_weights(encoder, image_size)
             self.load_state_dict(encoder, strict=False)        # official VQ-KD has more
-        elif features == "clip":
-            archive = torch.jit.load(download(CLIP_URL, sha256=CLIP_SHA256), map_location="cpu")
-            self.encoder = CLIPTrunk()
-            self.encoder.load_state_dict(archive.visual.state_dict(), strict=False)      # it pools, too
-            self.encoder.to(memory_format=torch.channels_last)
-        elif features not in PATCH_FEATURES:
-            self.encoder = from_weights(ENCODERS.get(features, features), image_size)
         if image_size % patch_size or self.encoder and self.encoder.patch_size != patch_size:
             raise ValueError(f"patch size {patch_size} does not fit image size {image_size}, or {features}")
         self.register_buffer("weight", weight)
@@ -442,14 +433,12 @@ class KMeansTokenizer(nn.Module):
         if self.features == "clip":                            # its stride is 32, not 16
             images = F.interpolate(images, self.input_size, mode="bicubic")
         with torch.autocast("cuda", torch.float16, enabled=images.is_cuda):
-            x = self.encoder(images)[:, self.encoder.prefix:]
+            x = self.encoder(images)[:, -self.n_patches:]      # without the class token
         return self.project(x.float())
 
     def forward(self, images):
         x = self.compute_features(images)
-        rows = blocks(x.flatten(0, 1), x.device)
-        tokens = [find_nearest(block, self.weight, self.bias) for block in rows]
-        return torch.cat(tokens).view(x.shape[:2])
+        return find_nearest(x.flatten(0, 1), self.weight, self.bias).view(x.shape[:2])
 
     def layers(self, images):
         """What a perceptual loss compares: [(b, rows, d)], each row standardized; gradients reach the images.
@@ -467,20 +456,18 @@ class KMeansTokenizer(nn.Module):
         return [F.layer_norm(x.float(), x.shape[-1:]) for x in rows]
 
     def save(self, path):
-        names = "features weight bias patch_size image_size mean std".split()
-        state = {name: getattr(self, name) for name in names}
+        arguments = "features", "weight", "bias", "patch_size", "image_size", "mean", "std"
+        state = {name: getattr(self, name) for name in arguments}
         if self.project:                                       # learned here: no other file has it
-            state["encoder"] = {key: value for key, value in self.state_dict().items() if key not in names}
+            state["encoder"] = self.state_dict()
         save(state, path)
 
 
 def open_vqkd(state):
-    """The tokenizer of the official weights of BEiT v2's VQ-KD; its codes have unit length."""
-    vit = from_weights(state)
+    """The tokenizer of the official weights of BEiT v2's VQ-KD, a ViT-B/16; its codes have unit length."""
     encoder = {key.replace("encode_task_layer.", "project."): value for key, value in state.items()}
-    codes = F.normalize(state["quantize.embedding.weight"].float(), dim=1)
-    return KMeansTokenizer("vqkd", codes, torch.zeros(len(codes)), vit.patch_size, vit.image_size,
-                           *SYMMETRIC, encoder)
+    codes = F.normalize(state["quantize.embedding.weight"].float())
+    return KMeansTokenizer("vqkd", codes, torch.zeros(len(codes)), 16, 224, *SYMMETRIC, encoder)
 
 
 def load_tokenizer(path):
@@ -513,25 +500,24 @@ def load_batches(ds, indices, batch_size, workers=0, device="cpu", desc=None):
 
 def blank_tokenizer(ds, features, patch_size, image_size=None):
     """A tokenizer before its fit: it knows the features of the images of `ds`, but no codes."""
-    known = dict.fromkeys(ENCODERS, IMAGENET) | {"clip": CLIP}
-    return KMeansTokenizer(features, torch.zeros(1, 1), torch.zeros(1), patch_size,
-                           image_size or ds.image_size, *known.get(features, (ds.mean, ds.std)))
+    mean, std = CLIP if features == "clip" else (ds.mean, ds.std)
+    no_codes = torch.zeros(1, 1), torch.zeros(1)
+    return KMeansTokenizer(features, *no_codes, patch_size, image_size or ds.image_size, mean, std)
 
 
 def sample_features(tokenizer, ds, k, seed, workers, device):
     """What K-means is fitted on, this process's part: features (rows, d), those of an encoder in float16.
 
     All patches of 20,000 seeded random images, or of as many as give 512 rows a code; of each image 5 % for
-    clip (MaPeT Sec. 4.2; its code: 1.7 %), and for textures. (Sorted by class, as folders are, the images
-    would seed k-means++ with one class, as in ClusterMIM's code, whose K-means sees all images, in batches.)
+    clip (MaPeT Sec. 4.2; its code: 1.7 %), and for textures. (ClusterMIM's code: all images in batches, by
+    class, so that one class gives the seeds.)
     """
     n = keep = tokenizer.n_patches
     if tokenizer.features == "clip" or ds.name.startswith("textures/"):
         keep = max(1, round(.05 * n))
-    images = min(len(ds), max(20000, 512 * k // keep))
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(ds), generator=generator)[:images]
-    places = torch.rand(images, n, generator=generator).topk(keep).indices   # of each image
+    order = torch.randperm(len(ds), generator=generator)[:max(20000, 512 * k // keep)]
+    places = torch.rand(len(order), n, generator=generator).topk(keep).indices   # of each image
     rank, world = rank_and_world()
     order, places = order.tensor_split(world)[rank], places.tensor_split(world)[rank]
     batches = load_batches(ds, order, 64, workers, device, "patches")
@@ -543,7 +529,7 @@ def sample_features(tokenizer, ds, k, seed, workers, device):
 
 
 def fit_tokenizer(ds, features="pixel", k=64, patch_size=16, image_size=None, seed=0, workers=0, device="cpu",
-                  max_iter=None, metric="euclidean"):
+                  max_iter=None):
     """K-means on the patches of `ds`: a KMeansTokenizer, equal on every process; its .kmeans is the KMeans.
 
     Seeds are random beyond 1000 codes; for clip, too, and of 5 times 20 iterations the best is kept: k-CLIP
@@ -551,7 +537,7 @@ def fit_tokenizer(ds, features="pixel", k=64, patch_size=16, image_size=None, se
     """
     tokenizer = blank_tokenizer(ds, features, patch_size, image_size).to(device)
     rows = sample_features(tokenizer, ds, k, seed, workers, device)
-    kmeans = KMeans(k, metric, max_iter=max_iter or 100, seed=seed)
+    kmeans = KMeans(k, max_iter=max_iter or 100, seed=seed)
     if features == "clip":
         kmeans.init, kmeans.max_iter, kmeans.restarts = "random", max_iter or 20, 5
     elif k > 1000:
@@ -578,15 +564,13 @@ def load_tokens(path, images=None, n=None):
         tokens = np.lib.format.open_memmap(path, "r")
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a token file ({error})") from None
-    if tokens.dtype != np.uint16 or tokens.ndim != 2:
-        raise ValueError(f"{path}: {tokens.dtype} {tokens.shape}, but tokens are uint16 (images, n)")
-    if images and tokens.shape != (images, n):
-        raise ValueError(f"{path}: tokens {tokens.shape} (images, patches), wanted are {(images, n)}: of "
-                         "another data set or size? remove it, or choose another folder")
+    if tokens.dtype != np.uint16 or images and tokens.shape != (images, n):
+        raise ValueError(f"{path}: {tokens.dtype} {tokens.shape}, wanted is uint16 {images, n} (images, "
+                         "patches): of another data set or size? remove it, or choose another folder")
     return tokens
 
 
-def tokenize(tokenizer, ds, path, batch_size=64, workers=0, device="cpu"):
+def tokenize(tokenizer, ds, path, workers=0, device="cpu"):
     """Tokens of all images in the data set's own order: writes `path`, a memory map (images, n) uint16.
 
     Each process makes its part, rank 0 writes the file; if it is there already, it is read.
@@ -594,8 +578,8 @@ def tokenize(tokenizer, ds, path, batch_size=64, workers=0, device="cpu"):
     rank, world = rank_and_world()
     shape = len(ds), tokenizer.n_patches
     if not os.path.exists(path):
-        mine = torch.arange(len(ds)).tensor_split(world)[rank]
-        batches = load_batches(ds, mine, batch_size, workers, device, "tokens")
+        mine = torch.arange(rank, len(ds), world)
+        batches = load_batches(ds, mine, 64, workers, device, "tokens")
         tokens = torch.zeros(shape, dtype=torch.int32, device=device)
         tokens[mine] = torch.cat([tokenizer(images).int() for images, _, _ in batches])
         all_reduce(tokens)                                     # by then all have looked for the file
@@ -620,27 +604,22 @@ def average_patches(images, tokens, p, k):
 def draw(tokenizer, ds, out, codes=None):
     """OUT/tokens.png: images, their tokens in a color each, and rebuilt of the looks of their tokens.
 
-    OUT/codebook.png: a row for each of `codes` (the 16 most used): how it looks, the mean of its patches in
-    200 images, and 12 of these.
+    OUT/codebook.png: a row for each of `codes` (the 16 most used): its mean patch in 200 images, 12 patches.
     """
     torch.manual_seed(0)
     images, _, _ = next(load_batches(ds, torch.randperm(len(ds))[:200], 200))
     tokens = tokenizer(images)
-    k = tokenizer.vocab_size
-    side = images.shape[-1] // math.isqrt(tokens.shape[1])                   # of a patch, in pixels of `ds`
-    patches = patchify(images, side) / 255
-    looks = average_patches(images, tokens, side, k)
-    if codes and max(codes) >= k:
-        raise ValueError(f"--codes {max(codes)}: the last code of this tokenizer is {k - 1}")
-    few = tokens[:6]
-    maps = unpatchify(torch.rand(k, 3)[few], 1)
-    rows = {
-        "image": images[:6] / 255,
-        "tokens": F.interpolate(maps, images.shape[-1]),
-        "rebuilt": unpatchify(looks[few], side)}
+    side = images.shape[-1] // math.isqrt(tokenizer.n_patches)               # of a patch, in pixels of `ds`
+    looks = average_patches(images, tokens, side, tokenizer.vocab_size)
+    colors = torch.rand(tokenizer.vocab_size, 3)
+    rows = {"image": images[:6] / 255,
+            "tokens": F.interpolate(unpatchify(colors[tokens[:6]], 1), images.shape[-1]),
+            "rebuilt": unpatchify(looks[tokens[:6]], side)}
     draw_rows(rows, f"{out}/tokens.png")
-    rows, most = {}, tokens.flatten().bincount().argsort(descending=True)
-    for code in codes or most[:16].tolist():
+    patches = patchify(images, side) / 255
+    most = tokens.flatten().bincount().argsort(descending=True)
+    rows = {}
+    for code in codes or most[:16]:
         row = torch.cat([looks[code, None], patches[tokens == code][:12]])
         rows[f"code {code}"] = unpatchify(row[:, None], side)
     draw_rows(rows, f"{out}/codebook.png")
@@ -672,57 +651,49 @@ def parse(argv):
     add("--classes", help="file of class folders to keep, e.g. ImageNet-100's")
     add("--tokenizer", default="runs/tokenizer/tokenizer.pt", help="of kmeans.py fit, train.py (%(default)s)")
     add("--features", default="pixel", help="pixel, pixel-norm, hog, dino, deit, mae, clip, a ViT's file")
-    add("--image-size", type=int, help="pixels a side (textures 48, otherwise 224)")
-    add("--patch-size", type=int, help="pixels a side (textures 8, otherwise 16)")
-    add("--k", type=int, help="codebook size (textures 64; others pixel 50, features 100)")
+    add("--k", type=int, default=64, help="codebook size (%(default)s)")
     add("--max-iter", type=int, help="passes over the patches (100; clip 20)")
     add("--codes", type=int, nargs="+", help="codes to show (the 16 most used)")
-    add("--workers", type=int, default=0, help="loading processes (0)")
     add("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     add("--out", help="folder for what is written (that of --tokenizer)")
     args = parser.parse_args(argv)
-    check_numbers(parser, args, {"codes", "workers"})
+    check_numbers(parser, args, {"codes"})
     args.out = args.out or os.path.dirname(args.tokenizer) or "."
     return args
 
 
-def fit(args, device):
-    from train import open_dataset
-    size, p, k = 48, 8, 64
-    if args.data != "textures":
-        size, p, k = 224, 16, 50 if args.features == "pixel" else 100
-    size = args.image_size or size
-    pixels = 2 * size if args.features == "clip" else size     # CLIP sees twice the pixels
-    ds = open_dataset(args.data, "train", pixels, args.classes)
-    tokenizer = fit_tokenizer(ds, args.features, args.k or k, args.patch_size or p, size,
-                              workers=args.workers, device=device, max_iter=args.max_iter)
-    if is_main_process():
-        tokenizer.save(f"{args.out}/tokenizer.pt")
-    found = tokenizer.kmeans
-    print0(f"{found.counts.sum()} patches, {found.n_iter} iterations, sum of squared distances "
-           f"{found.history[0]:.4g} -> {found.inertia:.4g}; {(found.counts > 0).sum()} of {found.k} "
-           f"codes used; wrote {args.out}/tokenizer.pt")
-
-
 def main(argv=None):
-    from train import open_dataset, setup
+    from train import default_workers, open_dataset, setup
     args = parse(argv)
     with exit_on_error("kmeans.py"):
         device = setup(args.device)
         if args.command == "bench":
             return bench(device)
-        os.makedirs(args.out, exist_ok=True)
         if args.command == "fit":
-            return fit(args, device)
-        tokenizer = load_tokenizer(args.tokenizer)
-        ds = open_dataset(args.data, "train", tokenizer.input_size, args.classes)
-        if args.command == "show":
-            return draw(tokenizer, ds, args.out, args.codes)
+            size, p = (48, 8) if args.data == "textures" else (224, 16)
+            pixels = 2 * size if args.features == "clip" else size           # CLIP sees twice the pixels
+        else:
+            tokenizer = load_tokenizer(args.tokenizer)
+            pixels = tokenizer.input_size
+        ds = open_dataset(args.data, "train", pixels, args.classes)
+        workers = default_workers(ds)
+        os.makedirs(args.out, exist_ok=True)
         path = f"{args.out}/tokens.npy"
-        if os.path.exists(path):                               # of which tokenizer?
+        if args.command == "fit":
+            tokenizer = fit_tokenizer(ds, args.features, args.k, p, size, 0, workers, device, args.max_iter)
+            if is_main_process():
+                tokenizer.save(f"{args.out}/tokenizer.pt")
+            found = tokenizer.kmeans
+            print0(f"{found.counts.sum()} patches, {found.n_iter} iterations, sum of squared distances "
+                   f"{found.history[0]:.4g} -> {found.inertia:.4g}; {(found.counts > 0).sum()} of {found.k} "
+                   f"codes used; wrote {args.out}/tokenizer.pt")
+        elif args.command == "show":
+            draw(tokenizer, ds, args.out, args.codes)
+        elif os.path.exists(path):                             # of which tokenizer?
             raise ValueError(f"{path} is there already: remove it, or choose another --out")
-        tokens = tokenize(tokenizer.to(device), ds, path, workers=args.workers, device=device)
-        print0(f"{path}: tokens {tokens.shape} (images, patches) of {tokenizer.vocab_size}")
+        else:
+            tokens = tokenize(tokenizer.to(device), ds, path, workers, device)
+            print0(f"{path}: tokens {tokens.shape} (images, patches) of {tokenizer.vocab_size}")
 
 
 if __name__ == "__main__":

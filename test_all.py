@@ -596,20 +596,19 @@ def test_degenerate_data_ends_finite():
     km = KMeans(4).fit(torch.full((50, 3), 1e3))
     assert km.inertia == 0
     assert km.n_iter < 3
-    km = KMeans(5, "cosine").fit(torch.zeros(20, 3))
-    assert km.centroids.isfinite().all()
 
 
 def test_what_cannot_be_clustered_is_refused():
     x = rows_of(4, 3)
     for km, bad, says in ((KMeans(2, "cos"), 1, "cos"),
-                          (KMeans(2, init="kmeans++"), 1, "kmeans[+]+"),
                           (KMeans(5), 1, "5 clusters of 4 rows"),
                           (KMeans(2), math.nan, "NaN"),
                           (KMeans(2), math.inf, "infinite")):
         x[1, 2] = bad
         with pytest.raises(ValueError, match=says):
             km.fit(x)
+    with pytest.raises(ValueError, match="5 clusters of 0 rows"):         # zeros have no direction
+        KMeans(5, "cosine").fit(torch.zeros(20, 3))
 
 
 @pytest.mark.parametrize("metric, init", [("euclidean", "k-means++"), ("cosine", "random")])
@@ -728,8 +727,9 @@ def test_clip_block_averages_where_a_resnet_strides():
     x = torch.randn(2, 8, 6, 6)
     y = block.bn1(block.conv1(x)).relu()
     y = block.bn2(block.conv2(y)).relu()
-    y = block.bn3(block.conv3(F.avg_pool2d(y, 2)))
-    y = y + block.downsample(F.avg_pool2d(x, 2))
+    y = block.bn3(F.conv2d(F.avg_pool2d(y, 2), block.conv3.weight))
+    widen, norm = block.downsample
+    y = y + norm(F.conv2d(F.avg_pool2d(x, 2), widen.weight))
     assert_close(block(x), y.relu())
 
 
@@ -815,15 +815,15 @@ def official_vqkd(vit, project, codes):
 
 def test_official_vqkd_weights_give_its_tokens(tmp_path, monkeypatch):
     path, own = str(tmp_path / "vqkd.pth"), str(tmp_path / "own.pt")
-    vit = V.vit_micro(image_size=24, depth=2)
+    vit = V.vit_micro(image_size=224, patch_size=16, depth=2)
     for block in vit.blocks:
         block.attn.qkv.bias.data[:96] = torch.randn(96)
     nn.init.normal_(vit.norm.weight)
     project = nn.Sequential(nn.Linear(96, 96), nn.Tanh(), nn.Linear(96, 32))
-    pixels = draw_images(0, 4, 24)
+    pixels = draw_images(0, 4, 224)
     features = vit(pixels / 127.5 - 1)[:, 1:]                  # its input: -1 to 1
     z = F.normalize(project(features), dim=-1)
-    codes = z.flatten(0, 1).detach()[torch.randperm(36)]
+    codes = z.flatten(0, 1).detach()[::9]
     wanted = torch.cdist(z, codes).argmin(-1)
     torch.save({"model": official_vqkd(vit, project, codes), "epoch": 99}, path)
     asked = replace_download(monkeypatch, path)
@@ -831,7 +831,7 @@ def test_official_vqkd_weights_give_its_tokens(tmp_path, monkeypatch):
     for name in ("vqkd", path, own):
         tokenizer = kmeans.load_tokenizer(name)
         assert torch.equal(tokenizer(pixels), wanted)
-        assert (tokenizer.features, tokenizer.vocab_size, tokenizer.mean) == ("vqkd", 36, (.5, .5, .5))
+        assert (tokenizer.features, tokenizer.vocab_size, tokenizer.mean) == ("vqkd", 88, (.5, .5, .5))
     assert asked["sha256"] in asked["url"]
 
 
@@ -843,8 +843,6 @@ def test_fit_tokenizer_is_kmeans_of_the_normalized_patches():
     tokens = tokenizer(images)
     means = torch.stack([x[tokens == k].mean(0) for k in range(5)])
     assert_close(tokenizer.weight, means, atol=.05, rtol=0)
-    cosine = kmeans.fit_tokenizer(ds, "hog", 5, patch_size=8, metric="cosine")
-    assert_close(cosine.weight.norm(dim=1), torch.ones(5))
 
 
 def test_kmeans_is_fitted_on_random_images_and_of_textures_on_5_percent_of_their_patches():
@@ -869,8 +867,8 @@ def test_beyond_1000_codes_seeds_are_random_and_the_log_says_so(capsys, monkeypa
 
 
 def test_tokenize_writes_the_tokens_once_and_refuses_those_of_others(tmp_path):
-    tokenizer, ds, path = toy_tokenizer(), Toy(10), str(tmp_path / "tokens.npy")
-    tokens = kmeans.tokenize(tokenizer, ds, path, batch_size=3)
+    tokenizer, ds, path = toy_tokenizer(), Toy(150), str(tmp_path / "tokens.npy")
+    tokens = kmeans.tokenize(tokenizer, ds, path)
     images = read_images(ds)
     assert np.array_equal(tokens, tokenizer(images))
     assert np.load(path).dtype == np.uint16
@@ -893,7 +891,7 @@ def work_together(rank, world, folder):
         km.fit(own)
         found += [km.centroids, km.counts.float()]
     tokenizer = kmeans.fit_tokenizer(Toy(15), k=5, patch_size=8, max_iter=5)
-    tokens = kmeans.tokenize(tokenizer, Toy(15), f"{folder}/tokens{world}.npy", batch_size=2)
+    tokens = kmeans.tokenize(tokenizer, Toy(15), f"{folder}/tokens{world}.npy")
     found += [tokenizer.weight, torch.from_numpy(tokens.astype("f4"))]
     torch.save(found, f"{folder}/{world}-{rank}.pt")
 
@@ -913,12 +911,12 @@ def test_the_commands_on_pictures_of_ones_own(tmp_path, capsys):
         Image.fromarray(picture.numpy()).save(tmp_path / f"{i:02}.jpg")
     data, out = ["--data", str(tmp_path), "--device", "cpu"], f"{tmp_path}/out"
     tokenizer = ["--tokenizer", f"{out}/tokenizer.pt"]
-    fit = ["fit", *data, "--out", out, "--image-size", "32", "--patch-size", "8", "--k", "6"]
+    fit = ["fit", *data, "--out", out, "--k", "6"]
     kmeans.main(fit)
     assert "6 of 6 codes used" in capsys.readouterr().out
     kmeans.main(["tokenize", *data, *tokenizer])                           # beside the tokenizer
     kmeans.main(["show", *data, *tokenizer, "--codes", "5", "0"])
-    assert kmeans.load_tokens(f"{out}/tokens.npy").shape == (12, 16)
+    assert kmeans.load_tokens(f"{out}/tokens.npy").shape == (12, 196)
     assert sorted(os.listdir(out)) == ["codebook.png", "tokenizer.pt", "tokens.npy", "tokens.png"]
     for words, says in (([*fit, "--k", "9999"], "9999 clusters"),
                         ([*fit, "--max-iter", "0"], "--max-iter"),
