@@ -438,7 +438,9 @@ class KMeansTokenizer(nn.Module):
 
     def forward(self, images):
         x = self.compute_features(images)
-        return find_nearest(x.flatten(0, 1), self.weight, self.bias).view(x.shape[:2])
+        rows = blocks(x.flatten(0, 1), x.device)
+        tokens = [find_nearest(block, self.weight, self.bias) for block in rows]
+        return torch.cat(tokens).view(x.shape[:2])
 
     def layers(self, images):
         """What a perceptual loss compares: [(b, rows, d)], each row standardized; gradients reach the images.
