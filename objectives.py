@@ -179,8 +179,10 @@ class Decoder(nn.Sequential):
     """Transformer blocks, norm and head: rows (b, m, d) -> (b, m, values)."""
 
     def __init__(self, width, depth, heads, values, layer_scale=None, drop_path=0.):
-        blocks = [Block(width, heads, 4, layer_scale, rate) for rate in drop_rates(drop_path, depth)]
-        super().__init__(*blocks, nn.LayerNorm(width, eps=1e-6), nn.Linear(width, values))
+        rates = drop_rates(drop_path, depth)
+        blocks = [Block(width, heads, 4, layer_scale, rate) for rate in rates]
+        norm = nn.LayerNorm(width, eps=1e-6)
+        super().__init__(*blocks, norm, nn.Linear(width, values))
 
     def initialize(self, vit):
         """As the encoder; ours: a small head, so that an untrained network guesses uniformly, loss ln K."""
@@ -212,7 +214,8 @@ class MaskedAutoencoder(Objective):
             size = self.compute_target(blank).shape[-1]
         width = min(512, 32 * max(1, vit.width // 48))
         self.decoder_embed = nn.Linear(vit.width, width)
-        self.register_buffer("pos", sincos_positions(vit.grid, width, prefix=0), persistent=False)
+        pos = sincos_positions(vit.grid, width, prefix=0)
+        self.register_buffer("pos", pos, persistent=False)
         self.decoder = Decoder(width, depth, width // 32, size)
         self.decoder_embed.apply(vit.initialize)
         self.decoder.initialize(vit)
@@ -254,7 +257,8 @@ class MaPeT(Objective):
         self.permute = permute
         self.positions = positions
         self.head = nn.Linear(vit.width, vocab_size)
-        self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, vit.width), std=.02))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, vit.width))
+        nn.init.trunc_normal_(self.mask_token, std=.02)
         self.head.apply(init_weights)
         mask = None
         if permute:
@@ -273,7 +277,8 @@ class MaPeT(Objective):
         if self.permute:
             rows.append(unseen)                                # queries, which are never looked at
         n_keys = self.mask.shape[1] if self.permute else None
-        x = vit.encode(torch.cat(rows, 1), self.mask, n_keys, n_out=self.num_targets)
+        x = torch.cat(rows, 1)
+        x = vit.encode(x, self.mask, n_keys, n_out=self.num_targets)
         return self.head(x), gather_patches(tokens, hidden)    # Eq. 1, Eq. 2: all ranks i >= c
 
 
@@ -295,11 +300,16 @@ class RegressorBlock(Block):
     def forward(self, x, visible, pos):
         """Hidden x (b, T, d), visible (b, v, d), positions of the visible, then the hidden -> (b, T, d)."""
         rows = torch.cat([visible, x], 1)
-        read = self.norm1(x + pos[:, visible.shape[1]:]), self.norm_k(rows + pos), self.norm_v(rows)
-        qkv = map(F.linear, read, self.attn.qkv.weight.chunk(3), self.attn.qkv.bias.chunk(3))
+        read = [self.norm1(x + pos[:, visible.shape[1]:]),
+                self.norm_k(rows + pos),
+                self.norm_v(rows)]
+        qkv = self.attn.qkv
+        qkv = map(F.linear, read, qkv.weight.chunk(3), qkv.bias.chunk(3))
         q, k, v = (rearrange(y, "b r (h e) -> b h r e", h=self.attn.heads) for y in qkv)
-        attended = rearrange(F.scaled_dot_product_attention(q, k, v), "b h r e -> b r (h e)")
-        x = self.norm2(x + self.drop_path(self.ls1(self.attn.proj(attended))))
+        branch = F.scaled_dot_product_attention(q, k, v)
+        branch = self.attn.proj(rearrange(branch, "b h r e -> b r (h e)"))
+        x = x + self.drop_path(self.ls1(branch))
+        x = self.norm2(x)
         return x + self.drop_path(self.ls2(self.mlp(x)))
 
 
@@ -319,7 +329,8 @@ class CAE(Objective):
         super().__init__(vit, cut)
         width, heads, scale = vit.width, vit.heads, vit.layer_scale
         rates = drop_rates(vit.drop_path, depth)
-        self.regressor = nn.ModuleList(RegressorBlock(width, heads, 4, scale, rate) for rate in rates)
+        self.regressor = nn.ModuleList(
+            RegressorBlock(width, heads, 4, scale, rate) for rate in rates)
         self.regressor_norm = nn.LayerNorm(width, eps=1e-6)
         self.decoder = Decoder(width, depth, heads, vocab_size, scale, vit.drop_path)
         self.regressor.apply(vit.initialize)
@@ -327,14 +338,16 @@ class CAE(Objective):
             for block in self.regressor:                       # sqrt(6 / 2d); that of all three: sqrt(6 / 4d)
                 block.attn.qkv.weight.data.mul_(math.sqrt(2))
         self.decoder.initialize(vit)
-        self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, width), std=.02))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        nn.init.trunc_normal_(self.mask_token, std=.02)
         self.teacher = copy.deepcopy(vit).requires_grad_(False)
 
     def predict(self, images, tokens, order=None):
         """Logits (b, T, K) of the hidden patches in the order z, their tokens, latents guessed, and true."""
         vit = self.encoder
         visible, hidden = self.split(images, order)
-        latent = vit.encode(vit.embed(images, visible))[:, vit.prefix:]
+        latent = vit.encode(vit.embed(images, visible))
+        latent = latent[:, vit.prefix:]
         pos = vit.positions(torch.cat([visible, hidden], 1))
         guess = self.mask_token.expand(*hidden.shape, -1)
         for block in self.regressor:
@@ -384,19 +397,24 @@ class LearnedTokenizer(Objective):
     """
     patience = 200
 
-    def __init__(self, vit, vocab_size, values, depth=3, soft=False, unit=False, target="pixel",
-                 perceptual=None):
+    def __init__(self, vit, vocab_size, values, depth=3,
+                 soft=False, unit=False, target="pixel", perceptual=None):
         super().__init__(vit, 1 + vit.n_patches, target)       # nothing is hidden
         self.soft = soft
         self.unit = unit
         self.perceptual = perceptual
         width = vit.width
         size = 32 if unit else min(256, width)
-        self.project = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, size))    # VQ-KD's
+        self.project = nn.Sequential(                          # VQ-KD's
+            nn.Linear(width, width),
+            nn.Tanh(),
+            nn.Linear(width, size))
         self.codebook = nn.Parameter(torch.randn(vocab_size, size), requires_grad=not unit)
         self.classify = nn.Linear(size, vocab_size) if soft else nn.Identity()
         self.decoder_embed = nn.Linear(size, width)
-        self.decoder = Decoder(width, depth, vit.heads, values if self.needs else 3 * vit.patch_size ** 2)
+        if not self.needs:
+            values = 3 * vit.patch_size ** 2
+        self.decoder = Decoder(width, depth, vit.heads, values)
         for part in (self.project, self.classify, self.decoder_embed):
             part.apply(vit.initialize)
         self.decoder.initialize(vit)
@@ -430,7 +448,8 @@ class LearnedTokenizer(Objective):
             if self.training:                                  # a mixture of codes while it learns
                 code = F.gumbel_softmax(logits, tau=1 - 15 / 16 * self.ramp) @ self.codebook
             log_q = logits.log_softmax(-1)
-            kl = math.log(len(self.codebook)) + (log_q.exp() * log_q).sum(-1).mean()
+            negentropy = (log_q.exp() * log_q).sum(-1).mean()
+            kl = math.log(len(self.codebook)) + negentropy
             loss = self.ramp * kl / (3 * self.encoder.patch_size ** 2)       # of a pixel's value, as the MSE
             return code, loss, tokens
         loss = F.mse_loss(z, code.detach())                    # commitment
@@ -443,7 +462,8 @@ class LearnedTokenizer(Objective):
         z = self.encode_patches(images)
         with torch.autocast(images.device.type, enabled=False):
             code, tie, tokens = self.quantize(z)
-        prediction = self.decoder(self.decoder_embed(code) + self.encoder.positions(None)).float()
+        x = self.decoder_embed(code) + self.encoder.positions(None)
+        prediction = self.decoder(x).float()
         return prediction, self.compute_target(images, given), tie, tokens, z.detach()
 
     def loss(self, prediction, target, tie, tokens, z):
@@ -454,12 +474,14 @@ class LearnedTokenizer(Objective):
         loss = tie + error
         if self.perceptual:
             images = [unpatchify(x, self.encoder.patch_size) for x in (prediction, target)]
-            loss = loss + sum(map(F.mse_loss, *map(self.perceptual, images)))
-        self.sums.index_add_(0, tokens.flatten(), F.pad(z, (0, 1), value=1.).flatten(0, 1))
+            seen, wanted = map(self.perceptual, images)
+            loss = loss + sum(map(F.mse_loss, seen, wanted))
+        rows = F.pad(z, (0, 1), value=1.).flatten(0, 1)
+        self.sums.index_add_(0, tokens.flatten(), rows)
         self.example = z[0]                                    # all z of one image
         counts = self.sums[:, -1]
-        perplexity = torch.special.entr(counts / counts.sum()).sum().exp()
-        return loss, {"error": error.detach(), "perplexity": perplexity}
+        entropy = torch.special.entr(counts / counts.sum()).sum()
+        return loss, {"error": error.detach(), "perplexity": entropy.exp()}
 
     @torch.no_grad()
     def before_step(self, progress):
@@ -509,8 +531,8 @@ BLOCKWISE = "beit", "cae"                                                       
 TOKENIZERS = "dvae", "vq", "peco", "vqkd"                                       # or learn them
 
 
-def make(name, vit, vocab_size=None, cut=None, mask_ratio=None, target=None, decoder_depth=None,
-         values=None, perceptual=None):
+def make(name, vit, vocab_size=None, cut=None, mask_ratio=None, target=None,
+         decoder_depth=None, values=None, perceptual=None):
     """The objective `name` around `vit`, an nn.Module: forward(images, tokens, order=None) -> loss, logs.
 
     vocab_size       codebook size K; of maskfeat with target="features" the values a patch
@@ -559,7 +581,11 @@ def show_mask(path, order, cut, permute=True, positions=True):
     A row is named by its group and its patch; blue is content, orange only a position.
     """
     targets = order[cut - 1:]
-    groups = {"visible": order[:cut - 1], "targets": targets, "mask tokens": targets, "queries": targets}
+    groups = {
+        "visible": order[:cut - 1],
+        "targets": targets,
+        "mask tokens": targets,
+        "queries": targets}
     if not permute:
         del groups["targets"], groups["queries"]
     if not positions:
@@ -580,7 +606,8 @@ def show_mask(path, order, cut, permute=True, positions=True):
         return
     blue, orange = [.19, .41, .68], [.93, .59, .24]
     colors = torch.tensor([orange if key[0] == "m" else blue for key in keys])
-    plt.pcolormesh(keys, rows, torch.where(mask[..., None], colors, 1.), edgecolors="silver", linewidth=.5)
+    cells = torch.where(mask[..., None], colors, 1.)
+    plt.pcolormesh(keys, rows, cells, edgecolors="silver", linewidth=.5)
     for i, group in enumerate(groups):                         # a line after each
         end = cut + i * len(targets) - .5
         plt.text(len(keys), end, group)
@@ -600,7 +627,8 @@ def picture_predictions(model, images, mean, std, given=None, looks=None):
     """
     p = model.encoder.patch_size
     pixels = patchify(images, p)
-    mean, std = (pixels.new_tensor(values).repeat(p * p) for values in (mean, std))    # of a patch's values
+    mean = pixels.new_tensor(mean).repeat(p * p)               # of a patch's values
+    std = pixels.new_tensor(std).repeat(p * p)
     x = unpatchify((pixels - mean) / std, p)
     order = model.draw_order(len(x), device=x.device)
     hidden = order[:, model.cut - 1:]
@@ -617,7 +645,8 @@ def picture_predictions(model, images, mean, std, given=None, looks=None):
 
     def fill(patches):                                         # a color paints all of a patch
         patches = patches.repeat(1, 1, 3 * p * p // patches.shape[-1])
-        return unpatchify(pixels.scatter(1, hidden[..., None].expand_as(patches), patches), p)
+        place = hidden[..., None].expand_as(patches)
+        return unpatchify(pixels.scatter(1, place, patches), p)
 
     rows = {"image": images}
     if model.num_targets:
@@ -638,11 +667,12 @@ def main(argv=None):
     kind, arguments, share = OBJECTIVES[args.objective]
     torch.manual_seed(0)
     if kind is MaPeT:
-        order = random_order(1, args.patches)[0].tolist()
+        order = torch.randperm(args.patches).tolist()
         show_mask(f"runs/masks/{args.objective}.png", order, args.cut, **arguments)
     if args.objective in BLOCKWISE:
         print("It hides blocks of the 14 x 14 patches, marked #")
-        print_marks(blockwise_mask(1, 14, round(196 * share)).view(14, 14), range(14))
+        hidden = blockwise_mask(1, 14, round(196 * share))
+        print_marks(hidden.view(14, 14), range(14))
 
 
 if __name__ == "__main__":
