@@ -305,7 +305,8 @@ class RegressorBlock(Block):
                 self.norm_v(rows)]
         qkv = self.attn.qkv
         qkv = map(F.linear, read, qkv.weight.chunk(3), qkv.bias.chunk(3))
-        q, k, v = (rearrange(y, "b r (h e) -> b h r e", h=self.attn.heads) for y in qkv)
+        q, k, v = (rearrange(y, "b r (h e) -> b h r e", h=self.attn.heads)
+                   for y in qkv)
         branch = F.scaled_dot_product_attention(q, k, v)
         branch = self.attn.proj(rearrange(branch, "b h r e -> b r (h e)"))
         x = x + self.drop_path(self.ls1(branch))
@@ -355,8 +356,9 @@ class CAE(Objective):
         guess = self.regressor_norm(guess)
         logits = self.decoder(guess + vit.positions(hidden))
         teacher = self.teacher.eval()                          # its latents are a target: no stochastic depth
-        target = teacher.encode(teacher.embed(images, hidden))[:, vit.prefix:]
-        return logits, gather_patches(tokens, hidden), guess, target.detach()
+        target = teacher.encode(teacher.embed(images, hidden))
+        target = target[:, vit.prefix:].detach()
+        return logits, gather_patches(tokens, hidden), guess, target
 
     def loss(self, logits, tokens, guess, target):
         loss, logs = super().loss(logits, tokens)
@@ -409,7 +411,8 @@ class LearnedTokenizer(Objective):
             nn.Linear(width, width),
             nn.Tanh(),
             nn.Linear(width, size))
-        self.codebook = nn.Parameter(torch.randn(vocab_size, size), requires_grad=not unit)
+        codes = torch.randn(vocab_size, size)
+        self.codebook = nn.Parameter(codes, requires_grad=not unit)
         self.classify = nn.Linear(size, vocab_size) if soft else nn.Identity()
         self.decoder_embed = nn.Linear(size, width)
         if not self.needs:
@@ -446,7 +449,8 @@ class LearnedTokenizer(Objective):
         code = F.embedding(tokens, self.codebook)
         if self.soft:
             if self.training:                                  # a mixture of codes while it learns
-                code = F.gumbel_softmax(logits, tau=1 - 15 / 16 * self.ramp) @ self.codebook
+                tau = 1 - 15 / 16 * self.ramp
+                code = F.gumbel_softmax(logits, tau) @ self.codebook
             log_q = logits.log_softmax(-1)
             negentropy = (log_q.exp() * log_q).sum(-1).mean()
             kl = math.log(len(self.codebook)) + negentropy
@@ -605,7 +609,8 @@ def show_mask(path, order, cut, permute=True, positions=True):
     if plt is None:
         return
     blue, orange = [.19, .41, .68], [.93, .59, .24]
-    colors = torch.tensor([orange if key[0] == "m" else blue for key in keys])
+    colors = torch.tensor(
+        [orange if key[0] == "m" else blue for key in keys])
     cells = torch.where(mask[..., None], colors, 1.)
     plt.pcolormesh(keys, rows, cells, edgecolors="silver", linewidth=.5)
     for i, group in enumerate(groups):                         # a line after each
