@@ -58,33 +58,31 @@ def blockwise_mask(b, grid, count, generator=None):
     All images at once: of the 10 tries, made in parallel, each image takes the first that fits.
     """
     def uniform():
-        return torch.rand(b, 10, generator=generator)
+        return torch.rand(b, 10, 1, 1, generator=generator)    # (image, try, row, column)
 
-    def cover(length):                                         # at a random place: (b, 10) -> (b, 10, grid)
-        start = (uniform() * (grid + 1 - length)).floor()[..., None]
-        return ((cell >= start) & (cell < start + length[..., None])).float()
+    def cover(length, cell):                                   # from a random place on
+        start = (uniform() * (grid + 1 - length)).floor()
+        return (cell >= start) & (cell < start + length)
 
     least = round(16 / 196 * grid ** 2)                        # of BEiT's scripts: 16 patches of 196
     cell = torch.arange(grid)
-    hidden = torch.zeros(b, grid, grid)                        # 0 and 1, as products count cells
-    unfinished = torch.ones(b, 1, dtype=torch.bool)
+    hidden = torch.zeros(b, 1, grid, grid, dtype=torch.bool)
+    unfinished = torch.tensor(True)
     while unfinished.any():
-        remaining = count - hidden.sum((1, 2))[:, None]
+        remaining = count - hidden.sum((2, 3), keepdim=True)
         area = least + (remaining - least) * uniform()         # downwards, where less is left: as in BEiT
         aspect = .3 ** (2 * uniform() - 1)
         h = (area * aspect).sqrt().round()
         w = (area / aspect).sqrt().round()
-        rows = cover(h)
-        columns = cover(w)
-        new = h * w - torch.einsum("b r y, b y x, b r x -> b r", rows, hidden, columns)
-        fits = unfinished & (h < grid) & (w < grid) & (new > 0) & (new <= remaining)
+        block = cover(h, cell[:, None]) & cover(w, cell)       # (b, 10, grid, grid)
+        new = (block & ~hidden).sum((2, 3), keepdim=True)
+        fits = unfinished & (h < grid) & (w < grid)
+        fits &= (new > 0) & (new <= remaining)
         first = fits & (fits.cumsum(1) == 1)
-        block = torch.einsum("b r, b r y, b r x -> b y x", first.float(), rows, columns)
-        hidden = hidden.maximum(block)
+        hidden |= (block & first).any(1, keepdim=True)
         unfinished = fits.any(1, keepdim=True)
     score = hidden.flatten(1) + torch.rand(b, grid ** 2, generator=generator)   # above 1: hidden by a block
-    rank = score.argsort(1).argsort(1)
-    return rank >= grid ** 2 - count
+    return score.argsort(1).argsort(1) >= grid ** 2 - count
 
 
 def two_stream_mask(visible, targets, positions=True):
@@ -139,7 +137,7 @@ class Objective(nn.Module):
         if not self.blockwise:
             return random_order(b, self.encoder.n_patches, generator, device)
         hidden = blockwise_mask(b, self.encoder.grid, self.num_targets, generator)
-        return hidden.int().argsort(dim=1, stable=True).to(device)
+        return hidden.argsort(dim=1, stable=True).to(device)
 
     def split(self, images, order=None):
         """Visible patches (b, c - 1), hidden ones (b, T), in the order z (None: drawn here)."""
@@ -160,10 +158,17 @@ class Objective(nn.Module):
         """images (b, 3, S, S) normalized, tokens or what `needs` says, order z -> loss, dict of 0-d logs."""
         return self.loss(*self.predict(images, tokens, order))
 
-    def loss(self, logits, tokens):
-        """Cross-entropy, the mean over targets: logits (b, T, K), tokens (b, T)."""
-        loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
-        right = logits.argmax(-1) == tokens
+    def loss(self, prediction, target):
+        """Mean over targets. Tokens (b, T): cross-entropy of logits (b, T, K). Values (b, T, values): MSE.
+
+        explained = 1 - MSE / variance: 0 is no better than the batch's mean for every patch, 1 is perfect.
+        """
+        if self.target != "tokens":
+            loss = F.mse_loss(prediction, target)
+            variance = target.var((0, 1), unbiased=False).mean()
+            return loss, {"explained": 1 - loss.detach() / variance}
+        loss = F.cross_entropy(prediction.flatten(0, 1), target.flatten())
+        right = prediction.argmax(-1) == target
         return loss, {"accuracy": right.float().mean()}
 
     def before_step(self, progress):
@@ -174,8 +179,10 @@ class Decoder(nn.Sequential):
     """Transformer blocks, norm and head: rows (b, m, d) -> (b, m, values)."""
 
     def __init__(self, width, depth, heads, values, layer_scale=None, drop_path=0.):
-        blocks = [Block(width, heads, 4, layer_scale, rate) for rate in drop_rates(drop_path, depth)]
-        super().__init__(*blocks, nn.LayerNorm(width, eps=1e-6), nn.Linear(width, values))
+        rates = drop_rates(drop_path, depth)
+        blocks = [Block(width, heads, 4, layer_scale, rate) for rate in rates]
+        norm = nn.LayerNorm(width, eps=1e-6)
+        super().__init__(*blocks, norm, nn.Linear(width, values))
 
     def initialize(self, vit):
         """As the encoder; ours: a small head, so that an untrained network guesses uniformly, loss ln K."""
@@ -207,7 +214,8 @@ class MaskedAutoencoder(Objective):
             size = self.compute_target(blank).shape[-1]
         width = min(512, 32 * max(1, vit.width // 48))
         self.decoder_embed = nn.Linear(vit.width, width)
-        self.register_buffer("pos", sincos_positions(vit.grid, width, prefix=0), persistent=False)
+        pos = sincos_positions(vit.grid, width, prefix=0)
+        self.register_buffer("pos", pos, persistent=False)
         self.decoder = Decoder(width, depth, width // 32, size)
         self.decoder_embed.apply(vit.initialize)
         self.decoder.initialize(vit)
@@ -221,16 +229,9 @@ class MaskedAutoencoder(Objective):
         masked = self.mask_token.expand(*hidden.shape, -1)
         pos = gather_patches(self.pos, torch.cat([visible, hidden], 1))
         pos = F.pad(pos, (0, 0, vit.prefix, 0))                # the class token's is 0
-        rows = torch.cat([latent, masked], 1) + pos
-        prediction = self.decoder(rows)[:, -self.num_targets:]
+        x = self.decoder(torch.cat([latent, masked], 1) + pos)
+        prediction = x[:, -self.num_targets:]
         return prediction, gather_patches(self.compute_target(images, tokens), hidden)
-
-    def loss(self, prediction, target):
-        if self.target == "tokens":
-            return super().loss(prediction, target)
-        loss = F.mse_loss(prediction, target)
-        # Beside predicting the mean of the batch for every patch: 0 = no better, 1 = perfect.
-        return loss, {"explained": 1 - loss.detach() / target.var((0, 1), unbiased=False).mean()}
 
 
 # --- MIM, BEiT, PIM, MaPeT --------------------------------------------------------------------------------
@@ -256,10 +257,12 @@ class MaPeT(Objective):
         self.permute = permute
         self.positions = positions
         self.head = nn.Linear(vit.width, vocab_size)
-        self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, vit.width), std=.02))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, vit.width))
+        nn.init.trunc_normal_(self.mask_token, std=.02)
         self.head.apply(init_weights)
-        visible = vit.prefix + cut - 1
-        mask = two_stream_mask(visible, self.num_targets, positions) if permute else None
+        mask = None
+        if permute:
+            mask = two_stream_mask(vit.prefix + cut - 1, self.num_targets, positions)
         self.register_buffer("mask", mask, persistent=False)
 
     def predict(self, images, tokens, order=None):
@@ -274,7 +277,8 @@ class MaPeT(Objective):
         if self.permute:
             rows.append(unseen)                                # queries, which are never looked at
         n_keys = self.mask.shape[1] if self.permute else None
-        x = vit.encode(torch.cat(rows, 1), self.mask, n_keys, n_out=self.num_targets)
+        x = torch.cat(rows, 1)
+        x = vit.encode(x, self.mask, n_keys, n_out=self.num_targets)
         return self.head(x), gather_patches(tokens, hidden)    # Eq. 1, Eq. 2: all ranks i >= c
 
 
@@ -288,18 +292,25 @@ class RegressorBlock(Block):
     ViT block the sum itself.
     """
 
-    def __init__(self, width, heads, layer_scale=None, drop_path=0.):
-        super().__init__(width, heads, 4, layer_scale, drop_path)
-        self.norm_k, self.norm_v = (nn.LayerNorm(width, eps=1e-6) for _ in range(2))
+    def __init__(self, width, *sizes):
+        super().__init__(width, *sizes)
+        self.norm_k = nn.LayerNorm(width, eps=1e-6)
+        self.norm_v = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, x, visible, pos):
         """Hidden x (b, T, d), visible (b, v, d), positions of the visible, then the hidden -> (b, T, d)."""
         rows = torch.cat([visible, x], 1)
-        read = self.norm1(x + pos[:, visible.shape[1]:]), self.norm_k(rows + pos), self.norm_v(rows)
-        qkv = map(F.linear, read, self.attn.qkv.weight.chunk(3), self.attn.qkv.bias.chunk(3))
-        q, k, v = (rearrange(y, "b r (h e) -> b h r e", h=self.attn.heads) for y in qkv)
-        attended = rearrange(F.scaled_dot_product_attention(q, k, v), "b h r e -> b r (h e)")
-        x = self.norm2(x + self.drop_path(self.ls1(self.attn.proj(attended))))
+        read = [self.norm1(x + pos[:, visible.shape[1]:]),
+                self.norm_k(rows + pos),
+                self.norm_v(rows)]
+        qkv = self.attn.qkv
+        qkv = map(F.linear, read, qkv.weight.chunk(3), qkv.bias.chunk(3))
+        q, k, v = (rearrange(y, "b r (h e) -> b h r e", h=self.attn.heads)
+                   for y in qkv)
+        branch = F.scaled_dot_product_attention(q, k, v)
+        branch = self.attn.proj(rearrange(branch, "b h r e -> b r (h e)"))
+        x = x + self.drop_path(self.ls1(branch))
+        x = self.norm2(x)
         return x + self.drop_path(self.ls2(self.mlp(x)))
 
 
@@ -319,7 +330,8 @@ class CAE(Objective):
         super().__init__(vit, cut)
         width, heads, scale = vit.width, vit.heads, vit.layer_scale
         rates = drop_rates(vit.drop_path, depth)
-        self.regressor = nn.ModuleList(RegressorBlock(width, heads, scale, rate) for rate in rates)
+        self.regressor = nn.ModuleList(
+            RegressorBlock(width, heads, 4, scale, rate) for rate in rates)
         self.regressor_norm = nn.LayerNorm(width, eps=1e-6)
         self.decoder = Decoder(width, depth, heads, vocab_size, scale, vit.drop_path)
         self.regressor.apply(vit.initialize)
@@ -327,27 +339,25 @@ class CAE(Objective):
             for block in self.regressor:                       # sqrt(6 / 2d); that of all three: sqrt(6 / 4d)
                 block.attn.qkv.weight.data.mul_(math.sqrt(2))
         self.decoder.initialize(vit)
-        self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, width), std=.02))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        nn.init.trunc_normal_(self.mask_token, std=.02)
         self.teacher = copy.deepcopy(vit).requires_grad_(False)
-
-    def train(self, mode=True):
-        super().train(mode)
-        self.teacher.eval()                                    # its latents are a target: no stochastic depth
-        return self
 
     def predict(self, images, tokens, order=None):
         """Logits (b, T, K) of the hidden patches in the order z, their tokens, latents guessed, and true."""
         vit = self.encoder
         visible, hidden = self.split(images, order)
-        latent = vit.encode(vit.embed(images, visible))[:, vit.prefix:]
+        latent = vit.encode(vit.embed(images, visible))
+        latent = latent[:, vit.prefix:]
         pos = vit.positions(torch.cat([visible, hidden], 1))
         guess = self.mask_token.expand(*hidden.shape, -1)
         for block in self.regressor:
             guess = block(guess, latent, pos)
         guess = self.regressor_norm(guess)
         logits = self.decoder(guess + vit.positions(hidden))
-        with torch.no_grad():
-            target = self.teacher.encode(self.teacher.embed(images, hidden))[:, vit.prefix:]
+        teacher = self.teacher.eval()                          # its latents are a target: no stochastic depth
+        target = teacher.encode(teacher.embed(images, hidden))
+        target = target[:, vit.prefix:].detach()
         return logits, gather_patches(tokens, hidden), guess, target
 
     def loss(self, logits, tokens, guess, target):
@@ -389,27 +399,32 @@ class LearnedTokenizer(Objective):
     """
     patience = 200
 
-    def __init__(self, vit, vocab_size, values, depth=3, soft=False, unit=False, target="pixel",
-                 perceptual=None):
+    def __init__(self, vit, vocab_size, values, depth=3,
+                 soft=False, unit=False, target="pixel", perceptual=None):
         super().__init__(vit, 1 + vit.n_patches, target)       # nothing is hidden
         self.soft = soft
         self.unit = unit
         self.perceptual = perceptual
         width = vit.width
         size = 32 if unit else min(256, width)
-        self.project = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, size))    # VQ-KD's
-        self.codebook = nn.Parameter(torch.randn(vocab_size, size), requires_grad=not unit)
+        self.project = nn.Sequential(                          # VQ-KD's
+            nn.Linear(width, width),
+            nn.Tanh(),
+            nn.Linear(width, size))
+        codes = torch.randn(vocab_size, size)
+        self.codebook = nn.Parameter(codes, requires_grad=not unit)
         self.classify = nn.Linear(size, vocab_size) if soft else nn.Identity()
         self.decoder_embed = nn.Linear(size, width)
-        self.decoder = Decoder(width, depth, vit.heads, values if self.needs else 3 * vit.patch_size ** 2)
+        if not self.needs:
+            values = 3 * vit.patch_size ** 2
+        self.decoder = Decoder(width, depth, vit.heads, values)
         for part in (self.project, self.classify, self.decoder_embed):
             part.apply(vit.initialize)
         self.decoder.initialize(vit)
-        self.register_buffer("progress", torch.zeros(()))      # a tensor: nothing is compiled anew
+        self.register_buffer("ramp", torch.zeros(()))          # r; a tensor: nothing is compiled anew
         self.register_buffer("idle", torch.zeros(vocab_size))  # steps since a code was used
-        # Of one step: the sum of each code's z and how often it was used; all z of one image.
+        # Of one step: the sum of each code's z, and of a 1 beside each z, how many.
         self.register_buffer("sums", torch.zeros(vocab_size, size + 1), persistent=False)
-        self.register_buffer("example", torch.zeros(vit.n_patches, size), persistent=False)
 
     def encode_patches(self, images):
         """z (b, n, size) float32 of all patches."""
@@ -433,25 +448,26 @@ class LearnedTokenizer(Objective):
         tokens = logits.argmax(-1)
         code = F.embedding(tokens, self.codebook)
         if self.soft:
-            ramp = (1 - torch.cos(math.pi * self.progress)) / 2    # 0 to 1
             if self.training:                                  # a mixture of codes while it learns
-                code = F.gumbel_softmax(logits, tau=1 - 15 / 16 * ramp) @ self.codebook
+                tau = 1 - 15 / 16 * self.ramp
+                code = F.gumbel_softmax(logits, tau) @ self.codebook
             log_q = logits.log_softmax(-1)
-            kl = math.log(len(self.codebook)) + (log_q.exp() * log_q).sum(-1).mean()
-            loss = ramp * kl / (3 * self.encoder.patch_size ** 2)  # of a pixel's value, as the MSE is
-        else:
-            loss = F.mse_loss(z, code.detach())                # commitment
-            if not self.unit:
-                loss = .25 * loss + F.mse_loss(code, z.detach())
-            code = z + (code - z).detach()                     # straight through: the code, with z's gradient
-        return code, loss, tokens
+            negentropy = (log_q.exp() * log_q).sum(-1).mean()
+            kl = math.log(len(self.codebook)) + negentropy
+            loss = self.ramp * kl / (3 * self.encoder.patch_size ** 2)       # of a pixel's value, as the MSE
+            return code, loss, tokens
+        loss = F.mse_loss(z, code.detach())                    # commitment
+        if not self.unit:
+            loss = .25 * loss + F.mse_loss(code, z.detach())
+        return z + (code - z).detach(), loss, tokens           # straight through: the code, with z's gradient
 
     def predict(self, images, given=None, order=None):
         """Prediction (b, n, values), its target, the codes' part of the loss, tokens (b, n), z."""
         z = self.encode_patches(images)
         with torch.autocast(images.device.type, enabled=False):
             code, tie, tokens = self.quantize(z)
-        prediction = self.decoder(self.decoder_embed(code) + self.encoder.positions(None)).float()
+        x = self.decoder_embed(code) + self.encoder.positions(None)
+        prediction = self.decoder(x).float()
         return prediction, self.compute_target(images, given), tie, tokens, z.detach()
 
     def loss(self, prediction, target, tie, tokens, z):
@@ -461,24 +477,25 @@ class LearnedTokenizer(Objective):
             error = F.mse_loss(prediction, target)
         loss = tie + error
         if self.perceptual:
-            layers = [self.perceptual(unpatchify(x, self.encoder.patch_size)) for x in (prediction, target)]
-            for mine, true in zip(*layers):
-                loss = loss + F.mse_loss(mine, true)
-        # What each code's z add up to, and how many there are: a 1 is appended to each.
+            images = [unpatchify(x, self.encoder.patch_size) for x in (prediction, target)]
+            seen, wanted = map(self.perceptual, images)
+            loss = loss + sum(map(F.mse_loss, seen, wanted))
         rows = F.pad(z, (0, 1), value=1.).flatten(0, 1)
-        sums = torch.zeros_like(self.sums).index_add_(0, tokens.flatten(), rows)
-        if self.training:                                      # for `before_step`
-            self.sums += sums
-            self.example.copy_(z[0])
-        share = sums[:, -1] / len(rows)
-        return loss, {"error": error.detach(), "perplexity": torch.special.entr(share).sum().exp()}
+        self.sums.index_add_(0, tokens.flatten(), rows)
+        self.example = z[0]                                    # all z of one image
+        counts = self.sums[:, -1]
+        entropy = torch.special.entr(counts / counts.sum()).sum()
+        return loss, {"error": error.detach(), "perplexity": entropy.exp()}
 
     @torch.no_grad()
     def before_step(self, progress):
+        self.ramp.fill_((1 - math.cos(math.pi * progress)) / 2)
+        if not self.soft:
+            self.move_codes()
+        self.sums.zero_()
+
+    def move_codes(self):
         """Codes of unit length follow their z, idle ones start anew: the same on every process."""
-        self.progress.fill_(progress)
-        if self.soft:
-            return
         if dist.is_initialized():
             dist.all_reduce(self.sums)
             dist.broadcast(self.example, 0)
@@ -489,40 +506,37 @@ class LearnedTokenizer(Objective):
         self.idle[self.sums[:, -1] > 0] = 0
         dead = (self.idle >= self.patience).nonzero()[:, 0]
         self.codebook[dead] = self.example[dead % len(self.example)]         # of equal ones the first is used
-        self.sums.zero_()
 
     def export(self):
-        """A tokenizer is a function f and a linear layer: weights of f, weight (K, size), bias (K,)."""
-        state = self.state_dict()
-        f = {key: state[key] for key in state if key.startswith(("encoder.", "project."))}
+        """A tokenizer is a function f and a linear layer: weights (of f: encoder, project), weight, bias."""
         weight, bias = self.linear_layer()
-        return f, weight.detach(), bias.detach()
+        return self.state_dict(), weight.detach(), bias.detach()
 
 
 # --- the objectives by name -------------------------------------------------------------------------------
 
 # What separates the objectives: the class, its arguments, and the share of patches that is hidden by default.
 OBJECTIVES = {
-    "mae": (MaskedAutoencoder, dict(), .75),
-    "maskfeat": (MaskedAutoencoder, dict(), .75),
-    "clustermim": (MaskedAutoencoder, dict(), .75),
-    "cae": (CAE, dict(), .5),
-    "beit": (MaPeT, dict(permute=False), 75 / 196),
-    "mim": (MaPeT, dict(permute=False), 75 / 196),
-    "pim": (MaPeT, dict(positions=False), .75),
-    "mapet": (MaPeT, dict(), .75),
-    "dvae": (LearnedTokenizer, dict(soft=True), 0),
-    "vq": (LearnedTokenizer, dict(), 0),
-    "peco": (LearnedTokenizer, dict(), 0),                     # vq, with `perceptual`
-    "vqkd": (LearnedTokenizer, dict(unit=True, target="features"), 0),
+    "mae": (MaskedAutoencoder, {}, .75),
+    "maskfeat": (MaskedAutoencoder, {}, .75),
+    "clustermim": (MaskedAutoencoder, {}, .75),
+    "cae": (CAE, {}, .5),
+    "beit": (MaPeT, {"permute": False}, 75 / 196),
+    "mim": (MaPeT, {"permute": False}, 75 / 196),
+    "pim": (MaPeT, {"positions": False}, .75),
+    "mapet": (MaPeT, {}, .75),
+    "dvae": (LearnedTokenizer, {"soft": True}, 0),
+    "vq": (LearnedTokenizer, {}, 0),
+    "peco": (LearnedTokenizer, {}, 0),                         # vq, with `perceptual`
+    "vqkd": (LearnedTokenizer, {"unit": True, "target": "features"}, 0),
 }
 TARGETS = {"mae": ("pixel", "pixel-norm"), "maskfeat": ("hog", "features")}     # the others predict tokens
 BLOCKWISE = "beit", "cae"                                                       # random patches the others
 TOKENIZERS = "dvae", "vq", "peco", "vqkd"                                       # or learn them
 
 
-def make(name, vit, vocab_size=None, cut=None, mask_ratio=None, target=None, decoder_depth=None,
-         values=None, perceptual=None):
+def make(name, vit, vocab_size=None, cut=None, mask_ratio=None, target=None,
+         decoder_depth=None, values=None, perceptual=None):
     """The objective `name` around `vit`, an nn.Module: forward(images, tokens, order=None) -> loss, logs.
 
     vocab_size       codebook size K; of maskfeat with target="features" the values a patch
@@ -532,8 +546,9 @@ def make(name, vit, vocab_size=None, cut=None, mask_ratio=None, target=None, dec
     values           of vqkd: a patch's, of its teacher; perceptual: of peco, see `LearnedTokenizer`
     """
     kind, arguments, share = OBJECTIVES[name]
+    arguments = dict(arguments)
     if decoder_depth and kind is not MaPeT:
-        arguments = dict(arguments, depth=decoder_depth)
+        arguments["depth"] = decoder_depth
     if kind is LearnedTokenizer:
         if cut or mask_ratio:
             raise ValueError(f"{name} hides nothing: it takes no --cut and no --mask-ratio")
@@ -541,8 +556,8 @@ def make(name, vit, vocab_size=None, cut=None, mask_ratio=None, target=None, dec
     if name in TARGETS:
         target = target or TARGETS[name][0]
         if target not in TARGETS[name]:
-            raise ValueError(f"{name} cannot predict {target!r}: choose from {', '.join(TARGETS[name])}")
-        arguments = dict(arguments, target=target)
+            raise ValueError(f"{name} cannot predict {target!r}: choose from {TARGETS[name]}")
+        arguments["target"] = target
     n = vit.n_patches
     if mask_ratio is not None:
         share = mask_ratio
@@ -567,29 +582,44 @@ def print_marks(marks, names):
 def show_mask(path, order, cut, permute=True, positions=True):
     """Print who looks at whom for one order of the patches, and draw it as in MaPeT Fig. 2, a PNG.
 
-    Names are x content, m mask token, g query, and the patch; blue is content, orange only a position.
+    A row is named by its group and its patch; blue is content, orange only a position.
     """
     targets = order[cut - 1:]
-    keys = ["cls"] + [f"x{patch}" for patch in (order if permute else order[:cut - 1])]
-    if positions:
-        keys += [f"m{patch}" for patch in targets]
+    groups = {
+        "visible": order[:cut - 1],
+        "targets": targets,
+        "mask tokens": targets,
+        "queries": targets}
+    if not permute:
+        del groups["targets"], groups["queries"]
+    if not positions:
+        del groups["mask tokens"]
+    rows = ["cls"]
+    for group, patches in groups.items():
+        rows += [f"{group[0]}{patch}" for patch in patches]
     if permute:
-        rows = keys + [f"g{patch}" for patch in targets]
         mask = two_stream_mask(cut, len(targets), positions)
     else:                                                      # MIM: all look at all
-        rows = keys
-        mask = two_stream_mask(len(keys), 0)
-    print("Rows look at keys marked #: x content, m mask token (position only), g query; and how many keys")
+        mask = two_stream_mask(len(rows), 0)
+    keys = rows[:mask.shape[1]]                                # queries come last
+    print("Rows look at keys marked #: v visible, t target (content), m mask token, q query; how many keys")
     print("      " + " ".join(f"{key:>3}" for key in keys))
     print_marks(mask, rows)
     plt = load_matplotlib()
     if plt is None:
         return
     blue, orange = [.19, .41, .68], [.93, .59, .24]
-    colors = torch.tensor([orange if key[0] == "m" else blue for key in keys])
-    plt.matshow(torch.where(mask[..., None], colors, 1.))
-    plt.xticks(range(len(keys)), keys)
-    plt.yticks(range(len(rows)), rows)
+    colors = torch.tensor(
+        [orange if key[0] == "m" else blue for key in keys])
+    cells = torch.where(mask[..., None], colors, 1.)
+    plt.pcolormesh(keys, rows, cells, edgecolors="silver", linewidth=.5)
+    for i, group in enumerate(groups):                         # a line after each
+        end = cut + i * len(targets) - .5
+        plt.text(len(keys), end, group)
+        plt.axhline(end, color="black")
+        plt.axvline(min(end, len(keys) - .5), color="black")
+    plt.axis("scaled")
+    plt.gca().invert_yaxis()
     save_figure(plt, path)
 
 
@@ -602,32 +632,30 @@ def picture_predictions(model, images, mean, std, given=None, looks=None):
     """
     p = model.encoder.patch_size
     pixels = patchify(images, p)
-    mean, std = (pixels.new_tensor(values).repeat(p * p) for values in (mean, std))    # of a patch's values
-    x = (pixels - mean) / std
+    mean = pixels.new_tensor(mean).repeat(p * p)               # of a patch's values
+    std = pixels.new_tensor(std).repeat(p * p)
+    x = unpatchify((pixels - mean) / std, p)
     order = model.draw_order(len(x), device=x.device)
     hidden = order[:, model.cut - 1:]
     if not model.num_targets:                                  # a learned tokenizer rebuilds all patches
         hidden = order.sort(1).values
-    own = gather_patches(x, hidden)
     known = torch.zeros_like(order) if given is None else given
-    guess, target = model.eval().predict(unpatchify(x, p), known, order)[:2]
+    guess, target = model.eval().predict(x, known, order)[:2]
     if model.needs == "tokens":
         guess, target = looks[guess.argmax(-1)], looks[target]
     elif model.target in ("hog", "features"):                  # in three colors
         target, guess = principal_colors(target, guess)
-    else:
-        if model.target == "pixel-norm":                       # in the hidden patch's own mean and contrast
-            variance, center = torch.var_mean(own, -1, keepdim=True)
-            guess = guess * variance.sqrt() + center
-        guess, target = guess * std + mean, own * std + mean
+    else:                                                      # pixel-norm: all of the same contrast
+        guess, target = guess * std + mean, target * std + mean
 
     def fill(patches):                                         # a color paints all of a patch
-        patches = patches.repeat(1, 1, own.shape[-1] // patches.shape[-1])
-        return unpatchify(pixels.scatter(1, hidden[..., None].expand_as(own), patches), p)
+        patches = patches.repeat(1, 1, 3 * p * p // patches.shape[-1])
+        place = hidden[..., None].expand_as(patches)
+        return unpatchify(pixels.scatter(1, place, patches), p)
 
     rows = {"image": images}
     if model.num_targets:
-        rows["visible"] = fill(torch.full_like(own, .5))
+        rows["visible"] = fill(torch.full_like(guess, .5))
     rows["predicted"] = fill(guess)
     if given is not None or not model.needs:
         rows["target"] = fill(target)
@@ -635,24 +663,21 @@ def picture_predictions(model, images, mean, std, given=None, looks=None):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="What each objective hides, and who looks at whom.")
-    parser.add_argument("objective", choices=OBJECTIVES)
+    parser = argparse.ArgumentParser(description="Who looks at whom, and which blocks are hidden.")
+    parser.add_argument("objective", choices=["mim", "beit", "pim", "mapet", "cae"])
     parser.add_argument("--patches", type=int, default=6, help="patches in the image (default 6)")
     parser.add_argument("--cut", type=int, default=3,
                         help="cutting point, class token included: C - 1 visible patches (default 3)")
     args = parser.parse_args(argv)
-    if not 1 <= args.cut <= args.patches:
-        parser.error(f"--cut {args.cut}: with --patches {args.patches} it is 1 to {args.patches}")
     kind, arguments, share = OBJECTIVES[args.objective]
     torch.manual_seed(0)
     if kind is MaPeT:
-        order = random_order(1, args.patches)[0].tolist()
+        order = torch.randperm(args.patches).tolist()
         show_mask(f"runs/masks/{args.objective}.png", order, args.cut, **arguments)
-    else:
-        print("All rows look at all; which rows its networks have, the docstring of objectives.py says.")
     if args.objective in BLOCKWISE:
         print("It hides blocks of the 14 x 14 patches, marked #")
-        print_marks(blockwise_mask(1, 14, round(196 * share)).view(14, 14), range(14))
+        hidden = blockwise_mask(1, 14, round(196 * share))
+        print_marks(hidden.view(14, 14), range(14))
 
 
 if __name__ == "__main__":

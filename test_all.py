@@ -431,8 +431,6 @@ def test_table_of_models(capsys):
     assert "vit_base" in out
     assert "85.80M" in out
     assert "35.13" in out                                                 # 17.6 G multiply-adds
-    with pytest.raises(ValueError, match="5 heads"):
-        V.vit_micro(heads=5)
 
 
 # --- kmeans.py --------------------------------------------------------------------------------------------
@@ -1577,12 +1575,12 @@ def test_cae_equals_its_description_with_a_teacher_one_step_behind():
     strengthen(model)
     for _ in range(2):
         wanted = torch.stack([literal_cae(model, *row) for row in zip(*batch)]).mean()
-        assert_close(model(*batch)[0], wanted)
+        assert_close(model.train()(*batch)[0], wanted)
+        assert not model.teacher.training
         before = copy.deepcopy(model.encoder.state_dict())
         model.before_step(.5)                                             # then the optimizer's step:
         strengthen(model.encoder)
         assert_close(model.teacher.state_dict(), before, atol=0, rtol=0)
-    assert not model.train().teacher.training
     assert not any(p.requires_grad for p in model.teacher.parameters())
 
 
@@ -1811,7 +1809,7 @@ def test_perfect_predictions_look_like_the_target(name, target, monkeypatch):
     hidden = torch.zeros(3, 9, 1).bool().scatter(1, order[:, 4:, None], True)
     assert torch.equal(visible, torch.where(hidden, .5, image))
     assert_close(predicted, wanted, atol=1e-4, rtol=1e-3)
-    if name == "mae":
+    if target == "pixel":
         assert_close(wanted, image)
     elif model.needs == "tokens":
         assert torch.equal(wanted, torch.where(hidden, looks[given], image))
@@ -1829,7 +1827,6 @@ def test_masks_are_printed_and_drawn(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "runs" / "masks" / "mapet.png").exists()
     objectives.main(["cae"])
     assert capsys.readouterr().out.split("marked #")[1].count("#") == 98
-    assert "1 to 6" in refusal(capsys, objectives.main, ["mapet", "--cut", "7"])
 
 
 # --- train.py --------------------------------------------------------------------------------
@@ -3313,7 +3310,7 @@ ClusterMIM Sec. 3.2: MAE, but what is predicted at a hidden patch is its token t
     loss   = - mean over hidden patches of log softmax(logits)[t(x)]
 **Predict first.** The loss of an untrained network, K = 64? Of one that has learned how frequent tokens are?
 1. W: `self.decoder_embed`; the decoder's pos: `self.pos`. Return predictions and `self.compute_target` in z.
-2. `Objective.loss`: cross-entropy, the mean over the targets, and accuracy. Should that have a gradient?
+2. `Objective.loss`: the mean over the targets, and accuracy, or `explained`. Should these have a gradient?
 **Two questions.** A minute each on two CPU cores:
     run() { python train.py --objective clustermim --steps 600 --no-probe --out runs/$1 ${@:2}; }
     for k in 8 64 512; do run k$k --vocab-size $k; done
@@ -3387,7 +3384,7 @@ WRONG = {
     "objectives.two_stream_mask": [("target - 1]", "target]"), ("target > limit", "target > 0 * limit")],
     "objectives.MaPeT.predict": [("self.mask_token + ", ""), ("tokens, hidden", "tokens, hidden.flip(1)")],
     "objectives.MaskedAutoencoder.predict": [("[visible, hidden]", "[hidden, visible]")],
-    "objectives.Objective.loss": [("tokens.flatten())", "tokens.flatten(), reduction='sum')")],
+    "objectives.Objective.loss": [("target.flatten())", "target.flatten(), reduction='sum')")],
     "tcas.tcas_terms": [(" - c_ii.square().sum()", ""), ("[counts.sum(1) > 0]", "")],
     "tcas.augmentation_graph": [("to_token / to_token.sum(0)", "to_token")],
     "tcas.closed_form": [("kappa ** 2, ", "kappa, ")],

@@ -44,7 +44,7 @@ def patchify(images, p):
 def unpatchify(patches, p):
     """(b, n, p*p*3) -> (b, 3, H, W) of a square image: the inverse of `patchify`."""
     side = math.isqrt(patches.shape[1])
-    return rearrange(patches, "b (y x) (p q c) -> b c (y p) (x q)", y=side, x=side, p=p, q=p)
+    return rearrange(patches, "b (y x) (p q c) -> b c (y p) (x q)", y=side, p=p, q=p)
 
 
 def gather_patches(x, order):
@@ -67,13 +67,18 @@ def hog(images, p):
     9 hard bins of unsigned orientation over m x m cells in a patch, 8 pixels a side (or the largest divisor
     of p below it); the 9 bins of a cell and channel have unit length. Order: channel, bin, cell row, column.
     """
+    def slope(x, dim):
+        before, _, after = x.unfold(dim, 3, 1).unbind(-1)
+        return before - after
+
+    def smooth(x, dim):
+        before, here, after = x.unfold(dim, 3, 1).unbind(-1)
+        return before + 2 * here + after
+
     cell = max(side for side in range(1, 9) if p % side == 0)
     padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
-    left, middle, right = padded.unfold(3, 3, 1).unbind(-1)                  # neighbors along x
-    top, center, bottom = (left - right).unfold(2, 3, 1).unbind(-1)          # and along y
-    gx = top + 2 * center + bottom                                           # Sobel's filters
-    top, _, bottom = (left + 2 * middle + right).unfold(2, 3, 1).unbind(-1)
-    gy = top - bottom
+    gx = smooth(slope(padded, 3), 2)                                         # Sobel's filters
+    gy = slope(smooth(padded, 3), 2)
     angle_bin = (torch.atan2(gx, gy) / math.pi * 9).floor() % 9              # x first: from the y axis
     magnitude = torch.linalg.vector_norm(torch.stack([gx, gy]), dim=0)       # PeCo: hypot's slope at 0 is NaN
     bins = [F.avg_pool2d(magnitude * (angle_bin == o), cell) for o in range(9)]
@@ -227,8 +232,6 @@ class ViT(nn.Module):
         super().__init__()
         if image_size % patch_size:
             raise ValueError(f"image size {image_size} is not a multiple of patch size {patch_size}")
-        if width % heads:
-            raise ValueError(f"width {width} is not a multiple of {heads} heads")
         self.image_size, self.patch_size = image_size, patch_size
         self.width, self.depth, self.heads, self.mlp_ratio = width, depth, heads, mlp_ratio
         self.layer_scale, self.drop_path = layer_scale, drop_path
@@ -319,6 +322,7 @@ PUBLIC = {
                      "vqkd_encoder_base_decoder_3x768x12_clip-d5036aa7.pth", sha256="d5036aa7"),
 }
 HEADS = {96: 3, 192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}                 # of a width; a file does not say
+PATCHES = "patch_embed.proj.weight"
 PARTS = "cls_token", "pos_embed", "patch_embed.", "blocks.", "norm."
 NOT_THE_ENCODER = "head", "fc.", "lm_head", "mask_token", "decoder"
 
@@ -343,25 +347,27 @@ def read_checkpoint(path):
         with torch.serialization.safe_globals([argparse.Namespace]):         # in DINO's full checkpoints
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                      # a damaged file raises whatever its bytes happen to say
-        said = str(error).split("WeightsUnpickler error: ")[-1].strip().split("\n")[0]
+        said = str(error).split("WeightsUnpickler error: ")[-1].split("\n")[0]
         with open(path, "rb") as file:
             raise ValueError(f"{path}: no checkpoint that torch can read ({said[:200]}); it begins with "
                              f"{file.read(32)!r}: is it the right file, and whole?") from None
 
 
 def unwrap_weights(checkpoint, path):
-    """The state dict in what a file holds, by DDP, torch.compile, DINO, MAE, BEiT, MaPeT or train.py."""
+    """The state dict in what a file holds, by DDP, torch.compile, DINO, MAE, BEiT, MaPeT or train.py.
+
+    Names are those after the prefix of the first patch embedding: module., _orig_mod., backbone., encoder.
+    """
     state = checkpoint
     for container in ("model", "state_dict", "teacher"):                     # MAE and DeiT, timm, DINO
         if isinstance(state, dict):
             state = state.get(container, state)
-    if not isinstance(state, dict):
-        raise ValueError(f"{path}: no weights in it")
-    state = {key.replace("_orig_mod.", "").removeprefix("module."): value for key, value in state.items()}
-    for prefix in ("backbone.", "encoder."):                                 # DINO; the objectives here
-        if any(key.startswith(prefix) for key in state):
-            wanted = (prefix, "fc_norm.", "head.")
-            state = {key.removeprefix(prefix): state[key] for key in state if key.startswith(wanted)}
+    found = [key for key in state if str(key).endswith(PATCHES)]
+    if not found:
+        raise ValueError(f"{path}: no weights of a ViT in it ({PATCHES} is missing)")
+    prefix = found[0].removesuffix(PATCHES)
+    wanted = (prefix, "fc_norm.", "head.")                                   # beside our fine-tuned encoders
+    state = {key.removeprefix(prefix): state[key] for key in state if key.startswith(wanted)}
     for key in list(state):
         if key.endswith("attn.q_bias"):                                      # BEiT: keys have no bias
             q, v = state.pop(key), state.pop(key.replace("q_bias", "v_bias"))
@@ -384,7 +390,8 @@ def read_vit(source):
     name = "the weights"
     if not isinstance(source, dict):
         name = download(**PUBLIC[source]) if source in PUBLIC else str(source)
-        name = os.path.join(name, "encoder.pt") if os.path.isdir(name) else name
+        if os.path.isdir(name):
+            name = os.path.join(name, "encoder.pt")
         source = read_checkpoint(name)
     state = {}
     for key, value in unwrap_weights(source, name).items():
@@ -393,21 +400,15 @@ def read_vit(source):
             state[key] = value
         elif not key.startswith(NOT_THE_ENCODER):
             raise ValueError(f"{name}: {key} is no part of this ViT: its features would be wrong without it")
-    for key in ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.bias"):
-        if key not in state:
-            raise ValueError(f"{name}: no weights of a ViT in it ({key} is missing)")
     return state, name
 
 
 def load_weights(vit, source):
     """Load `source`, see `read_vit`, into `vit`, positions resized to its grid; returns it."""
-    return fit_weights(vit, *read_vit(source))
-
-
-def fit_weights(vit, state, name):
+    state, name = read_vit(source)
     try:
-        pos = resize_positions(state["pos_embed"], vit.grid, vit.prefix)
-        vit.load_state_dict({**state, "pos_embed": pos})
+        state["pos_embed"] = resize_positions(state["pos_embed"], vit.grid, vit.prefix)
+        vit.load_state_dict(state)
     except RuntimeError as error:                                            # several lines, of any length
         said = " ".join(str(error).split())
         raise ValueError(f"{name} does not fit this ViT: {said[:300]}") from None
@@ -417,7 +418,7 @@ def fit_weights(vit, state, name):
 def from_weights(source, image_size=None, heads=None):
     """The ViT of `source`, see `read_vit`; the shapes tell its sizes, but not its heads."""
     state, name = read_vit(source)
-    width, _, p, _ = state["patch_embed.proj.weight"].shape
+    width, _, p, _ = state[PATCHES].shape
     heads = heads or HEADS.get(width)
     if heads is None:
         raise ValueError(f"{name}: a ViT {width} wide; how many heads it has stands in no file: say --heads")
@@ -427,7 +428,7 @@ def from_weights(source, image_size=None, heads=None):
     mlp_ratio = len(state["blocks.0.mlp.fc1.bias"]) / width
     layer_scale = 1. if "blocks.0.ls1.gamma" in state else None              # its values are in the file
     vit = ViT(image_size or grid * p, p, width, depth, heads, mlp_ratio, layer_scale, cls_token=cls_token)
-    return fit_weights(vit, state, name)
+    return load_weights(vit, state)
 
 
 # --- files, errors, pictures ------------------------------------------------------------------------------
