@@ -58,31 +58,33 @@ def blockwise_mask(b, grid, count, generator=None):
     All images at once: of the 10 tries, made in parallel, each image takes the first that fits.
     """
     def uniform():
-        return torch.rand(b, 10, 1, 1, generator=generator)    # (image, try, row, column)
+        return torch.rand(b, 10, generator=generator)
 
-    def cover(length, cell):                                   # from a random place on
-        start = (uniform() * (grid + 1 - length)).floor()
-        return (cell >= start) & (cell < start + length)
+    def cover(length):                                         # at a random place: (b, 10) -> (b, 10, grid)
+        start = (uniform() * (grid + 1 - length)).floor()[..., None]
+        return ((cell >= start) & (cell < start + length[..., None])).float()
 
     least = round(16 / 196 * grid ** 2)                        # of BEiT's scripts: 16 patches of 196
     cell = torch.arange(grid)
-    hidden = torch.zeros(b, 1, grid, grid, dtype=torch.bool)
-    unfinished = torch.tensor(True)
+    hidden = torch.zeros(b, grid, grid)                        # 0 and 1, as products count cells
+    unfinished = torch.ones(b, 1, dtype=torch.bool)
     while unfinished.any():
-        remaining = count - hidden.sum((2, 3), keepdim=True)
+        remaining = count - hidden.sum((1, 2))[:, None]
         area = least + (remaining - least) * uniform()         # downwards, where less is left: as in BEiT
         aspect = .3 ** (2 * uniform() - 1)
         h = (area * aspect).sqrt().round()
         w = (area / aspect).sqrt().round()
-        block = cover(h, cell[:, None]) & cover(w, cell)       # (b, 10, grid, grid)
-        new = (block & ~hidden).sum((2, 3), keepdim=True)
-        fits = unfinished & (h < grid) & (w < grid)
-        fits &= (new > 0) & (new <= remaining)
+        rows = cover(h)
+        columns = cover(w)
+        new = h * w - torch.einsum("b r y, b y x, b r x -> b r", rows, hidden, columns)
+        fits = unfinished & (h < grid) & (w < grid) & (new > 0) & (new <= remaining)
         first = fits & (fits.cumsum(1) == 1)
-        hidden |= (block & first).any(1, keepdim=True)
+        block = torch.einsum("b r, b r y, b r x -> b y x", first.float(), rows, columns)
+        hidden = hidden.maximum(block)
         unfinished = fits.any(1, keepdim=True)
     score = hidden.flatten(1) + torch.rand(b, grid ** 2, generator=generator)   # above 1: hidden by a block
-    return score.argsort(1).argsort(1) >= grid ** 2 - count
+    rank = score.argsort(1).argsort(1)
+    return rank >= grid ** 2 - count
 
 
 def two_stream_mask(visible, targets, positions=True):
@@ -669,6 +671,8 @@ def main(argv=None):
     parser.add_argument("--cut", type=int, default=3,
                         help="cutting point, class token included: C - 1 visible patches (default 3)")
     args = parser.parse_args(argv)
+    if not 1 <= args.cut <= args.patches:
+        parser.error(f"--cut {args.cut}: with --patches {args.patches} it is 1 to {args.patches}")
     kind, arguments, share = OBJECTIVES[args.objective]
     torch.manual_seed(0)
     if kind is MaPeT:

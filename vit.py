@@ -232,6 +232,8 @@ class ViT(nn.Module):
         super().__init__()
         if image_size % patch_size:
             raise ValueError(f"image size {image_size} is not a multiple of patch size {patch_size}")
+        if width % heads:
+            raise ValueError(f"width {width} is not a multiple of {heads} heads")
         self.image_size, self.patch_size = image_size, patch_size
         self.width, self.depth, self.heads, self.mlp_ratio = width, depth, heads, mlp_ratio
         self.layer_scale, self.drop_path = layer_scale, drop_path
