@@ -320,7 +320,8 @@ class LARS(torch.optim.SGD):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.ndim > 1:
-                    p.grad.mul_(.001 * p.norm() / p.grad.norm())
+                    trust = .001 * p.norm() / p.grad.norm()
+                    p.grad.mul_(trust.nan_to_num(1, 1))        # a gradient of 0 stays 0
         super().step()
 
 

@@ -280,7 +280,7 @@ def load_checkpoint(path, model, optimizer, metrics=None):
             raise ValueError(f"{path}: not a checkpoint of this run; --fresh starts over") from None
         print0(f"going on from {path} at step {step}")
     barrier()                                                  # nobody writes before everybody has read
-    if metrics and is_main_process():
+    if metrics and os.path.exists(metrics) and is_main_process():
         kept = [json.dumps(line) + "\n" for line in read_metrics(metrics) if line["step"] <= step]
         with write_atomically(metrics) as temporary:
             Path(temporary).write_text("".join(kept))
