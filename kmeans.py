@@ -96,10 +96,8 @@ def find_nearest(x, weight, bias):
 
 
 def blocks(x, device, metric="euclidean"):
-    """Rows x as blocks (m, d) on `device`; x: a tensor, array, memory map, or a function that yields chunks.
-
-    A block's scores stay in a processor's cache; on a GPU large blocks hide the launches.
-    """
+    """Rows x as blocks (m, d) on `device`; x: a tensor, array, memory map, or a function that yields chunks."""
+    # Scores stay in a processor's cache; on a GPU large blocks hide the launches.
     size = 1 << 11 if device.type == "cpu" else 1 << 16
     for chunk in x() if callable(x) else [x]:
         for start in range(0, len(chunk), size):
@@ -387,9 +385,8 @@ class CLIPTrunk(nn.Sequential):
 class KMeansTokenizer(nn.Module):
     """images (b, 3, S, S) -> tokens (b, n) int64: t(x) = argmax_k weight_k . f(x) + bias_k.
 
-    uint8 images are normalized here, float images already are. S is image_size; for clip also twice that,
-    which spares it the blur of enlarging (`input_size`: the best). It belongs beside a model, never inside:
-    MAE's weight initialization would wipe it.
+    uint8 images are normalized here, float images already are. S is image_size; for clip better twice that,
+    `input_size`: nothing is enlarged. Not for inside a model: MAE's initialization would wipe it.
 
     features        f: pixel, pixel-norm (standardized patches), hog, clip, dino, deit, mae, or what
                     from_weights takes; of a learned tokenizer (dvae, vq, peco, vqkd) only a name
