@@ -96,7 +96,7 @@ def find_nearest(x, weight, bias):
 
 
 def blocks(x, device, metric="euclidean"):
-    """Rows x as blocks (m, d) on `device`; x: a tensor, array, memory map, or a function that yields chunks."""
+    """Rows x as blocks (m, d) on `device`; x: tensor, array, memory map, or a function that yields chunks."""
     # Scores stay in a processor's cache; on a GPU large blocks hide the launches.
     size = 1 << 11 if device.type == "cpu" else 1 << 16
     for chunk in x() if callable(x) else [x]:
