@@ -3,9 +3,8 @@
     t(x) = argmin_k ||f(x) - c_k||^2          f: raw pixels, HOG, a frozen encoder (DINO, MAE, CLIP, ours)
          = argmax_k c_k . f(x) - ||c_k||^2/2  ||f(x)||^2 is the same for every k
 
-So a tokenizer is a function f and a linear layer; learned ones differ in the bias and in f.
-`lloyd` is all of K-means: for any number of rows, on any device, in one process or many. Rows are read block
-by block and a block's scores are gone after its argmax: memory beyond the data is O(block K + K d).
+So a tokenizer is a function f and a linear layer; learned ones differ in the bias and in f. `lloyd` is all of
+K-means, on any device, in one process or many; memory beyond the data is O(block K + K d).
 
 python kmeans.py fit                             embedded images, raw pixels, K = 64: seconds on two CPU cores
 python kmeans.py tokenize --tokenizer runs/tokenizer/tokenizer.pt                     writes tokens.npy
@@ -27,7 +26,7 @@ from torch.utils.data import DataLoader
 from torchvision.models import resnet
 from tqdm import tqdm
 
-from vit import (CLIP, PATCH_FEATURES, PUBLIC, SYMMETRIC, ViT, download, draw_rows, exit_on_error,
+from vit import (CLIP, IMAGENET, PATCH_FEATURES, PUBLIC, SYMMETRIC, ViT, download, draw_rows, exit_on_error,
                  from_weights, gather_patches, normalize, patchify, read_checkpoint, save, unpatchify,
                  write_atomically)
 
@@ -215,8 +214,7 @@ def kmeans_plusplus(x, k, generator=None):
     """
     x = x - x.mean(0)                                          # small numbers round less
     norm = x.square().sum(1)
-    draws = torch.rand(k, 2 + int(math.log(k)), generator=generator, dtype=torch.float64)
-    draws = draws.to(x.device)
+    draws = torch.rand(k, 2 + int(math.log(k)), generator=generator, dtype=torch.float64).to(x.device)
     trials = (draws[:1, 0] * len(x)).long()
     closest, seeds = torch.full_like(norm, math.inf), []
     for u in draws.roll(-1, 0):                                # draws of the next seed; of the last one: idle
@@ -348,11 +346,10 @@ class Bottleneck(resnet.Bottleneck):
 
     def __init__(self, width_in, width, stride=1):
         super().__init__(width_in, width)
-        wide = 4 * width
-        self.conv3 = AveragingConv(width, wide, 1, stride, bias=False)
-        if width_in != wide:
-            widen = AveragingConv(width_in, wide, 1, stride, bias=False)
-            self.downsample = nn.Sequential(widen, nn.BatchNorm2d(wide))
+        self.conv3 = AveragingConv(width, 4 * width, 1, stride, bias=False)
+        if width_in != 4 * width:
+            widen = AveragingConv(width_in, 4 * width, 1, stride, bias=False)
+            self.downsample = nn.Sequential(widen, nn.BatchNorm2d(4 * width))
 
 
 class CLIPTrunk(nn.Sequential):
@@ -499,7 +496,8 @@ def load_batches(ds, indices, batch_size, workers=0, device="cpu", desc=None):
 
 def blank_tokenizer(ds, features, patch_size, image_size=None):
     """A tokenizer before its fit: it knows the features of the images of `ds`, but no codes."""
-    mean, std = CLIP if features == "clip" else (ds.mean, ds.std)
+    known = dict.fromkeys(ENCODERS, IMAGENET) | {"clip": CLIP}
+    mean, std = known.get(features, (ds.mean, ds.std))
     no_codes = torch.zeros(1, 1), torch.zeros(1)
     return KMeansTokenizer(features, *no_codes, patch_size, image_size or ds.image_size, mean, std)
 
@@ -508,8 +506,7 @@ def sample_features(tokenizer, ds, k, seed, workers, device):
     """What K-means is fitted on, this process's part: features (rows, d), those of an encoder in float16.
 
     All patches of 20,000 seeded random images, or of as many as give 512 rows a code; of each image 5 % for
-    clip (MaPeT Sec. 4.2; its code: 1.7 %), and for textures. (ClusterMIM's code: all images in batches, by
-    class, so that one class gives the seeds.)
+    clip (MaPeT Sec. 4.2; its code: 1.7 %), and for textures.
     """
     n = keep = tokenizer.n_patches
     if tokenizer.features == "clip" or ds.name.startswith("textures/"):
@@ -563,9 +560,10 @@ def load_tokens(path, images=None, n=None):
         tokens = np.lib.format.open_memmap(path, "r")
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a token file ({error})") from None
-    if tokens.dtype != np.uint16 or images and tokens.shape != (images, n):
-        raise ValueError(f"{path}: {tokens.dtype} {tokens.shape}, wanted is uint16 {images, n} (images, "
-                         "patches): of another data set or size? remove it, or choose another folder")
+    if tokens.dtype != np.uint16 or tokens.ndim != 2:
+        raise ValueError(f"{path}: {tokens.dtype} {tokens.shape}, but tokens are uint16 (images, n)")
+    if images and tokens.shape != (images, n):
+        raise ValueError(f"{path}: {tokens.shape} of other data, wanted are {images, n} tokens: remove it?")
     return tokens
 
 
@@ -601,10 +599,10 @@ def average_patches(images, tokens, p, k):
 
 
 def draw(tokenizer, ds, out, codes=None):
-    """OUT/tokens.png: images, their tokens in a color each, and rebuilt of the looks of their tokens.
-
-    OUT/codebook.png: a row for each of `codes` (the 16 most used): its mean patch in 200 images, 12 patches.
-    """
+    """OUT/tokens.png: images, their tokens in a color each, rebuilt of mean patches; OUT/codebook.png: a row
+    for each of `codes` (the 16 most used), its mean patch in 200 images and 12 of its patches."""
+    if codes and max(codes) >= tokenizer.vocab_size:
+        raise ValueError(f"--codes {max(codes)}: the last code is {tokenizer.vocab_size - 1}")
     torch.manual_seed(0)
     images, _, _ = next(load_batches(ds, torch.randperm(len(ds))[:200], 200))
     tokens = tokenizer(images)
@@ -650,6 +648,8 @@ def parse(argv):
     add("--classes", help="file of class folders to keep, e.g. ImageNet-100's")
     add("--tokenizer", default="runs/tokenizer/tokenizer.pt", help="of kmeans.py fit, train.py (%(default)s)")
     add("--features", default="pixel", help="pixel, pixel-norm, hog, dino, deit, mae, clip, a ViT's file")
+    add("--image-size", type=int, help="pixels a side (textures 48, otherwise 224)")
+    add("--patch-size", type=int, help="pixels a side (textures 8, otherwise 16)")
     add("--k", type=int, default=64, help="codebook size (%(default)s)")
     add("--max-iter", type=int, help="passes over the patches (100; clip 20)")
     add("--codes", type=int, nargs="+", help="codes to show (the 16 most used)")
@@ -670,6 +670,7 @@ def main(argv=None):
             return bench(device)
         if args.command == "fit":
             size, p = (48, 8) if args.data == "textures" else (224, 16)
+            size, p = args.image_size or size, args.patch_size or p
             pixels = 2 * size if args.features == "clip" else size           # CLIP sees twice the pixels
         else:
             tokenizer = load_tokenizer(args.tokenizer)

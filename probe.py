@@ -177,7 +177,7 @@ def choose_head(train_x, train_y, test_x, test_y, epochs=30, seed=0):
     n, blocks = train_x.shape[:2]
     generator = torch.Generator().manual_seed(train.derive_seed(seed, 1))
     order = torch.randperm(n, generator=generator)
-    held, rest = order.tensor_split([n // 10])
+    held, rest = order.tensor_split([max(1, n // 10)])
     choices = list(itertools.product(
         range(1, blocks + 1), POOLINGS, (3e-3, 1e-2, 3e-2, .1), (1e-4, .1)))
     heads = train_heads(choices, train_x, train_y, rest, epochs, seed=seed)
@@ -415,11 +415,12 @@ def make_optimizer(model, args):
 def fit(model, ds, args):
     """Train by the recipe. A checkpoint in OUT is gone on from, if it is of the same settings."""
     name = f"{args.out}/{args.what}-{args.variant}-{Path(args.data).name}"
-    if args.batch_size > len(ds):                              # in whole micro-batches, where there are many
-        args.batch_size = len(ds) // 256 * 256 or len(ds)
+    if args.batch_size > len(ds):                              # for any usual number of processes
+        unit = 256 if len(ds) > 4096 else 8
+        args.batch_size = len(ds) // unit * unit or len(ds)
     args.lr = args.lr or args.base_lr * args.batch_size / 256
-    settings = train.fixed_settings(args)
-    settings.update(images=len(ds), labels=str(ds.classes))
+    settings = {key: getattr(args, key) for key in [*STRONG, "seed", "weights"]}
+    settings.update(images=len(ds), image_size=ds.image_size, labels=str(ds.classes))
     if args.fresh:
         Path(f"{name}.pt").unlink(missing_ok=True)
     train.check_settings(f"{name}.json", settings, args.fresh)
@@ -638,7 +639,10 @@ def parse(argv):
     parser.set_defaults(k=20, seed=0, protocol="fast", head="mlp",
                         log_every=50, save_every=500)
     args = parser.parse_args(argv)
-    train.check_numbers(parser, args, ["seed", "workers", "epochs"])
+    may_be_zero = ["seed", "workers"]
+    if args.what == "finetune":
+        may_be_zero.append("epochs")
+    train.check_numbers(parser, args, may_be_zero)
     return args
 
 

@@ -86,9 +86,9 @@ def populations(n, overlap, classes):
     """Classes of n points, any two share `overlap` -> (points, 2) int, group by group: both classes of a
     point, or its only one twice; membership z (points, classes): 1 where it is in the class, else 0."""
     exclusive = n - (classes - 1) * overlap
-    if n % 2 or overlap % 2 or classes < 2 or exclusive < 1:
-        raise ValueError(f"--n-classes {classes} --n {n} --overlap {overlap}: needs 2 classes, (classes - 1) "
-                         "* overlap < n, and even numbers: tokens halve groups")
+    if n % 2 or overlap % 2 or classes < 2 or exclusive < 1 or classes * n > 2000:
+        raise ValueError(f"--n-classes {classes} --n {n} --overlap {overlap}: needs 2 classes, at most 2000 "
+                         "points, (classes - 1) * overlap < n, and even numbers: tokens halve groups")
     points = []
     for c in range(classes):
         for other in range(c, classes):
@@ -231,10 +231,11 @@ def print_window(order, low, high):
 def toy(args):
     """Prints the numbers of each tokenizer, by brute force and by algebra, the windows; draws the graphs."""
     import vit
-    print(toy_model.__doc__)
     toys = {}
     for name in ("mae", "classwise", "crossclass", "pairs"):
         toys[name] = toy_model(args.n, args.overlap, name, args.n_classes, args.ring)
+    print(toy_model.__doc__)
+    for name in toys:
         print_numbers(name, toys[name])
         if name != "pairs" and not args.ring:
             print_numbers("  algebra", closed_form(args.n, args.overlap, name, args.n_classes))

@@ -663,7 +663,7 @@ def open_splits(spec, image_size=None, classes=None):
 # --- the files of a run -----------------------------------------------------------------------------------
 
 # Flags that may change between a run and its continuation: they do not change what is computed. So may paths.
-FREE = set("run out device workers steps fresh compile probe save_every log_every micro_batch".split())
+FREE = set("out device workers steps fresh compile probe save_every log_every micro_batch".split())
 PATHS = {"data", "classes", "tokenizer", "tokens"}
 
 

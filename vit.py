@@ -364,7 +364,7 @@ def unwrap_weights(checkpoint, path):
     for container in ("model", "state_dict", "teacher"):                     # MAE and DeiT, timm, DINO
         if isinstance(state, dict):
             state = state.get(container, state)
-    found = [key for key in state if str(key).endswith(PATCHES)]
+    found = [key for key in state if str(key).endswith(PATCHES)] if isinstance(state, dict) else []
     if not found:
         raise ValueError(f"{path}: no weights of a ViT in it ({PATCHES} is missing)")
     prefix = found[0].removesuffix(PATCHES)
@@ -402,12 +402,18 @@ def read_vit(source):
             state[key] = value
         elif not key.startswith(NOT_THE_ENCODER):
             raise ValueError(f"{name}: {key} is no part of this ViT: its features would be wrong without it")
+    for key in ("pos_embed", "blocks.0.mlp.fc1.bias"):
+        if key not in state:
+            raise ValueError(f"{name}: no weights of a ViT in it ({key} is missing)")
     return state, name
 
 
 def load_weights(vit, source):
     """Load `source`, see `read_vit`, into `vit`, positions resized to its grid; returns it."""
-    state, name = read_vit(source)
+    return fit_weights(vit, *read_vit(source))
+
+
+def fit_weights(vit, state, name):
     try:
         state["pos_embed"] = resize_positions(state["pos_embed"], vit.grid, vit.prefix)
         vit.load_state_dict(state)
@@ -430,7 +436,7 @@ def from_weights(source, image_size=None, heads=None):
     mlp_ratio = len(state["blocks.0.mlp.fc1.bias"]) / width
     layer_scale = 1. if "blocks.0.ls1.gamma" in state else None              # its values are in the file
     vit = ViT(image_size or grid * p, p, width, depth, heads, mlp_ratio, layer_scale, cls_token=cls_token)
-    return load_weights(vit, state)
+    return fit_weights(vit, state, name)
 
 
 # --- files, errors, pictures ------------------------------------------------------------------------------
