@@ -393,7 +393,8 @@ class KMeansTokenizer(nn.Module):
 
     def __init__(self, features, weight, bias, patch_size, image_size, mean, std, encoder=None):
         super().__init__()
-        self.features, self.patch_size, self.image_size = features, patch_size, image_size
+        self.features = features
+        self.patch_size, self.image_size = patch_size, image_size
         self.mean, self.std = mean, std
         self.n_patches = (image_size // patch_size) ** 2
         self.input_size = image_size * 2 if features == "clip" else image_size
@@ -498,7 +499,7 @@ def blank_tokenizer(ds, features, patch_size, image_size=None):
     """A tokenizer before its fit: it knows the features of the images of `ds`, but no codes."""
     known = dict.fromkeys(ENCODERS, IMAGENET) | {"clip": CLIP}
     mean, std = known.get(features, (ds.mean, ds.std))
-    no_codes = torch.zeros(1, 1), torch.zeros(1)
+    no_codes = torch.zeros(0, 1), torch.zeros(0)
     return KMeansTokenizer(features, *no_codes, patch_size, image_size or ds.image_size, mean, std)
 
 
@@ -590,10 +591,9 @@ def tokenize(tokenizer, ds, path, workers=0, device="cpu"):
 
 def average_patches(images, tokens, p, k):
     """What each of k tokens looks like: the mean (k, 3 p^2) in 0..1 of its patches, p pixels a side; or 0.
-
-    images uint8 (b, 3, S, S), their tokens (b, n) int64
-    """
-    patches, tokens = patchify(images, p).flatten(0, 1) / 255, tokens.flatten()
+    images uint8 (b, 3, S, S), their tokens (b, n) int64."""
+    patches = patchify(images, p).flatten(0, 1) / 255
+    tokens = tokens.flatten()
     sums = patches.new_zeros(k, patches.shape[1]).index_add_(0, tokens, patches)
     return sums / tokens.bincount(minlength=k)[:, None].clamp(min=1)
 

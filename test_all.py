@@ -2625,7 +2625,7 @@ FAULTS = {                                  # flags: what the line says
     "--tokens far.npy --crop .2": "--crop 0",
     "--objective mae --tokenizer t.pt": "--tokenizer",
     "--objective vq --cut 3": "--cut",
-    "--objective vqkd --vocab-size 100": "100 clusters",
+    "--objective vqkd --vocab-size 100": "--vocab-size 100",
     "--objective mae --features hog": "hog",
 }
 

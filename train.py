@@ -773,15 +773,20 @@ def open_source(args, ds):
         return tokens
     if args.tokenizer:
         tokenizer = load_tokenizer(args.tokenizer)
-        if (tokenizer.image_size, tokenizer.patch_size) != (args.image_size, args.patch_size):
-            raise ValueError(f"{args.tokenizer}: it is for images of {tokenizer.image_size} pixels and "
-                             f"patches of {tokenizer.patch_size}, unlike this run")
+        check_sizes(args, tokenizer)
         return tokenizer
     path = f"{args.out}/tokenizer.pt"
     if wants_tokens(args) and os.path.exists(path) and not args.fresh:
         return load_tokenizer(path)
     if wants_features(args) or wants_tokens(args):
         return blank_tokenizer(ds, args.features, args.patch_size)
+
+
+def check_sizes(args, tokenizer):
+    if (tokenizer.image_size, tokenizer.patch_size) != (args.image_size, args.patch_size):
+        path = args.tokenizer or f"{args.out}/tokenizer.pt"
+        raise ValueError(f"{path}: it is for images of {tokenizer.image_size} pixels and patches of "
+                         f"{tokenizer.patch_size}, unlike this run")
 
 
 def make_targets(args, ds, source, device):
@@ -803,7 +808,8 @@ def make_targets(args, ds, source, device):
         pictures = ds
         if ds.from_files:                                      # k-CLIP's tokens want twice the pixels
             pictures = ds.view(center_square(source.input_size), image_size=source.input_size)
-        if source.vocab_size == 1:                             # no codes yet
+        check_sizes(args, source)
+        if source.vocab_size == 0:                             # no codes yet
             print0(f"K-means of {args.features} features, K = {args.vocab_size}")
             source = fit_tokenizer(pictures, args.features, args.vocab_size, args.patch_size, args.image_size,
                                    args.seed, workers=args.workers, device=device)
@@ -1081,6 +1087,9 @@ def complete(args, chosen, ds, device):
     divide_batch(args)
     if args.batch_size > len(ds):
         raise ValueError(f"--batch-size {args.batch_size} is more than the {len(ds)} images")
+    patches = args.batch_size * (args.image_size // args.patch_size) ** 2
+    if args.objective in HARD_CODES and args.vocab_size > patches:
+        raise ValueError(f"--vocab-size {args.vocab_size}: codes start as patches of a batch, {patches}")
     with torch.device("meta"):                                 # sizes, --cut and --mask-ratio out of range
         build(args, args.vocab_size or 2)
 

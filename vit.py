@@ -358,13 +358,16 @@ def read_checkpoint(path):
 def unwrap_weights(checkpoint, path):
     """The state dict in what a file holds, by DDP, torch.compile, DINO, MAE, BEiT, MaPeT or train.py.
 
-    Names are those after the prefix of the first patch embedding: module., _orig_mod., backbone., encoder.
+    Names are those after the prefix of the first patch embedding: backbone., encoder.
     """
     state = checkpoint
     for container in ("model", "state_dict", "teacher"):                     # MAE and DeiT, timm, DINO
         if isinstance(state, dict):
             state = state.get(container, state)
-    found = [key for key in state if str(key).endswith(PATCHES)] if isinstance(state, dict) else []
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: no weights in it")
+    state = {str(key).replace("_orig_mod.", "").removeprefix("module."): x for key, x in state.items()}
+    found = [key for key in state if key.endswith(PATCHES)]
     if not found:
         raise ValueError(f"{path}: no weights of a ViT in it ({PATCHES} is missing)")
     prefix = found[0].removesuffix(PATCHES)
