@@ -783,6 +783,7 @@ def open_source(args, ds):
 
 
 def check_sizes(args, tokenizer):
+    """ValueError if --tokenizer, or the one in --out, is for other images or patches."""
     if (tokenizer.image_size, tokenizer.patch_size) != (args.image_size, args.patch_size):
         path = args.tokenizer or f"{args.out}/tokenizer.pt"
         raise ValueError(f"{path}: it is for images of {tokenizer.image_size} pixels and patches of "
