@@ -175,11 +175,11 @@ def lloyd(x, centroids, n_iter, tol=0., metric="euclidean"):
         if history and (new - c).square().sum() <= tol * variance:
             break
         c = new
-        sums, counts = add_up(x, c, mean, metric)
+        sums, counts = add_up(x, c, mean, metric)              # assign
         # With the clusters' means m_k and counts n_k (Huygens):
         # sum ||x - c||^2 = sum ||x - mean||^2 - sum_k n_k ||m_k - mean||^2 + sum_k n_k ||m_k - c_k||^2
         n = counts[:, None]
-        means = torch.where(n > 0, sums / n, c)
+        means = torch.where(n > 0, sums / n, c)                # update
         between = (n * (means - mean).square()).sum()
         off = (n * (means - c).square()).sum()
         inertia = (scatter - between + off).clamp(min=0).item()

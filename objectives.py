@@ -615,9 +615,9 @@ def show_mask(path, order, cut, permute=True, positions=True):
         [orange if key[0] == "m" else blue for key in keys])
     cells = torch.where(mask[..., None], colors, 1.)
     plt.pcolormesh(keys, rows, cells, edgecolors="silver", linewidth=.5)
-    for i, group in enumerate(groups):                         # a line after each
+    for i, (group, patches) in enumerate(groups.items()):      # a line after each
         end = cut + i * len(targets) - .5
-        plt.text(len(keys), end, group)
+        plt.text(len(keys), end - len(patches) / 2, group, va="center")
         plt.axhline(end, color="black")
         plt.axvline(min(end, len(keys) - .5), color="black")
     plt.axis("scaled")

@@ -239,6 +239,7 @@ def toy(args):
         print_numbers(name, toys[name])
         if name != "pairs" and not args.ring:
             print_numbers("  algebra", closed_form(args.n, args.overlap, name, args.n_classes))
+    print("\nbound of the left <= bound of the right for these c2/c1; with the sum of all, or the tail")
     z = np.repeat(np.eye(2), 4, axis=0)             # Theorem 1: two classes without overlap
     for key in ("sum", "tail"):
         print_window(f"labels <= all others (Theorem 1), {key}", *theorem1(mask_graph(z, args.ring), z, key))
@@ -331,7 +332,7 @@ def score(args):
     sources += read_runs(args)
     if not sources:
         raise ValueError("nothing to score: give --tokenizer (of kmeans.py fit), --tokens or --probes")
-    print("compare scores at equal K only; random: TCAS l2 of as many random tokens")
+    print(f"on {args.data}; compare at equal K only; random: TCAS l2 of as many random tokens")
     print(f"{'tokens':40}{'K used':>8}{'perplexity':>12}{'TCAS l2':>9}{'TCAS l1':>9}{'random':>9}")
     dots = {}
     for path, objective, accuracy in sources:

@@ -263,7 +263,7 @@ def train(model, optimizer, ds, args, compute_loss, device, checkpoint, metrics=
                 state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
                 save(state, checkpoint)
     if step < steps:                                           # by a signal, or --steps
-        print0(f"{checkpoint}: step {step} of {steps}; to go on: the same command, without --steps")
+        print0(f"{checkpoint}: step {step} of {steps}; to go on: the same command, without a --steps")
     return step, steps
 
 
@@ -827,7 +827,7 @@ def make_targets(args, ds, source, device):
         if tokens is not None and read is not None:
             stored = torch.from_numpy(tokens[read.numpy()].astype(np.int64))
             return stored.to(device, non_blocking=True)
-        return make(images) if make else None
+        return make(images) if make else None                  # of these very images: of a crop, its tokens
     return give, size, layers
 
 
