@@ -344,7 +344,7 @@ def download(url, sha256=None):
 def read_checkpoint(path):
     """torch.load(weights_only=True) on the CPU; ValueError, one line, for what it cannot read."""
     if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such file")
+        raise ValueError(f"{path}: no such file, or it is a folder")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):         # in DINO's full checkpoints
             return torch.load(path, map_location="cpu", weights_only=True)
