@@ -210,12 +210,14 @@ def partitions(points):
     return found
 
 
-def theorem1(mask, z, spectrum="sum"):
-    """Theorem 1 by trying every tokenizer of at most 8 points, where M(x1, x2) > 0 only inside a class:
-    (low, inf), the c2/c1 where no bound is below that of the labels."""
+def theorem1(mask, z):
+    """Theorem 1 by trying every tokenizer of at most 8 points, where M(x1, x2) > 0 only inside a class.
+
+    -> {"sum": (low, inf), "tail": (low, inf)}, the c2/c1 where no bound is below that of the labels
+    """
     labels = measure_graph(mask, z, z.argmax(1))                   # alpha = 0: no window has an upper end
-    return max(window(labels, measure_graph(mask, z, tokens), spectrum)
-               for tokens in partitions(len(z)))
+    rivals = [measure_graph(mask, z, tokens) for tokens in partitions(len(z))]
+    return {key: max(window(labels, rival, key) for rival in rivals) for key in ("sum", "tail")}
 
 
 # --- python tcas.py toy -----------------------------------------------------------------------------------
@@ -241,8 +243,8 @@ def toy(args):
             print_numbers("  algebra", closed_form(args.n, args.overlap, name, args.n_classes))
     print("\nbound of the left <= bound of the right for these c2/c1; with the sum of all, or the tail")
     z = np.repeat(np.eye(2), 4, axis=0)             # Theorem 1: two classes without overlap
-    for key in ("sum", "tail"):
-        print_window(f"labels <= all others (Theorem 1), {key}", *theorem1(mask_graph(z, args.ring), z, key))
+    for key, found in theorem1(mask_graph(z, args.ring), z).items():
+        print_window(f"labels <= all others (Theorem 1), {key}", *found)
         for better, worse in (("classwise", "mae"), ("mae", "crossclass")):
             print_window(f"{better} <= {worse}, {key}", *window(toys[better], toys[worse], key))
     plt = vit.load_matplotlib()

@@ -17,7 +17,6 @@ python vit.py          prints a table: parameters and FLOPs per image of every n
 """
 import argparse
 import contextlib
-import hashlib
 import math
 import os
 import sys
