@@ -34,10 +34,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torchvision.datasets as tv
-from PIL import Image, ImageOps, PngImagePlugin
+from filelock import FileLock                                  # torch brings it
+from PIL import Image, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import make_dataset
 from torchvision.io import decode_jpeg, decode_png
 from torchvision.transforms import InterpolationMode, v2
@@ -48,13 +49,8 @@ from kmeans import (KMeans, KMeansTokenizer, all_reduce, average_patches, barrie
                     fit_tokenizer, is_main_process, load_batches, load_tokenizer, load_tokens, print0,
                     rank_and_world, tokenize, write_npy)
 from tcas import describe_codebook
-from vit import (IMAGENET, MODELS, draw_rows, exit_on_error, load_matplotlib, normalize,
-                 read_checkpoint, save, save_figure, write_atomically)
-
-try:
-    import fcntl
-except ImportError:                         # not on Windows
-    fcntl = None
+from vit import (IMAGENET, MODELS, draw_rows, exit_on_error, normalize, read_checkpoint,
+                  save, save_figure, write_atomically)
 
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))              # of this process on its machine, by torchrun
 
@@ -91,18 +87,15 @@ SETTINGS = {            # MaPeT, ClusterMIM, laptop
     "clip_norm":        (3., 0., 1., "largest gradient norm, 0 = any"),
 }
 MAPET, CLUSTERMIM, LAPTOP = ({key: row[i] for key, row in SETTINGS.items()} for i in range(3))
-# Learned tokenizers: VQ-KD's recipe (BEiT v2's code); its teacher is CLIP's ViT-B/16, here DINO's. The
-# others' are for convolutions: what is not named is VQ-KD's. DALL-E's is of its App. A, VQGAN's of its code
-# (4.5e-6 an image).
+# Learned tokenizers have VQ-KD's recipe (BEiT v2's code), whose teacher is CLIP's ViT-B/16, here DINO's: the
+# recipes of DALL-E, VQGAN and PeCo are for convolutions.
 VQKD = dict(MAPET, features="dino_vitb16", decoder_depth=3, crop=.08, jitter=0., layer_scale=0., drop_path=0.,
             epochs=100., batch_size=512, lr=2e-4, weight_decay=1e-4, beta2=.99, clip_norm=0., cosine="warmup")
 # MaskFeat is the row of ClusterMIM's tables; its own paper's recipe is for mask tokens in the encoder.
 PAPERS = dict(
     mae=CLUSTERMIM, maskfeat=dict(CLUSTERMIM, features="hog"), clustermim=CLUSTERMIM,
     cae=dict(MAPET, pos="sincos", init="mae"), beit=MAPET, mim=MAPET, pim=MAPET, mapet=MAPET,
-    dvae=dict(VQKD, features="pixel", lr=1e-4, min_lr=1.25e-6, beta2=.999),
-    vq=dict(VQKD, features="pixel", vocab_size=1024, batch_size=64, lr=64 * 4.5e-6),
-    peco=dict(VQKD, batch_size=128, lr=5e-5, beta2=.999), vqkd=VQKD)
+    dvae=VQKD, vq=VQKD, peco=VQKD, vqkd=VQKD)
 HARD_CODES = "vq", "peco", "vqkd"           # learned tokenizers with a codebook
 
 
@@ -249,8 +242,7 @@ def train(model, optimizer, ds, args, compute_loss, device, checkpoint, metrics=
             optimizer.zero_grad()
             if step in (1, stop) or step % args.log_every == 0:
                 all_reduce(sums)
-                done = step - logged
-                seconds = time.time() - since
+                done, seconds = step - logged, time.time() - since
                 means = dict(zip(logs, (sums / (world * done)).tolist()))
                 means["images_per_second"] = round(done * args.batch_size / seconds, 1)
                 append_metrics(metrics, step=step, epoch=step / per_epoch, lr=lr, **means)
@@ -469,8 +461,7 @@ def open_textures(split, size=48):
 PICTURES = set(""".jpg .jpeg .jpe .jfif .png .apng .gif .webp .avif .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm
                   .jp2 .j2k .jpx .tga .pcx .ico .icns .dds .sgi .rgb .bw .xbm .xpm .msp .qoi .psd
                   .im""".split())
-Image.MAX_IMAGE_PIXELS = None                                  # large pictures are no attack here,
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 30      # nor are their comments
+Image.MAX_IMAGE_PIXELS = None                                  # large pictures are no attack here
 
 
 def decode_by_pil(data):
@@ -510,10 +501,6 @@ def decode_picture(data):
 
 def read_picture(paths, i):
     return decode_picture(Path(paths[i]).read_bytes())
-
-
-def read_named(source, i):
-    return pil_to_tensor(source[i][0].convert("RGB"))
 
 
 def count_cores():
@@ -556,13 +543,7 @@ def keep_squares(ds):
     return ds.view(v2.Identity(), load=load, from_files=False)
 
 
-# Data sets of torchvision: class, its second argument for training, for the test.
-NAMED = {
-    "cifar10": (tv.CIFAR10, True, False),
-    "cifar100": (tv.CIFAR100, True, False),
-    "food101": (tv.Food101, "train", "test"),
-    "fgvc_aircraft": (tv.FGVCAircraft, "trainval", "test"),
-}
+NAMED = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
 
 def open_dataset(spec, split="train", image_size=None, classes=None):
@@ -582,27 +563,25 @@ def open_dataset(spec, split="train", image_size=None, classes=None):
 
 
 def open_named(name, split, image_size):
-    kind, train, test = NAMED[name]
-    part = train if split == "train" else test
-    if LOCAL_RANK == 0:                                        # the first process of a machine fetches it
-        try:
-            kind("data", part, download=True)                  # if it is not there
-        except (OSError, RuntimeError, ValueError) as error:
-            raise ValueError(f"--data {name}: not in data/ and cannot be fetched ({error})") from None
-    barrier()
-    source = kind("data", part)
-    labels = source.targets if name.startswith("cifar") else source._labels
-    load = functools.partial(read_named, source)
-    classes = range(1 + max(labels))
-    return Images(f"{name}/{split}", load, labels, classes, image_size, center_square(image_size), True)
+    if LOCAL_RANK > 0:
+        barrier()                                              # the first process of a machine fetches it
+    try:
+        source = NAMED[name]("data", split == "train", download=True)        # if it is not there
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"--data {name}: not in data/ and cannot be fetched ({error})") from None
+    if LOCAL_RANK == 0:
+        barrier()
+    load = torch.from_numpy(source.data).permute(0, 3, 1, 2).__getitem__
+    square = center_square(image_size)
+    return Images(f"{name}/{split}", load, source.targets, source.classes, image_size, square, True)
 
 
 def read_classes(path, found):
     """Names of class folders, one a line, or all on one line (solo-learn's ImageNet-100)."""
-    text = Path(path).read_text("utf-8-sig", "replace")
-    names = {line.strip() for line in text.splitlines()} - {""}
-    if not names & set(found):
-        names = set(text.split())
+    lines = Path(path).read_text("utf-8-sig", "replace").strip().splitlines()
+    names = {line.strip() for line in lines} - {""}
+    if len(lines) == 1:
+        names = set(lines[0].split())
     unknown = names - set(found)
     if unknown or not names:
         raise ValueError(f"--classes {path}: there is no class folder {min(unknown, default='')!r}")
@@ -614,14 +593,15 @@ def open_folder(folder, split, image_size, classes_file=None):
     folder = os.path.abspath(folder)
     inside = {entry.name.lower(): entry.path for entry in os.scandir(folder) if entry.is_dir()}
     train_root = inside.get("train") or inside.get("training")
-    tests = [name for name in ("val", "valid", "validation", "test", "testing") if name in inside]
+    tests = [inside[name] for name in ("val", "valid", "validation", "test", "testing") if name in inside]
     if tests and not train_root:
-        raise ValueError(f"--data {folder}: there is {tests[0]}/, but no train/ beside it")
+        raise ValueError(f"--data {folder}: there is {tests[0]}, but no train/ beside it")
     if split != "train" and not tests:
         raise ValueError(f"--data {folder}: no val/ or test/ folder")
-    root = inside[tests[0]] if split != "train" else train_root or folder
-    entries = [entry for entry in os.scandir(root) if not entry.name.startswith(".")]
-    classes = sorted(entry.name for entry in entries if train_root and entry.is_dir())
+    root = tests[0] if split != "train" else train_root or folder
+    classes = []
+    if train_root:
+        classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
     if classes_file:
         classes = read_classes(classes_file, classes)
     left_out = Counter()
@@ -629,8 +609,7 @@ def open_folder(folder, split, image_size, classes_file=None):
     def is_picture(path):
         ending = os.path.splitext(path)[1].lower()
         taken = ending in PICTURES and f"{os.sep}." not in path[len(root):]
-        if not taken:
-            left_out[ending or "without one"] += 1
+        left_out[ending] += not taken
         return taken
 
     numbers = {name: i for i, name in enumerate(classes)} or {"": -1}
@@ -639,9 +618,8 @@ def open_folder(folder, split, image_size, classes_file=None):
         raise ValueError(f"--data {root}: no pictures in it, or in one of its class folders "
                          f"({' '.join(sorted(PICTURES))})")
     paths, labels = zip(*samples)
-    left_out = ", ".join(f"{n} {ending}" for ending, n in left_out.items())
-    print0(f"{root}: {len(paths)} pictures, {len(classes) or 'no'} classes (of {len(entries)} entries); left "
-           f"out by their endings: {left_out or 'none'}")
+    print0(f"{root}: {len(paths)} pictures, {len(classes) or 'no'} classes; left out, by their endings: "
+           f"{dict(+left_out)}")
     load = functools.partial(read_picture, paths)
     return Images(root, load, labels, classes or None, image_size, center_square(image_size), True, paths)
 
@@ -718,50 +696,21 @@ def check_settings(path, settings, fresh=False):
             Path(temporary).write_text(json.dumps(settings, indent=1))
 
 
-@contextlib.contextmanager
-def lock_folder(folder):
-    """Two runs in one folder would write the same files: the second is refused while the first lives."""
-    os.makedirs(folder, exist_ok=True)
-    with open(f"{folder}/.lock", "w") as file:
-        if fcntl and is_main_process():
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)              # its loaders do not inherit it
-            except (BlockingIOError, PermissionError):
-                raise ValueError(f"--out {folder}: another run is at work there: wait for it, or take "
-                                 "another folder") from None
-        yield
-
-
-def plot_metrics(plt, runs, path):
-    """Curves of all that was logged. runs: {label: [lines of a metrics.jsonl, ...]}, a color each."""
-    lines = [line for several in runs.values() for run in several for line in run if "loss" in line]
-    names = sorted(set().union(*lines) - {"step", "epoch", "lr", "images_per_second"})
-    _, axes = plt.subplots(len(names), squeeze=False, figsize=(8, 3 * len(names)), layout="constrained")
-    for axis, name in zip(axes.flat, names):
-        for i, (label, several) in enumerate(runs.items()):
-            for run in several:
-                points = [(line["epoch"], line[name]) for line in run if name in line]
-                if points:
-                    axis.plot(*zip(*points), f"C{i}", label=label)
-                    label = None                               # once in the legend
-        axis.set(xlabel="epoch", ylabel=name)
-        axis.legend()
-    save_figure(plt, path)
-
-
 # --- what is predicted: tokens, or the features of a teacher ----------------------------------------------
 
-def wants_features(args):
-    """Is what --features names to be predicted, or compared, and not to be clustered?"""
-    return args.objective in ("peco", "vqkd") or args.objective == "maskfeat" and args.features != "hog"
+def name_needs(args):
+    """What a forward is given beside images: "tokens", the "features" of a teacher, or None.
 
-
-def wants_tokens(args):
-    return args.objective not in (*objectives.TARGETS, *objectives.TOKENIZERS)
+    PeCo's teacher is not given to it, but part of its loss.
+    """
+    if args.objective in ("peco", "vqkd") or args.objective == "maskfeat" and args.features != "hog":
+        return "features"
+    if args.objective not in (*objectives.TARGETS, *objectives.TOKENIZERS):
+        return "tokens"
 
 
 def open_source(args, ds):
-    """What the flags name, read before anything is written or removed, or None.
+    """What tokens or features come from, read before anything is written or removed.
 
     Stored tokens (images, n); or a tokenizer: --tokenizer, or that of this run, which was started before.
     One that is to be fitted, or a teacher, has features, but no codes.
@@ -771,23 +720,17 @@ def open_source(args, ds):
         if args.vocab_size and args.vocab_size <= tokens.max():
             raise ValueError(f"{args.tokens}: token {tokens.max()} is beyond --vocab-size {args.vocab_size}")
         return tokens
-    if args.tokenizer:
-        tokenizer = load_tokenizer(args.tokenizer)
-        check_sizes(args, tokenizer)
+    needs, path = name_needs(args), args.tokenizer
+    if needs == "tokens" and not args.fresh and os.path.exists(f"{args.out}/tokenizer.pt"):
+        path = path or f"{args.out}/tokenizer.pt"
+    if path:
+        tokenizer = load_tokenizer(path)
+        if (tokenizer.image_size, tokenizer.patch_size) != (args.image_size, args.patch_size):
+            raise ValueError(f"{path}: it is for images of {tokenizer.image_size} pixels and patches of "
+                             f"{tokenizer.patch_size}, unlike this run")
         return tokenizer
-    path = f"{args.out}/tokenizer.pt"
-    if wants_tokens(args) and os.path.exists(path) and not args.fresh:
-        return load_tokenizer(path)
-    if wants_features(args) or wants_tokens(args):
+    if needs:
         return blank_tokenizer(ds, args.features, args.patch_size)
-
-
-def check_sizes(args, tokenizer):
-    """ValueError if --tokenizer, or the one in --out, is for other images or patches."""
-    if (tokenizer.image_size, tokenizer.patch_size) != (args.image_size, args.patch_size):
-        path = args.tokenizer or f"{args.out}/tokenizer.pt"
-        raise ValueError(f"{path}: it is for images of {tokenizer.image_size} pixels and patches of "
-                         f"{tokenizer.patch_size}, unlike this run")
 
 
 def make_targets(args, ds, source, device):
@@ -798,28 +741,28 @@ def make_targets(args, ds, source, device):
     model: no gradient, no weight decay, no room in checkpoints.
     """
     tokens = make = size = layers = None
-    if wants_features(args):
-        make = source.to(device).compute_features
-        size = make(ds[0][0][None].to(device)).shape[-1]
-        if args.objective == "peco":                           # is given nothing: its loss compares layers
-            make, layers = None, source.layers                 # of images as the model gets them
-    elif args.tokens:
+    needs = name_needs(args)
+    if args.tokens:
         tokens, size = source, args.vocab_size or 1 + int(source.max())
-    elif wants_tokens(args):
+    elif needs == "tokens":
         pictures = ds
         if ds.from_files:                                      # k-CLIP's tokens want twice the pixels
             pictures = ds.view(center_square(source.input_size), image_size=source.input_size)
-        check_sizes(args, source)
         if source.vocab_size == 0:                             # no codes yet
             print0(f"K-means of {args.features} features, K = {args.vocab_size}")
             source = fit_tokenizer(pictures, args.features, args.vocab_size, args.patch_size, args.image_size,
-                                   args.seed, workers=args.workers, device=device)
+                                   args.seed, args.workers, device)
             if is_main_process():
                 source.save(f"{args.out}/tokenizer.pt")
         make = source.to(device)
         size = make.vocab_size
         if not args.crop:
-            tokens = tokenize(make, pictures, f"{args.out}/tokens.npy", workers=args.workers, device=device)
+            tokens = tokenize(make, pictures, f"{args.out}/tokens.npy", args.workers, device)
+    elif needs:
+        make = source.to(device).compute_features
+        size = make(ds[0][0][None].to(device)).shape[-1]
+        if args.objective == "peco":                           # it compares layers, of what it sees and makes
+            make, layers = None, source.layers
     if tokens is not None and is_main_process():
         print(describe_codebook(tokens, ds.labels, size))
 
@@ -836,9 +779,7 @@ def build(args, size, layers=None):
     torch.manual_seed(args.seed)
     vit = MODELS[args.model](image_size=args.image_size, patch_size=args.patch_size, drop_path=args.drop_path,
                              layer_scale=args.layer_scale or None, pos=args.pos, init=args.init)
-    target = None
-    if args.objective in objectives.TARGETS:
-        target = "features" if wants_features(args) else args.features
+    target = name_needs(args) or args.features                 # of maskfeat, or mae
     vocab_size = args.vocab_size if args.objective in objectives.TOKENIZERS else size
     return objectives.make(args.objective, vit, vocab_size, args.cut, args.mask_ratio, target,
                            decoder_depth=args.decoder_depth, values=size, perceptual=layers)
@@ -878,8 +819,11 @@ def pretrain(args, model, ds, targets, device):
             given = targets(images, read)
         return net(normalize(images, ds.mean, ds.std), given, draw_order(step)[micro])
 
-    return train(model, make_optimizer(model, args), ds, args, compute_loss, device,
-                 f"{args.out}/last.pt", f"{args.out}/metrics.jsonl", model.before_step)
+    checkpoint = f"{args.out}/last.pt"
+    if args.objective in HARD_CODES and not os.path.exists(checkpoint):
+        start_codebook(args, model, ds, device)
+    return train(model, make_optimizer(model, args), ds, args, compute_loss, device, checkpoint,
+                 f"{args.out}/metrics.jsonl", model.before_step)
 
 
 def save_results(args, model, ds):
@@ -893,16 +837,11 @@ def save_results(args, model, ds):
         tokenizer.save(f"{args.out}/tokenizer.pt")
 
 
-def draw_results(args, model, ds, held_out, targets, size, device):
-    """OUT/curves.png; OUT/predictions.png: held-out (or training) images, what was hidden and predicted."""
-    plt = load_matplotlib()
-    if plt is None:
-        return
-    plot_metrics(plt, {args.objective: [read_metrics(f"{args.out}/metrics.jsonl")]}, f"{args.out}/curves.png")
-
+def draw_results(args, model, ds, held_out, targets, size):
+    """OUT/predictions.png: held-out (or training) images, what was hidden, what was predicted."""
     def sample(data, n):
         some = range(0, len(data), math.ceil(len(data) / n))
-        return next(load_batches(data, some, n, 0, device))
+        return next(load_batches(data, some, n, device=model.encoder.pos_embed.device))
 
     looks = None
     if model.needs == "tokens":                                # a code looks like the mean of its patches
@@ -914,22 +853,20 @@ def draw_results(args, model, ds, held_out, targets, size, device):
 
 
 def print_table(args, vit, step, steps, ds, test, device, started):
-    """k-NN and linear probe of the trained and of the random encoder; the summary line of metrics.jsonl."""
+    """k-NN and linear probe of the random and of the trained encoder; the summary line of metrics.jsonl."""
     from probe import evaluate
     path = f"{args.out}/metrics.jsonl"
-    *_, line = read_metrics(path)
-    if not line.get("summary"):                                # else a finished run was started again
-        print0("k-NN and linear probe of the trained and of the random encoder")
-        line = dict(summary=True, seconds=round(time.time() - started, 1), objective=args.objective,
-                    seed=args.seed, data=args.data, step=step, steps=steps,
-                    settings=fixed_settings(args))
-        for suffix, network in (("_random", build(args, 2).encoder.to(device)), ("", vit)):
-            found = evaluate(network, ds, test, device, args.workers, args.seed)
-            line |= {key + suffix: value for key, value in found.items()}
-        append_metrics(path, **line)
-    print0(f"\n{'':<18}{'k-NN':>8}{'linear probe':>15}   top-1 % on {test.name}, {len(test)} images")
-    for name, suffix in (("random encoder", "_random"), ("trained encoder", "")):
-        print0(f"{name:<18}{100 * line['knn' + suffix]:>8.1f}{100 * line['linear' + suffix]:>15.1f}")
+    if read_metrics(path)[-1].get("summary"):
+        return print0(f"this run was finished before: its accuracies are in {path}")
+    line = dict(summary=True, seconds=round(time.time() - started, 1), objective=args.objective,
+                seed=args.seed, data=args.data, step=step, steps=steps, settings=fixed_settings(args))
+    print0(f"\n{'':<18}{'k-NN':>8}{'linear probe':>15}   top-1 on {test.name}, {len(test)} images")
+    random = build(args, 2).encoder.to(device)
+    for name, suffix, network in (("random encoder", "_random", random), ("trained encoder", "", vit)):
+        found = evaluate(network, ds, test, device, args.workers, args.seed)
+        line |= {key + suffix: value for key, value in found.items()}
+        print0(f"{name:<18}{found['knn']:>8.1%}{found['linear']:>15.1%}")
+    append_metrics(path, **line)
 
 
 def run(args):
@@ -945,7 +882,9 @@ def run(args):
         ds, test = keep_squares(ds), test and keep_squares(test)
     if args.workers is None:
         args.workers = default_workers(ds)
-    with lock_folder(args.out):
+    os.makedirs(args.out, exist_ok=True)
+    # No second run in this folder, while the first lives. Loaders of a killed one hold the lock for seconds.
+    with FileLock(f"{args.out}/.run-at-work.lock", timeout=8) if is_main_process() else contextlib.nullcontext():
         source = open_source(args, ds)
         if args.fresh and is_main_process():
             start_over(args)
@@ -957,21 +896,16 @@ def run(args):
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         print0(f"{args.objective}: {args.model}, {millions:.2f}M parameters; cut {model.cut}: "
                f"{model.num_targets} of {model.encoder.n_patches} patches hidden; lr {args.lr:g}; {device}")
-        view = training_view(ds, args)
-        if args.objective in HARD_CODES and not os.path.exists(f"{args.out}/last.pt"):
-            start_codebook(args, model, view, device)
-        step, steps = pretrain(args, model, view, targets, device)
+        step, steps = pretrain(args, model, training_view(ds, args), targets, device)
         if step not in (steps, args.steps):                    # by a signal
             return
         if is_main_process():
             save_results(args, model, ds)
-            draw_results(args, model, ds, test or ds, targets, size, device)
+            draw_results(args, model, ds, test or ds, targets, size)
         barrier()
         if args.probe:
             print_table(args, model.encoder, step, steps, ds, test, device, started)
-        made = sorted(os.listdir(args.out))
-        print0(f"\n{time.time() - started:.0f} s. In {args.out}: {', '.join(made)}\nnext: python probe.py "
-               f"linear {args.out}; also finetune, show{', tokens' if 'tokenizer.pt' in made else ''}")
+        print0(f"\n{time.time() - started:.0f} s; next: python probe.py linear {args.out}, or finetune, show")
 
 
 def start_over(args):
@@ -1041,7 +975,7 @@ def parse(argv):
                         probe=True)
     args = parser.parse_args(argv)
     check_numbers(parser, args, MAY_BE_ZERO)
-    if (args.tokens or args.tokenizer) and not wants_tokens(args):
+    if (args.tokens or args.tokenizer) and name_needs(args) != "tokens":
         parser.error(f"--tokens, --tokenizer: {args.objective} does not predict tokens")
     return args
 
@@ -1075,7 +1009,7 @@ def complete(args, chosen, ds, device):
         chosen["lr"] = 0.
     if args.preset == "laptop":                                # the same work on any data set
         for key in ("epochs", "warmup_epochs"):
-            chosen[key] = float(f"{chosen[key] * TEXTURES['train'][1] / len(ds):.3g}")
+            chosen[key] *= TEXTURES["train"][1] / len(ds)
     chosen["out"] = f"runs/{args.objective}-{os.path.basename(os.path.normpath(args.data))}"
     chosen["compile"] = device.type == "cuda"
     fill_in(args, chosen)
@@ -1088,9 +1022,6 @@ def complete(args, chosen, ds, device):
     divide_batch(args)
     if args.batch_size > len(ds):
         raise ValueError(f"--batch-size {args.batch_size} is more than the {len(ds)} images")
-    patches = args.batch_size * (args.image_size // args.patch_size) ** 2
-    if args.objective in HARD_CODES and args.vocab_size > patches:
-        raise ValueError(f"--vocab-size {args.vocab_size}: codes start as patches of a batch, {patches}")
     with torch.device("meta"):                                 # sizes, --cut and --mask-ratio out of range
         build(args, args.vocab_size or 2)
 
