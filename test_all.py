@@ -3144,7 +3144,7 @@ PAGES = ["README.md", "results/README.md"]
 MODULES = dict(vit=vit, kmeans=kmeans, tcas=tcas, objectives=objectives, train=train, probe=probe)
 IMPORTS = {"vit": [], "kmeans": ["vit"], "tcas": [], "objectives": ["vit"],
          "train": ["kmeans", "objectives", "tcas", "vit"], "probe": ["kmeans", "train", "vit"]}
-PACKAGES = {"torch", "torchvision", "numpy", "einops", "tqdm", "matplotlib", "triton", "PIL"}
+PACKAGES = {"torch", "torchvision", "numpy", "einops", "tqdm", "matplotlib", "triton", "PIL", "filelock"}
 
 
 def list_commands(page):

@@ -16,7 +16,6 @@ draws nothing, statistically where it does (stochastic depth, dVAE).
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import functools
 import io
 import json
@@ -51,8 +50,6 @@ from kmeans import (KMeans, KMeansTokenizer, all_reduce, average_patches, barrie
 from tcas import describe_codebook
 from vit import (IMAGENET, MODELS, draw_rows, exit_on_error, normalize, read_checkpoint,
                   save, save_figure, write_atomically)
-
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))              # of this process on its machine, by torchrun
 
 
 # --- recipes: an explicit flag beats the preset -----------------------------------------------------------
@@ -319,7 +316,7 @@ def setup(device=None):
     try:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda":
-            device = torch.device("cuda", device.index or LOCAL_RANK)
+            device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
             torch.backends.cuda.enable_cudnn_sdp(False)        # its backward with a mask can be wrong
         torch.empty(0, device=device)
@@ -328,9 +325,7 @@ def setup(device=None):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")      # names of files need not be UTF-8
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        backend = dist.get_default_backend_for_device(device)
-        # Others wait while the first process downloads, or draws.
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+        dist.init_process_group(dist.get_default_backend_for_device(device))
     return device
 
 
@@ -530,15 +525,12 @@ def keep_squares(ds):
         return ds
     about = ds.name, ds.image_size, ds.paths, [os.stat(path).st_mtime_ns for path in ds.paths]
     path = f"data/squares/{zlib.crc32(repr(about).encode()):08x}.npy"
-    if LOCAL_RANK == 0 and not os.path.exists(path):
-        os.makedirs("data/squares", exist_ok=True)
-        print0(f"decoding the {len(ds)} pictures of {ds.name} once, into {path}")
-        batches = load_batches(ds, range(len(ds)), 64, count_cores(), desc="squares")
-        squares = (images.numpy() for images, _, _ in batches)
-        temporary = f"{path}.{os.getpid()}"                    # another run may do the same
-        write_npy(temporary, (len(ds), 3, ds.image_size, ds.image_size), squares)
-        os.replace(temporary, path)
-    barrier()
+    with FileLock(f"{path}.lock"):                             # other processes, and other runs, wait
+        if not os.path.exists(path):
+            print(f"decoding the {len(ds)} pictures of {ds.name} once, into {path}", flush=True)
+            batches = load_batches(ds, range(len(ds)), 64, count_cores(), desc="squares")
+            squares = (images.numpy() for images, _, _ in batches)
+            write_npy(path, (len(ds), 3, ds.image_size, ds.image_size), squares)
     load = torch.from_numpy(np.load(path, mmap_mode="c")).__getitem__
     return ds.view(v2.Identity(), load=load, from_files=False)
 
@@ -563,14 +555,11 @@ def open_dataset(spec, split="train", image_size=None, classes=None):
 
 
 def open_named(name, split, image_size):
-    if LOCAL_RANK > 0:
-        barrier()                                              # the first process of a machine fetches it
     try:
-        source = NAMED[name]("data", split == "train", download=True)        # if it is not there
+        with FileLock(f"data/{name}.lock"):                    # one process fetches it, if it is not there
+            source = NAMED[name]("data", split == "train", download=True)
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"--data {name}: not in data/ and cannot be fetched ({error})") from None
-    if LOCAL_RANK == 0:
-        barrier()
     load = torch.from_numpy(source.data).permute(0, 3, 1, 2).__getitem__
     square = center_square(image_size)
     return Images(f"{name}/{split}", load, source.targets, source.classes, image_size, square, True)
@@ -882,8 +871,7 @@ def run(args):
         ds, test = keep_squares(ds), test and keep_squares(test)
     if args.workers is None:
         args.workers = default_workers(ds)
-    os.makedirs(args.out, exist_ok=True)
-    # No second run in this folder, while the first lives. Loaders of a killed one hold the lock for seconds.
+    # No second run in this folder while the first lives; the loaders of one that was killed live on for 5 s.
     with FileLock(f"{args.out}/.run-at-work.lock", timeout=8) if is_main_process() else contextlib.nullcontext():
         source = open_source(args, ds)
         if args.fresh and is_main_process():
@@ -956,13 +944,10 @@ AT_MOST = dict(crop=1, mask_ratio=1, drop_path=.99, beta2=.9999,
 def parse(argv):
     parser = argparse.ArgumentParser(description="Pre-train a ViT by any objective of the two papers. What "
                                                  "is not given comes from the preset.")
-    either = {}
-    for pair in ("cut", "mask_ratio"), ("lr", "base_lr"), ("tokens", "tokenizer"):
-        either |= dict.fromkeys(pair, parser.add_mutually_exclusive_group())
 
     def add(key, kind, text):
-        to = either.get(key, parser)
-        to.add_argument(f"--{key.replace('_', '-')}", type=kind, choices=CHOICES.get(key), help=text)
+        flag = f"--{key.replace('_', '-')}"
+        parser.add_argument(flag, type=kind, choices=CHOICES.get(key), help=text)
 
     for kind, flags in FLAGS.items():
         for key, text in flags.items():
@@ -975,6 +960,9 @@ def parse(argv):
                         probe=True)
     args = parser.parse_args(argv)
     check_numbers(parser, args, MAY_BE_ZERO)
+    for one, other in ("cut", "mask_ratio"), ("lr", "base_lr"), ("tokens", "tokenizer"):
+        if getattr(args, one) and getattr(args, other):
+            parser.error(f"--{one} and --{other.replace('_', '-')} exclude each other")
     if (args.tokens or args.tokenizer) and name_needs(args) != "tokens":
         parser.error(f"--tokens, --tokenizer: {args.objective} does not predict tokens")
     return args
