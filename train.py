@@ -872,7 +872,8 @@ def run(args):
     if args.workers is None:
         args.workers = default_workers(ds)
     # No second run in this folder while the first lives; the loaders of one that was killed live on for 5 s.
-    with FileLock(f"{args.out}/.run-at-work.lock", timeout=8) if is_main_process() else contextlib.nullcontext():
+    lock = FileLock(f"{args.out}/.run-at-work.lock", timeout=8)
+    with lock if is_main_process() else contextlib.nullcontext():
         source = open_source(args, ds)
         if args.fresh and is_main_process():
             start_over(args)
@@ -991,8 +992,6 @@ def complete(args, chosen, ds, device):
     """Fill in what the preset decides for the data; refuse what cannot be, before anything is written."""
     if args.tokenizer or args.tokens:                          # then the file says what the codebook is
         chosen["features"] = chosen["vocab_size"] = None
-    if args.cut is not None:
-        chosen["mask_ratio"] = None
     if args.base_lr:
         chosen["lr"] = 0.
     if args.preset == "laptop":                                # the same work on any data set
