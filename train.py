@@ -331,10 +331,6 @@ def setup(device=None):
 
 # --- data sets --------------------------------------------------------------------------------------------
 
-class Damaged(Exception):
-    """The bytes of a picture cannot be decoded."""
-
-
 @dataclasses.dataclass(eq=False)
 class Images(Dataset):
     """Item (epoch, i): picture i transformed, uint8 (3, S, S); its label or -1; i; the index really read.
@@ -342,7 +338,7 @@ class Images(Dataset):
     What is random in `transform` is a function of (seed, epoch, i). A neighbor stands in for a damaged
     picture, as a run of days must not die of one file.
 
-    load        function i -> the whole picture, uint8 (3, H, W); Damaged if its bytes are none
+    load        function i -> the whole picture, uint8 (3, H, W); ValueError if its bytes are none
     labels      (n,) int64, -1: none; classes: their names, None: no labels
     from_files  pictures have any size, and `transform` brings them to image_size; paths: of their files
     mean, std   of the channels, on the scale 0..1
@@ -385,7 +381,7 @@ class Images(Dataset):
         for _ in range(100):
             try:
                 return self.load(i), i
-            except Damaged as error:
+            except ValueError as error:
                 print(f"cannot read {self.paths[i]} ({error}): its neighbor stands in", file=sys.stderr)
             i = (i + 1) % len(self)
         raise OSError(f"{self.name}: 100 pictures in a row cannot be read, the last is {self.paths[i - 1]}")
@@ -478,7 +474,10 @@ def decode_by_pil(data):
 
 
 def decode_picture(data):
-    """The bytes of a picture file -> uint8 (3, H, W): JPEGs by torchvision's decoder, all else by PIL."""
+    """The bytes of a picture file -> uint8 (3, H, W): JPEGs by torchvision's decoder, all else by PIL.
+
+    ValueError for bytes that are no picture, with the reason.
+    """
     raw = torch.frombuffer(bytearray(data or b"-"), dtype=torch.uint8)
     if data[:2] == b"\xff\xd8":
         with contextlib.suppress(RuntimeError):                # damaged: PIL says how
@@ -491,7 +490,7 @@ def decode_picture(data):
         with contextlib.suppress(RuntimeError):                # PIL refuses what only its metadata ails
             return v2.functional.to_dtype(decode_png(raw, "RGB"), torch.uint8, scale=True)
         reason = str(error).split("<_io")[0].split("\n")[0]
-        raise Damaged(f"{reason}; it begins with {data[:16]!r}") from None
+        raise ValueError(f"{reason}; it begins with {data[:16]!r}") from None
 
 
 def read_picture(paths, i):
@@ -972,11 +971,10 @@ def parse(argv):
 def check_numbers(parser, args, may_be_zero):
     """argparse takes any number: refuse, naming the flag, those that mean nothing."""
     for key, value in vars(args).items():
-        most, zero = AT_MOST.get(key, 1 << 62), key in may_be_zero
-        for number in value if isinstance(value, list) else [value]:
-            if type(number) in (int, float) and not (0 < number <= most or number == 0 and zero):
-                least = "from 0" if zero else "above 0"
-                parser.error(f"--{key.replace('_', '-')} {number}: wanted is one {least}, at most {most}")
+        most = AT_MOST.get(key, 1 << 62)
+        fits = type(value) not in (int, float) or 0 < value <= most or value == 0 and key in may_be_zero
+        if not fits:
+            parser.error(f"--{key.replace('_', '-')} {value} is out of range")
 
 
 def fill_in(args, recipe):
