@@ -2935,7 +2935,7 @@ def test_the_name_of_a_size_is_an_untrained_network(trained, tmp_path, monkeypat
     assert probed("knn", "vit_micro")["knn"] == summary["knn_random"]
     assert probed("linear", "vit_micro", "--image-size", 24, "--seed", 1, "--epochs", 1)["linear"] < .4
     assert [line["seed"] for line in train.read_metrics("runs/vit_micro/probe.jsonl")] == [0, 1]
-    probe_refuses(capsys, ["knn", "vit_nano"], "vit_nano", "no such file")
+    probe_refuses(capsys, ["knn", "vit_nano"], "vit_nano", "No such file")
 
 
 def test_linear_protocols(trained, tmp_path, monkeypatch, capsys):
@@ -3106,7 +3106,7 @@ def test_two_processes_give_the_result_of_one(trained, tmp_path, monkeypatch):
 # --- faults -----------------------------------------------------------------------------------------------
 
 def test_wrong_input_is_refused_in_one_line(trained, probe_pictures, tmp_path, capsys):
-    probe_refuses(capsys, ["knn", tmp_path / "no.pt"], "no.pt", "no such file")
+    probe_refuses(capsys, ["knn", tmp_path / "no.pt"], "no.pt", "No such file")
     probe_refuses(capsys, ["linear", trained, "--data", f"{probe_pictures}/train/ant"], "--data", "labels")
     for flag, value in (("--lr", -1), ("--k", 0), ("--epochs", "nan")):
         probe_refuses(capsys, ["finetune", trained, flag, value], flag)
