@@ -84,8 +84,7 @@ def blockwise_mask(b, grid, count, generator=None):
         hidden = hidden.maximum(block)
         unfinished = fits.any(1, keepdim=True)
     score = hidden.flatten(1) + torch.rand(b, n, generator=generator)   # above 1: hidden by a block
-    rank = score.argsort(1).argsort(1)
-    return rank >= n - count
+    return score.argsort(1).argsort(1) >= n - count           # by rank: exactly `count`
 
 
 def two_stream_mask(visible, targets, positions=True):
@@ -354,7 +353,7 @@ class CAE(Objective):
         guess = self.regressor_norm(guess)
         logits = self.decoder(guess + vit.positions(hidden))
         teacher = self.teacher.eval()                          # its latents are a target: no stochastic depth
-        target = teacher.encode(teacher.embed(images, hidden))[:, vit.prefix:]
+        target = teacher.encode(teacher.embed(images, hidden))[:, vit.prefix:].detach()
         return logits, gather_patches(tokens, hidden), guess, target
 
     def loss(self, logits, tokens, guess, target):
@@ -477,8 +476,9 @@ class LearnedTokenizer(Objective):
             seen, wanted = (self.perceptual(unpatchify(x, self.encoder.patch_size))
                             for x in (prediction, target))
             loss += sum(map(F.mse_loss, seen, wanted))
-        z_and_1 = F.pad(z, (0, 1), value=1.)
-        self.sums.index_add_(0, tokens.flatten(), z_and_1.flatten(0, 1))
+        self.sums.index_add_(
+            0, tokens.flatten(),
+            F.pad(z, (0, 1), value=1.).flatten(0, 1))
         self.example = z[0]                                    # all z of one image
         counts = self.sums[:, -1]
         entropy = torch.special.entr(counts / counts.sum()).sum()

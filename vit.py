@@ -495,10 +495,10 @@ def save_figure(plt, path):
 def draw_rows(rows, path):
     """PNG of rows of images: rows {label: (b, 3, S, S) in 0..1}."""
     plt = load_matplotlib()
-    if plt is None:
+    if not plt:
         return
     images = nn.utils.rnn.pad_sequence(list(rows.values()), batch_first=True, padding_value=1.)
-    images = F.pad(images, (1, 1, 1, 1), value=1.).clamp(0, 1).cpu()         # white lines between them
+    images = F.pad(images, (1, 1, 1, 1), value=1.).clamp(0, 1).numpy(force=True)  # white lines between them
     plt.figure(figsize=(10, 10))
     plt.imshow(rearrange(images, "row b c y x -> (row y) (b x) c"))
     centers = images.shape[-1] * (torch.arange(len(rows)) + .5)
