@@ -58,33 +58,33 @@ def blockwise_mask(b, grid, count, generator=None):
     All images at once: of the 10 tries, made in parallel, each image takes the first that fits.
     """
     def uniform():
-        return torch.rand(b, 10, generator=generator)
+        return torch.rand(b, 10, 1, generator=generator)
 
-    def cover(length):                                         # at a random place: (b, 10) -> (b, 10, grid)
-        start = (uniform() * (grid + 1 - length)).floor()[..., None]
-        return ((cell >= start) & (cell < start + length[..., None])).float()
+    def cover(length):                                         # at a random place: -> (b, 10, grid)
+        start = (uniform() * (grid + 1 - length)).floor()
+        return ((cell >= start) & (cell < start + length)).float()
 
-    least = round(16 / 196 * grid ** 2)                        # of BEiT's scripts: 16 patches of 196
+    n = grid ** 2
+    least = round(16 / 196 * n)                                # of BEiT's scripts: 16 patches of 196
     cell = torch.arange(grid)
     hidden = torch.zeros(b, grid, grid)                        # 0 and 1, as products count cells
-    unfinished = torch.ones(b, 1, dtype=torch.bool)
+    unfinished = torch.ones(b, 1, 1, dtype=torch.bool)
     while unfinished.any():
-        remaining = count - hidden.sum((1, 2))[:, None]
+        remaining = count - hidden.sum((1, 2), keepdim=True)
         area = least + (remaining - least) * uniform()         # downwards, where less is left: as in BEiT
         aspect = .3 ** (2 * uniform() - 1)
         h = (area * aspect).sqrt().round()
         w = (area / aspect).sqrt().round()
         rows = cover(h)
         columns = cover(w)
-        new = h * w - torch.einsum("b r y, b y x, b r x -> b r", rows, hidden, columns)
+        new = h * w - torch.einsum("b r y, b y x, b r x -> b r", rows, hidden, columns)[..., None]
         fits = unfinished & (h < grid) & (w < grid) & (new > 0) & (new <= remaining)
         first = fits & (fits.cumsum(1) == 1)
-        block = torch.einsum("b r, b r y, b r x -> b y x", first.float(), rows, columns)
+        block = torch.einsum("b r y, b r x -> b y x", first * rows, columns)
         hidden = hidden.maximum(block)
         unfinished = fits.any(1, keepdim=True)
-    score = hidden.flatten(1) + torch.rand(b, grid ** 2, generator=generator)   # above 1: hidden by a block
-    rank = score.argsort(1).argsort(1)
-    return rank >= grid ** 2 - count
+    score = hidden.flatten(1) + torch.rand(b, n, generator=generator)   # above 1: hidden by a block
+    return score.argsort(1).argsort(1) >= n - count           # by rank: exactly `count`
 
 
 def two_stream_mask(visible, targets, positions=True):
@@ -139,13 +139,13 @@ class Objective(nn.Module):
         if not self.blockwise:
             return random_order(b, self.encoder.n_patches, generator, device)
         hidden = blockwise_mask(b, self.encoder.grid, self.num_targets, generator)
-        return hidden.argsort(dim=1, stable=True).to(device)
+        return hidden.argsort(stable=True).to(device)
 
     def split(self, images, order=None):
         """Visible patches (b, c - 1), hidden ones (b, T), in the order z (None: drawn here)."""
         if order is None:
             order = self.draw_order(len(images), device=images.device)
-        return order.split([self.cut - 1, self.num_targets], 1)
+        return order.tensor_split([self.cut - 1], 1)
 
     @torch.no_grad()
     def compute_target(self, images, given=None):
@@ -173,23 +173,21 @@ class Objective(nn.Module):
         right = prediction.argmax(-1) == target
         return loss, {"accuracy": right.float().mean()}
 
+    def initialize(self, *parts):
+        """As the encoder; ours: a small head, so that an untrained network guesses uniformly, loss ln K."""
+        for part in parts:
+            part.apply(self.encoder.initialize)
+        self.decoder[-1].apply(init_weights)
+
     def before_step(self, progress):
         """Called before each optimizer step; progress: the share of all steps that is done, 0..1."""
 
 
-class Decoder(nn.Sequential):
+def make_decoder(width, depth, heads, values, layer_scale=None, drop_path=0.):
     """Transformer blocks, norm and head: rows (b, m, d) -> (b, m, values)."""
-
-    def __init__(self, width, depth, heads, values, layer_scale=None, drop_path=0.):
-        rates = drop_rates(drop_path, depth)
-        blocks = [Block(width, heads, 4, layer_scale, rate) for rate in rates]
-        norm = nn.LayerNorm(width, eps=1e-6)
-        super().__init__(*blocks, norm, nn.Linear(width, values))
-
-    def initialize(self, vit):
-        """As the encoder; ours: a small head, so that an untrained network guesses uniformly, loss ln K."""
-        self.apply(vit.initialize)
-        self[-1].apply(init_weights)
+    blocks = [Block(width, heads, 4, layer_scale, rate)
+              for rate in drop_rates(drop_path, depth)]
+    return nn.Sequential(*blocks, nn.LayerNorm(width, eps=1e-6), nn.Linear(width, values))
 
 
 # --- MAE, MaskFeat, ClusterMIM ----------------------------------------------------------------------------
@@ -212,15 +210,15 @@ class MaskedAutoencoder(Objective):
     def __init__(self, vit, cut, size=None, target="tokens", depth=8):
         super().__init__(vit, cut, target)
         if not self.needs:
-            blank = torch.zeros(1, 3, vit.image_size, vit.image_size)
-            size = self.compute_target(blank).shape[-1]
+            side = vit.image_size
+            size = self.compute_target(torch.zeros(1, 3, side, side)).shape[-1]
         width = min(512, 32 * max(1, vit.width // 48))
         self.decoder_embed = nn.Linear(vit.width, width)
-        pos = sincos_positions(vit.grid, width, prefix=0)
-        self.register_buffer("pos", pos, persistent=False)
-        self.decoder = Decoder(width, depth, width // 32, size)
-        self.decoder_embed.apply(vit.initialize)
-        self.decoder.initialize(vit)
+        self.register_buffer(
+            "pos", sincos_positions(vit.grid, width, prefix=0),
+            persistent=False)
+        self.decoder = make_decoder(width, depth, width // 32, size)
+        self.initialize(self.decoder_embed, self.decoder)
         self.mask_token = nn.Parameter(.02 * torch.randn(1, 1, width))
 
     def predict(self, images, tokens=None, order=None):
@@ -259,8 +257,8 @@ class MaPeT(Objective):
         self.permute = permute
         self.positions = positions
         self.head = nn.Linear(vit.width, vocab_size)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, vit.width))
-        nn.init.trunc_normal_(self.mask_token, std=.02)
+        self.mask_token = nn.Parameter(
+            nn.init.trunc_normal_(torch.empty(1, 1, vit.width), std=.02))
         self.head.apply(init_weights)
         mask = None
         if permute:
@@ -305,14 +303,13 @@ class RegressorBlock(Block):
         read = [self.norm1(x + pos[:, visible.shape[1]:]),
                 self.norm_k(rows + pos),
                 self.norm_v(rows)]
-        qkv = self.attn.qkv
-        qkv = map(F.linear, read, qkv.weight.chunk(3), qkv.bias.chunk(3))
-        q, k, v = (rearrange(y, "b r (h e) -> b h r e", h=self.attn.heads)
-                   for y in qkv)
-        branch = F.scaled_dot_product_attention(q, k, v)
+        layer = self.attn.qkv
+        qkv = map(F.linear, read, layer.weight.chunk(3), layer.bias.chunk(3))
+        qkv_heads = (rearrange(y, "b r (h e) -> b h r e", h=self.attn.heads)
+                     for y in qkv)
+        branch = F.scaled_dot_product_attention(*qkv_heads)
         branch = self.attn.proj(rearrange(branch, "b h r e -> b r (h e)"))
-        x = x + self.drop_path(self.ls1(branch))
-        x = self.norm2(x)
+        x = self.norm2(x + self.drop_path(self.ls1(branch)))
         return x + self.drop_path(self.ls2(self.mlp(x)))
 
 
@@ -331,26 +328,24 @@ class CAE(Objective):
     def __init__(self, vit, cut, vocab_size, depth=4):
         super().__init__(vit, cut)
         width, heads, scale = vit.width, vit.heads, vit.layer_scale
-        rates = drop_rates(vit.drop_path, depth)
         self.regressor = nn.ModuleList(
-            RegressorBlock(width, heads, 4, scale, rate) for rate in rates)
+            RegressorBlock(width, heads, 4, scale, rate)
+            for rate in drop_rates(vit.drop_path, depth))
         self.regressor_norm = nn.LayerNorm(width, eps=1e-6)
-        self.decoder = Decoder(width, depth, heads, vocab_size, scale, vit.drop_path)
-        self.regressor.apply(vit.initialize)
+        self.decoder = make_decoder(width, depth, heads, vocab_size, scale, vit.drop_path)
+        self.initialize(self.regressor, self.decoder)
         if vit.initialize is mae_init:                         # CAE draws q, k, v apart, with Xavier's bound
             for block in self.regressor:                       # sqrt(6 / 2d); that of all three: sqrt(6 / 4d)
                 block.attn.qkv.weight.data.mul_(math.sqrt(2))
-        self.decoder.initialize(vit)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        nn.init.trunc_normal_(self.mask_token, std=.02)
+        self.mask_token = nn.Parameter(
+            nn.init.trunc_normal_(torch.empty(1, 1, width), std=.02))
         self.teacher = copy.deepcopy(vit).requires_grad_(False)
 
     def predict(self, images, tokens, order=None):
         """Logits (b, T, K) of the hidden patches in the order z, their tokens, latents guessed, and true."""
         vit = self.encoder
         visible, hidden = self.split(images, order)
-        latent = vit.encode(vit.embed(images, visible))
-        latent = latent[:, vit.prefix:]
+        latent = vit.encode(vit.embed(images, visible))[:, vit.prefix:]
         pos = vit.positions(torch.cat([visible, hidden], 1))
         guess = self.mask_token.expand(*hidden.shape, -1)
         for block in self.regressor:
@@ -358,8 +353,7 @@ class CAE(Objective):
         guess = self.regressor_norm(guess)
         logits = self.decoder(guess + vit.positions(hidden))
         teacher = self.teacher.eval()                          # its latents are a target: no stochastic depth
-        target = teacher.encode(teacher.embed(images, hidden))
-        target = target[:, vit.prefix:].detach()
+        target = teacher.encode(teacher.embed(images, hidden))[:, vit.prefix:].detach()
         return logits, gather_patches(tokens, hidden), guess, target
 
     def loss(self, logits, tokens, guess, target):
@@ -390,10 +384,10 @@ class LearnedTokenizer(Objective):
     else        VQ-VAE (arXiv:1711.00937, Eq. 3), sg: no gradient, so codes get one of the last term alone:
                     code = z + sg(C_t - z)
                     loss = MSE + ||z - sg C_t||^2 / 4 + ||sg z - C_t||^2
-    unit        VQ-KD (BEiT v2, arXiv:2208.06366, Sec. 3.1): z and codes have unit length and 32 values
+    unit        VQ-KD (BEiT v2, arXiv:2208.06366, Sec. 3.1): z and codes have unit length and 32 values; the
+                target is a teacher's features, not pixels
                     loss = 1 - cosine + ||z - sg C_t||^2
                     C_k <- norm(.99 C_k + .01 norm(sum of its z)) each step
-    target      VQ-KD: "features", a teacher's, 1 - cosine; else "pixel", MSE
     perceptual  PeCo (arXiv:2111.12710, Sec. 3.2): and what a frozen network sees in both should be the same;
                 a function of normalized images -> list of (b, rows, d)
     Ours: a hard code that was not used for `patience` steps takes the z of a patch of one image of the batch,
@@ -402,8 +396,9 @@ class LearnedTokenizer(Objective):
     patience = 200
 
     def __init__(self, vit, vocab_size, values, depth=3,
-                 soft=False, unit=False, target="pixel", perceptual=None):
-        super().__init__(vit, 1 + vit.n_patches, target)       # nothing is hidden
+                 soft=False, unit=False, perceptual=None):
+        # The cutting point is behind the last patch: nothing is hidden.
+        super().__init__(vit, 1 + vit.n_patches, "features" if unit else "pixel")
         self.soft = soft
         self.unit = unit
         self.perceptual = perceptual
@@ -413,16 +408,15 @@ class LearnedTokenizer(Objective):
             nn.Linear(width, width),
             nn.Tanh(),
             nn.Linear(width, size))
-        codes = torch.randn(vocab_size, size)
-        self.codebook = nn.Parameter(codes, requires_grad=not unit)
+        self.codebook = nn.Parameter(
+            torch.randn(vocab_size, size),
+            requires_grad=not unit)
         self.classify = nn.Linear(size, vocab_size) if soft else nn.Identity()
         self.decoder_embed = nn.Linear(size, width)
-        if not self.needs:
+        if not unit:
             values = 3 * vit.patch_size ** 2
-        self.decoder = Decoder(width, depth, vit.heads, values)
-        for part in (self.project, self.classify, self.decoder_embed):
-            part.apply(vit.initialize)
-        self.decoder.initialize(vit)
+        self.decoder = make_decoder(width, depth, vit.heads, values)
+        self.initialize(self.project, self.classify, self.decoder_embed, self.decoder)
         self.register_buffer("ramp", torch.zeros(()))          # r; a tensor: nothing is compiled anew
         self.register_buffer("idle", torch.zeros(vocab_size))  # steps since a code was used
         # Of one step: the sum of each code's z, and of a 1 beside each z, how many.
@@ -448,20 +442,20 @@ class LearnedTokenizer(Objective):
         """z (b, n, size) -> code (b, n, size), the part of the loss that ties both, tokens (b, n)."""
         logits = F.linear(z, *self.linear_layer())
         tokens = logits.argmax(-1)
-        code = F.embedding(tokens, self.codebook)
+        code = self.codebook[tokens]
         if self.soft:
             if self.training:                                  # a mixture of codes while it learns
                 tau = 1 - 15 / 16 * self.ramp
                 code = F.gumbel_softmax(logits, tau) @ self.codebook
             log_q = logits.log_softmax(-1)
-            negentropy = (log_q.exp() * log_q).sum(-1).mean()
-            kl = math.log(len(self.codebook)) + negentropy
+            kl = math.log(len(self.codebook)) + (log_q.exp() * log_q).sum(-1).mean()
             loss = self.ramp * kl / (3 * self.encoder.patch_size ** 2)       # of a pixel's value, as the MSE
-            return code, loss, tokens
-        loss = F.mse_loss(z, code.detach())                    # commitment
-        if not self.unit:
-            loss = .25 * loss + F.mse_loss(code, z.detach())
-        return z + (code - z).detach(), loss, tokens           # straight through: the code, with z's gradient
+        else:
+            loss = F.mse_loss(z, code.detach())                # commitment
+            if not self.unit:
+                loss = .25 * loss + F.mse_loss(code, z.detach())
+            code = z + (code - z).detach()                     # straight through: the code, with z's gradient
+        return code, loss, tokens
 
     def predict(self, images, given=None, order=None):
         """Prediction (b, n, values), its target, the codes' part of the loss, tokens (b, n), z."""
@@ -473,17 +467,18 @@ class LearnedTokenizer(Objective):
         return prediction, self.compute_target(images, given), tie, tokens, z.detach()
 
     def loss(self, prediction, target, tie, tokens, z):
-        if self.needs:
+        if self.unit:
             error = 1 - F.cosine_similarity(prediction, target, dim=-1).mean()
         else:
             error = F.mse_loss(prediction, target)
         loss = tie + error
         if self.perceptual:
-            images = [unpatchify(x, self.encoder.patch_size) for x in (prediction, target)]
-            seen, wanted = map(self.perceptual, images)
-            loss = loss + sum(map(F.mse_loss, seen, wanted))
-        rows = F.pad(z, (0, 1), value=1.).flatten(0, 1)
-        self.sums.index_add_(0, tokens.flatten(), rows)
+            seen, wanted = (self.perceptual(unpatchify(x, self.encoder.patch_size))
+                            for x in (prediction, target))
+            loss += sum(map(F.mse_loss, seen, wanted))
+        self.sums.index_add_(
+            0, tokens.flatten(),
+            F.pad(z, (0, 1), value=1.).flatten(0, 1))
         self.example = z[0]                                    # all z of one image
         counts = self.sums[:, -1]
         entropy = torch.special.entr(counts / counts.sum()).sum()
@@ -491,36 +486,32 @@ class LearnedTokenizer(Objective):
 
     @torch.no_grad()
     def before_step(self, progress):
+        """Codes of unit length follow their z, idle hard ones start anew: the same on every process."""
         self.ramp.fill_((1 - math.cos(math.pi * progress)) / 2)
         if not self.soft:
-            self.move_codes()
+            if dist.is_initialized():
+                dist.all_reduce(self.sums)
+                dist.broadcast(self.example, 0)
+            if self.unit:                                      # the direction of the sum is that of the mean
+                mean = F.normalize(self.sums[:, :-1])          # 0 of codes that were not used: they stay
+                self.codebook.copy_(F.normalize(.99 * self.codebook + .01 * mean))
+            self.idle += 1
+            self.idle *= self.sums[:, -1] == 0
+            dead = (self.idle >= self.patience).nonzero()[:, 0]
+            self.codebook[dead] = self.example[dead % len(self.example)]     # of equal ones the first is used
         self.sums.zero_()
-
-    def move_codes(self):
-        """Codes of unit length follow their z, idle ones start anew: the same on every process."""
-        if dist.is_initialized():
-            dist.all_reduce(self.sums)
-            dist.broadcast(self.example, 0)
-        if self.unit:                                          # the direction of the sum is that of the mean
-            mean = F.normalize(self.sums[:, :-1])              # 0 of codes that were not used: they stay
-            self.codebook.copy_(F.normalize(.99 * self.codebook + .01 * mean))
-        self.idle += 1
-        self.idle[self.sums[:, -1] > 0] = 0
-        dead = (self.idle >= self.patience).nonzero()[:, 0]
-        self.codebook[dead] = self.example[dead % len(self.example)]         # of equal ones the first is used
 
     def export(self):
         """A tokenizer is a function f and a linear layer: weights (of f: encoder, project), weight, bias."""
-        weight, bias = self.linear_layer()
-        return self.state_dict(), weight.detach(), bias.detach()
+        return self.state_dict(), *(x.detach() for x in self.linear_layer())
 
 
 # --- the objectives by name -------------------------------------------------------------------------------
 
 # What separates the objectives: the class, its arguments, and the share of patches that is hidden by default.
 OBJECTIVES = {
-    "mae": (MaskedAutoencoder, {}, .75),
-    "maskfeat": (MaskedAutoencoder, {}, .75),
+    "mae": (MaskedAutoencoder, {"target": "pixel"}, .75),
+    "maskfeat": (MaskedAutoencoder, {"target": "hog"}, .75),
     "clustermim": (MaskedAutoencoder, {}, .75),
     "cae": (CAE, {}, .5),
     "beit": (MaPeT, {"permute": False}, 75 / 196),
@@ -530,7 +521,7 @@ OBJECTIVES = {
     "dvae": (LearnedTokenizer, {"soft": True}, 0),
     "vq": (LearnedTokenizer, {}, 0),
     "peco": (LearnedTokenizer, {}, 0),                         # vq, with `perceptual`
-    "vqkd": (LearnedTokenizer, {"unit": True, "target": "features"}, 0),
+    "vqkd": (LearnedTokenizer, {"unit": True}, 0),
 }
 TARGETS = {"mae": ("pixel", "pixel-norm"), "maskfeat": ("hog", "features")}     # the others predict tokens
 BLOCKWISE = "beit", "cae"                                                       # random patches the others
@@ -555,8 +546,7 @@ def make(name, vit, vocab_size=None, cut=None, mask_ratio=None, target=None,
         if cut or mask_ratio:
             raise ValueError(f"{name} hides nothing: it takes no --cut and no --mask-ratio")
         return kind(vit, vocab_size, values, perceptual=perceptual, **arguments)
-    if name in TARGETS:
-        target = target or TARGETS[name][0]
+    if target:
         if target not in TARGETS[name]:
             raise ValueError(f"{name} cannot predict {target!r}: choose from {TARGETS[name]}")
         arguments["target"] = target
@@ -574,52 +564,39 @@ def make(name, vit, vocab_size=None, cut=None, mask_ratio=None, target=None,
 
 # --- masks and predictions, printed and drawn -------------------------------------------------------------
 
-def print_marks(marks, names):
-    """A line for each row of marks (rows, keys) bool: its name, # where True, how many."""
-    for name, row in zip(names, marks):
-        line = " ".join("  #" if mark else "  ." for mark in row)
-        print(f"{name:>5} {line}   {int(row.sum())}")
-
-
 def show_mask(path, order, cut, permute=True, positions=True):
     """Print who looks at whom for one order of the patches, and draw it as in MaPeT Fig. 2, a PNG.
 
     A row is named by its group and its patch; blue is content, orange only a position.
     """
     targets = order[cut - 1:]
-    groups = {
-        "visible": order[:cut - 1],
-        "targets": targets,
-        "mask tokens": targets,
-        "queries": targets}
-    if not permute:
-        del groups["targets"], groups["queries"]
-    if not positions:
-        del groups["mask tokens"]
-    rows = ["cls"]
-    for group, patches in groups.items():
-        rows += [f"{group[0]}{patch}" for patch in patches]
+    groups = ["mask tokens"] if positions else []
+    if permute:
+        groups = ["targets", *groups, "queries"]
+    rows = ["cls"] + [f"v{patch}" for patch in order[:cut - 1]]
+    for group in groups:
+        rows += [f"{group[0]}{patch}" for patch in targets]
     if permute:
         mask = two_stream_mask(cut, len(targets), positions)
     else:                                                      # MIM: all look at all
         mask = two_stream_mask(len(rows), 0)
     keys = rows[:mask.shape[1]]                                # queries come last
     print("Rows look at keys marked #: v visible, t target (content), m mask token, q query; how many keys")
-    print("      " + " ".join(f"{key:>3}" for key in keys))
-    print_marks(mask, rows)
+    print("     ", *[f"{key:>3}" for key in keys])
+    for row, marks in zip(rows, mask):
+        line = " ".join("  #" if mark else "  ." for mark in marks)
+        print(f"{row:>5} {line}   {int(marks.sum())}")
     plt = load_matplotlib()
-    if plt is None:
+    if not plt:
         return
     blue, orange = [.19, .41, .68], [.93, .59, .24]
-    colors = torch.tensor(
-        [orange if key[0] == "m" else blue for key in keys])
-    cells = torch.where(mask[..., None], colors, 1.)
-    plt.pcolormesh(keys, rows, cells, edgecolors="silver", linewidth=.5)
-    for i, (group, patches) in enumerate(groups.items()):      # a line after each
+    colors = torch.tensor([orange if key[0] == "m" else blue for key in keys])
+    plt.pcolormesh(keys, rows, torch.where(mask[..., None], colors, 1.),
+                   edgecolors="silver", linewidth=.5)
+    for i, group in enumerate(["visible", *groups]):           # at its last row, a line below
         end = cut + i * len(targets) - .5
-        plt.text(len(keys), end - len(patches) / 2, group, va="center")
+        plt.text(len(keys), end - .5, group)
         plt.axhline(end, color="black")
-        plt.axvline(min(end, len(keys) - .5), color="black")
     plt.axis("scaled")
     plt.gca().invert_yaxis()
     save_figure(plt, path)
@@ -634,24 +611,23 @@ def picture_predictions(model, images, mean, std, given=None, looks=None):
     """
     p = model.encoder.patch_size
     pixels = patchify(images, p)
-    mean = pixels.new_tensor(mean).repeat(p * p)               # of a patch's values
-    std = pixels.new_tensor(std).repeat(p * p)
+    mean, std = (pixels.new_tensor(values).repeat(p * p)       # of a patch's values
+                 for values in (mean, std))
     x = unpatchify((pixels - mean) / std, p)
     order = model.draw_order(len(x), device=x.device)
-    hidden = order[:, model.cut - 1:]
-    if not model.num_targets:                                  # a learned tokenizer rebuilds all patches
-        hidden = order.sort(1).values
     known = torch.zeros_like(order) if given is None else given
     guess, target = model.eval().predict(x, known, order)[:2]
     if model.needs == "tokens":
         guess, target = looks[guess.argmax(-1)], looks[target]
-    elif model.target in ("hog", "features"):                  # in three colors
-        target, guess = principal_colors(target, guess)
+    elif model.target in ("hog", "features"):                  # in three colors, each paints all of a patch
+        target, guess = (colors.repeat(1, 1, p * p) for colors in principal_colors(target, guess))
     else:                                                      # pixel-norm: all of the same contrast
         guess, target = guess * std + mean, target * std + mean
+    _, hidden = model.split(x, order)
+    if not model.num_targets:                                  # a learned tokenizer rebuilds all patches
+        hidden = order.sort(1).values
 
-    def fill(patches):                                         # a color paints all of a patch
-        patches = patches.repeat(1, 1, 3 * p * p // patches.shape[-1])
+    def fill(patches):
         place = hidden[..., None].expand_as(patches)
         return unpatchify(pixels.scatter(1, place, patches), p)
 
@@ -679,9 +655,8 @@ def main(argv=None):
         order = torch.randperm(args.patches).tolist()
         show_mask(f"runs/masks/{args.objective}.png", order, args.cut, **arguments)
     if args.objective in BLOCKWISE:
-        print("It hides blocks of the 14 x 14 patches, marked #")
-        hidden = blockwise_mask(1, 14, round(196 * share))
-        print_marks(hidden.view(14, 14), range(14))
+        print("It hides blocks of the 14 x 14 patches, marked 1")
+        print(blockwise_mask(1, 14, round(196 * share)).view(14, 14).long())
 
 
 if __name__ == "__main__":

@@ -66,20 +66,16 @@ def hog(images, p):
     9 hard bins of unsigned orientation over m x m cells in a patch, 8 pixels a side (or the largest divisor
     of p below it); the 9 bins of a cell and channel have unit length. Order: channel, bin, cell row, column.
     """
-    def slope(x, dim):
-        before, _, after = x.unfold(dim, 3, 1).unbind(-1)
-        return before - after
-
-    def smooth(x, dim):
-        before, here, after = x.unfold(dim, 3, 1).unbind(-1)
-        return before + 2 * here + after
+    def sobel(x):                                                            # left minus right, smoothed
+        slope = x[..., :-2] - x[..., 2:]                                     # first: a flat picture's is 0
+        return slope[..., :-2, :] + 2 * slope[..., 1:-1, :] + slope[..., 2:, :]
 
     cell = max(side for side in range(1, 9) if p % side == 0)
     padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
-    gx = smooth(slope(padded, 3), 2)                                         # Sobel's filters
-    gy = slope(smooth(padded, 3), 2)
+    gx = sobel(padded)
+    gy = sobel(padded.mT).mT
     angle_bin = (torch.atan2(gx, gy) / math.pi * 9).floor() % 9              # x first: from the y axis
-    magnitude = torch.linalg.vector_norm(torch.stack([gx, gy]), dim=0)       # PeCo: hypot's slope at 0 is NaN
+    magnitude = torch.stack([gx, gy]).norm(dim=0)                            # PeCo: hypot's slope at 0 is NaN
     bins = [F.avg_pool2d(magnitude * (angle_bin == o), cell) for o in range(9)]
     cells = F.normalize(torch.stack(bins, 2), dim=2)                         # (b, c, 9, cell rows, columns)
     return rearrange(cells, "b c o (y i) (x j) -> b (y x) (c o i j)", i=p // cell, j=p // cell)
@@ -330,8 +326,9 @@ NOT_THE_ENCODER = "head", "fc.", "lm_head", "mask_token", "decoder"
 
 def download(url, sha256=None):
     """The path of `url` in torch.hub's cache, fetched once; its sha256 must begin with what is given."""
-    path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    folder = f"{torch.hub.get_dir()}/checkpoints"
+    os.makedirs(folder, exist_ok=True)
+    path = f"{folder}/{os.path.basename(url)}"
     try:
         if not os.path.exists(path):
             torch.hub.download_url_to_file(url, path, sha256, progress=False)    # atomic, for many ranks
@@ -341,15 +338,16 @@ def download(url, sha256=None):
 
 
 def read_checkpoint(path):
-    """torch.load(weights_only=True) on the CPU; ValueError, one line, for what it cannot read."""
-    if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such file, or it is a folder")
+    """torch.load(weights_only=True) on the CPU; ValueError, one line, for what it cannot read.
+
+    OSError where there is no file.
+    """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):         # in DINO's full checkpoints
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                      # a damaged file raises whatever its bytes happen to say
         said = str(error).split("WeightsUnpickler error: ")[-1].split("\n")[0]
-        with open(path, "rb") as file:
+        with open(path, "rb") as file:                                       # OSError, if that is why
             raise ValueError(f"{path}: no checkpoint that torch can read ({said[:200]}); it begins with "
                              f"{file.read(32)!r}: is it the right file, and whole?") from None
 
@@ -357,16 +355,13 @@ def read_checkpoint(path):
 def unwrap_weights(checkpoint, path):
     """The state dict in what a file holds, by DDP, torch.compile, DINO, MAE, BEiT, MaPeT or train.py.
 
-    Names are those after the prefix of the first patch embedding: backbone., encoder.
+    Names are those after the prefix of the first patch embedding: _orig_mod., module., backbone., encoder.
     """
     state = checkpoint
     for container in ("model", "state_dict", "teacher"):                     # MAE and DeiT, timm, DINO
-        if isinstance(state, dict):
-            state = state.get(container, state)
-    if not isinstance(state, dict):
-        raise ValueError(f"{path}: no weights in it")
-    state = {str(key).replace("_orig_mod.", "").removeprefix("module."): x for key, x in state.items()}
-    found = [key for key in state if key.endswith(PATCHES)]
+        if container in state:
+            state = state[container]
+    found = [key for key in state if str(key).endswith(PATCHES)]
     if not found:
         raise ValueError(f"{path}: no weights of a ViT in it ({PATCHES} is missing)")
     prefix = found[0].removesuffix(PATCHES)
@@ -395,7 +390,7 @@ def read_vit(source):
     if not isinstance(source, dict):
         name = download(**PUBLIC[source]) if source in PUBLIC else str(source)
         if os.path.isdir(name):
-            name = os.path.join(name, "encoder.pt")
+            name = f"{name}/encoder.pt"
         source = read_checkpoint(name)
     state = {}
     for key, value in unwrap_weights(source, name).items():
@@ -412,10 +407,7 @@ def read_vit(source):
 
 def load_weights(vit, source):
     """Load `source`, see `read_vit`, into `vit`, positions resized to its grid; returns it."""
-    return fit_weights(vit, *read_vit(source))
-
-
-def fit_weights(vit, state, name):
+    state, name = read_vit(source)
     try:
         state["pos_embed"] = resize_positions(state["pos_embed"], vit.grid, vit.prefix)
         vit.load_state_dict(state)
@@ -430,7 +422,7 @@ def from_weights(source, image_size=None, heads=None):
     state, name = read_vit(source)
     width, _, p, _ = state[PATCHES].shape
     heads = heads or HEADS.get(width)
-    if heads is None:
+    if not heads:
         raise ValueError(f"{name}: a ViT {width} wide; how many heads it has stands in no file: say --heads")
     cls_token = "cls_token" in state
     grid = math.isqrt(state["pos_embed"].shape[1] - cls_token)
@@ -438,7 +430,7 @@ def from_weights(source, image_size=None, heads=None):
     mlp_ratio = len(state["blocks.0.mlp.fc1.bias"]) / width
     layer_scale = 1. if "blocks.0.ls1.gamma" in state else None              # its values are in the file
     vit = ViT(image_size or grid * p, p, width, depth, heads, mlp_ratio, layer_scale, cls_token=cls_token)
-    return fit_weights(vit, state, name)
+    return load_weights(vit, source)
 
 
 # --- files, errors, pictures ------------------------------------------------------------------------------
@@ -484,11 +476,10 @@ def exit_on_error(script):
 def load_matplotlib():
     """matplotlib.pyplot, drawing to files; None, and one line that says so, where it is not installed."""
     try:
-        import matplotlib
+        import matplotlib.pyplot as plt
     except ImportError:
         return print("no pictures: they are drawn by matplotlib (pip install matplotlib)")
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
+    plt.switch_backend("agg")
     return plt
 
 
@@ -504,15 +495,14 @@ def save_figure(plt, path):
 def draw_rows(rows, path):
     """PNG of rows of images: rows {label: (b, 3, S, S) in 0..1}."""
     plt = load_matplotlib()
-    if plt is None:
+    if not plt:
         return
-    images = [images.float().cpu() for images in rows.values()]
-    images = nn.utils.rnn.pad_sequence(images, batch_first=True, padding_value=1.)  # of equal length
-    images = F.pad(images, (1, 1, 1, 1), value=1.).clamp(0, 1)               # white lines between them
-    side = images.shape[-1]
+    images = nn.utils.rnn.pad_sequence(list(rows.values()), batch_first=True, padding_value=1.)
+    images = F.pad(images, (1, 1, 1, 1), value=1.).clamp(0, 1).numpy(force=True)  # white lines between them
     plt.figure(figsize=(10, 10))
-    plt.imshow(rearrange(images, "row b c y x -> (row y) (b x) c").numpy())
-    plt.yticks([side * (i + .5) for i in range(len(rows))], list(rows))
+    plt.imshow(rearrange(images, "row b c y x -> (row y) (b x) c"))
+    centers = images.shape[-1] * (torch.arange(len(rows)) + .5)
+    plt.yticks(centers, list(rows))
     plt.xticks([])
     save_figure(plt, path)
 
