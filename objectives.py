@@ -546,7 +546,7 @@ def make(name, vit, vocab_size=None, cut=None, mask_ratio=None, target=None,
         if cut or mask_ratio:
             raise ValueError(f"{name} hides nothing: it takes no --cut and no --mask-ratio")
         return kind(vit, vocab_size, values, perceptual=perceptual, **arguments)
-    if target:
+    if target and name in TARGETS:
         if target not in TARGETS[name]:
             raise ValueError(f"{name} cannot predict {target!r}: choose from {TARGETS[name]}")
         arguments["target"] = target

@@ -359,7 +359,7 @@ def unwrap_weights(checkpoint, path):
     """
     state = checkpoint
     for container in ("model", "state_dict", "teacher"):                     # MAE and DeiT, timm, DINO
-        if container in state:
+        if isinstance(state, dict) and container in state:
             state = state[container]
     found = [key for key in state if str(key).endswith(PATCHES)]
     if not found:
