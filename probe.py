@@ -369,7 +369,7 @@ SMALL_TOKENS = dict(TOKENS, batch_size=128, epochs=20., warmup_epochs=1.)
 
 def test_view(ds, args):
     """The center 224 of 256 pixels a side (MaPeT's fine-tuning: of 248), from the whole picture."""
-    if not ds.from_files:
+    if not ds.transform:
         return ds
     square = train.center_square(int(ds.image_size / args.test_crop))
     return ds.view(v2.Compose([square, v2.CenterCrop(ds.image_size)]))
@@ -502,7 +502,7 @@ def run_tokens(args):
         path = f"{args.out}/tokens-{made_of:08x}.npy"
         tokens = tokenize(tokenizer, ds, path, workers=args.workers, device=args.device)
         maps = torch.from_numpy(tokens.astype("int32")).view(-1, side, side)
-        splits.append(ds.view(v2.Identity(), load=maps.__getitem__))
+        splits.append(ds.view(None, load=maps.__getitem__))
     train.fill_in(args, SMALL_TOKENS if args.data == "textures" else TOKENS)
     torch.manual_seed(args.seed)
     classes = len(splits[0].classes)

@@ -2347,7 +2347,7 @@ def test_squares_of_data_sets_without_paths_are_kept_apart(tmp_path, monkeypatch
     for level in (0, 200):
         picture = torch.full((3, 30, 40), level, dtype=torch.uint8)
         square = train.center_square(24)
-        ds = train.Images(f"c/{level}", [picture].__getitem__, [1], range(3), 24, square, True)
+        ds = train.Images(f"c/{level}", [picture].__getitem__, [1], range(3), 24, square)
         assert train.keep_squares(ds)[0][0].tolist() == [24 * [24 * [level]]] * 3
 
 

@@ -340,8 +340,8 @@ class Images(Dataset):
 
     load        function i -> the whole picture, uint8 (3, H, W); ValueError if its bytes are none
     labels      (n,) int64, -1: none; classes: their names, None: no labels
-    from_files  pictures have any size, and `transform` brings them to image_size; paths: of their files
-    mean, std   of the channels, on the scale 0..1
+    transform   makes what has any size image_size wide and high; None: it has this size
+    paths       of the files, if it is made of some; mean, std: of the channels, on the scale 0..1
     """
 
     name: str
@@ -349,8 +349,7 @@ class Images(Dataset):
     labels: np.ndarray
     classes: object
     image_size: int
-    transform: object = v2.Identity()
-    from_files: bool = False
+    transform: object = None
     paths: tuple = ()
     mean: tuple = IMAGENET[0]
     std: tuple = IMAGENET[1]
@@ -370,10 +369,11 @@ class Images(Dataset):
     def __getitem__(self, key):
         epoch, i = key if isinstance(key, tuple) else (0, key)
         picture, read = self.read(i)
-        with torch.random.fork_rng(devices=[]):
-            # Of the CPU alone: torch.manual_seed, which asks for GPUs, takes a tenth of a picture's time.
-            torch.default_generator.manual_seed(derive_seed(self.seed, epoch, i))
-            picture = self.transform(picture)
+        if self.transform:
+            with torch.random.fork_rng(devices=[]):
+                # Of the CPU alone: torch.manual_seed, which asks for GPUs, takes a tenth of a picture's time.
+                torch.default_generator.manual_seed(derive_seed(self.seed, epoch, i))
+                picture = self.transform(picture)
         return picture, int(self.labels[read]), i, read
 
     def read(self, i):
@@ -520,7 +520,7 @@ def random_crop(size, area):
 
 def keep_squares(ds):
     """Pictures as center squares, decoded by all cores into data/squares once, for all runs: a memory map."""
-    if not ds.from_files:
+    if not ds.transform:
         return ds
     about = ds.name, ds.image_size, ds.paths, [os.stat(path).st_mtime_ns for path in ds.paths]
     path = f"data/squares/{zlib.crc32(repr(about).encode()):08x}.npy"
@@ -531,7 +531,7 @@ def keep_squares(ds):
             squares = (images.numpy() for images, _, _ in batches)
             write_npy(path, (len(ds), 3, ds.image_size, ds.image_size), squares)
     load = torch.from_numpy(np.load(path, mmap_mode="c")).__getitem__
-    return ds.view(v2.Identity(), load=load, from_files=False)
+    return ds.view(None, load=load)
 
 
 NAMED = {"cifar10": CIFAR10, "cifar100": CIFAR100}
@@ -561,7 +561,7 @@ def open_named(name, split, image_size):
         raise ValueError(f"--data {name}: not in data/ and cannot be fetched ({error})") from None
     load = torch.from_numpy(source.data).permute(0, 3, 1, 2).__getitem__
     square = center_square(image_size)
-    return Images(f"{name}/{split}", load, source.targets, source.classes, image_size, square, True)
+    return Images(f"{name}/{split}", load, source.targets, source.classes, image_size, square)
 
 
 def read_classes(path, found):
@@ -609,7 +609,7 @@ def open_folder(folder, split, image_size, classes_file=None):
     print0(f"{root}: {len(paths)} pictures, {len(classes) or 'no'} classes; left out, by their endings: "
            f"{dict(+left_out)}")
     load = functools.partial(read_picture, paths)
-    return Images(root, load, labels, classes or None, image_size, center_square(image_size), True, paths)
+    return Images(root, load, labels, classes or None, image_size, center_square(image_size), paths)
 
 
 def open_splits(spec, image_size=None, classes=None):
@@ -734,7 +734,7 @@ def make_targets(args, ds, source, device):
         tokens, size = source, args.vocab_size or 1 + int(source.max())
     elif needs == "tokens":
         pictures = ds
-        if ds.from_files:                                      # k-CLIP's tokens want twice the pixels
+        if ds.transform:                                       # k-CLIP's tokens want twice the pixels
             pictures = ds.view(center_square(source.input_size), image_size=source.input_size)
         if source.vocab_size == 0:                             # no codes yet
             print0(f"K-means of {args.features} features, K = {args.vocab_size}")
@@ -789,7 +789,8 @@ def training_view(ds, args):
     """What is trained on: center squares, or random crops, and color jitter."""
     transform = random_crop(args.image_size, args.crop) if args.crop else ds.transform
     if args.jitter:
-        transform = v2.Compose([transform, v2.ColorJitter(args.jitter, args.jitter, args.jitter)])
+        jitter = v2.ColorJitter(args.jitter, args.jitter, args.jitter)
+        transform = v2.Compose([transform, jitter]) if transform else jitter
     return ds.view(transform, seed=args.seed)
 
 
@@ -1014,7 +1015,7 @@ def complete(args, chosen, ds, device):
 def default_workers(ds):
     """Loading processes of each process: its share of the cores; none for what is in memory."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, count_cores() // processes) if ds.from_files else 0
+    return max(1, count_cores() // processes) if ds.transform else 0
 
 
 def has_compiler():
