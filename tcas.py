@@ -223,7 +223,7 @@ def theorem1(mask, z):
 # --- python tcas.py toy -----------------------------------------------------------------------------------
 
 def print_numbers(name, numbers):
-    print(f"{name:12}", *[f"{key} {value:.6f}" for key, value in numbers.items() if key != "graph"])
+    print(f"{name:12}", *[f"{key} {value:.6f}" for key, value in numbers.items()])
 
 
 def print_window(order, low, high):
@@ -233,11 +233,12 @@ def print_window(order, low, high):
 def toy(args):
     """Prints the numbers of each tokenizer, by brute force and by algebra, the windows; draws the graphs."""
     import vit
-    toys = {}
+    print(toy_model.__doc__)
+    toys, rows = {}, {}
     for name in ("mae", "classwise", "crossclass", "pairs"):
         toys[name] = toy_model(args.n, args.overlap, name, args.n_classes, args.ring)
-    print(toy_model.__doc__)
-    for name in toys:
+        graph = torch.from_numpy(toys[name].pop("graph"))           # A, points sorted by class;
+        rows[name] = (1 - graph / graph.max()).expand(1, 3, -1, -1)  # dark: its largest weight
         print_numbers(name, toys[name])
         if name != "pairs" and not args.ring:
             print_numbers("  algebra", closed_form(args.n, args.overlap, name, args.n_classes))
@@ -247,14 +248,7 @@ def toy(args):
         print_window(f"labels <= all others (Theorem 1), {key}", *found)
         for better, worse in (("classwise", "mae"), ("mae", "crossclass")):
             print_window(f"{better} <= {worse}, {key}", *window(toys[better], toys[worse], key))
-    plt = vit.load_matplotlib()
-    if plt:
-        _, axes = plt.subplots(1, 4, figsize=(12, 3))
-        for ax, name in zip(axes, toys):            # A, points sorted by class; dark: its largest weight
-            ax.imshow(toys[name]["graph"], cmap="Blues", vmin=0)
-            ax.set(title=name, xticks=[], yticks=[])
-            ax.spines[:].set_color("lightgray")
-        vit.save_figure(plt, "runs/toy.png")
+    vit.draw_rows(rows, "runs/toy.png")
 
 
 # --- python tcas.py score ---------------------------------------------------------------------------------
