@@ -493,8 +493,7 @@ def learn(args, network, splits):
 @torch.no_grad()
 def show(args, vit, ds):
     """OUT/show.png: images, and three principal components of their patches' features as colors."""
-    some = torch.linspace(0, len(ds) - 1, 6).long()
-    images, _, _ = next(load_batches(ds, some, 6, 0, args.device))
+    images, _, _ = next(load_batches(ds, torch.linspace(0, len(ds) - 1, 6).long(), 6, 0, args.device))
     features = vit.eval()(prepare(images, ds))
     colors, = principal_colors(features[:, vit.prefix:])
     patches = colors.repeat(1, 1, vit.patch_size ** 2)
@@ -507,8 +506,8 @@ def show(args, vit, ds):
 def compare(args):
     """Accuracies of train.py's closing table: mean and deviation over seeds.
 
-    Runs of one objective, data and settings but the seed are a group, named after its first run; all others
-    are compared with the first group, seed by seed.
+    Runs of one objective, data and settings but the seed are a group, named after its first run; all other
+    groups are compared with the first one, seed by seed.
     """
     groups = {}
     for folder in args.run:
@@ -518,6 +517,8 @@ def compare(args):
             continue
         _, by_seed = groups.setdefault(str(end["settings"] | {"seed": None}), (folder, {}))
         by_seed[end["seed"]] = 100 * torch.tensor([end["knn"], end["linear"]])
+    if not groups:
+        return
     (first, base), *_ = groups.values()
     print("top-1 %: mean ± deviation over seeds; of a difference ± its standard error\n"
           f"{'runs':<36}  seeds  {'k-NN':<12}  linear probe")

@@ -244,7 +244,7 @@ def toy(args):
             print_numbers("  algebra", closed_form(args.n, args.overlap, name, args.n_classes))
     print("\nbound of the left <= bound of the right for these c2/c1 (0 to 0, inf to inf: for none); "
           "with the sum of all, or the tail")
-    z = np.eye(2).repeat(4, axis=0)                 # Theorem 1: two classes without overlap
+    z = np.eye(2).repeat(4, 0)                      # Theorem 1: two classes without overlap
     for key, found in theorem1(mask_graph(z, args.ring), z).items():
         print_window(f"labels <= all others (Theorem 1), {key}", *found)
         for better, worse in (("classwise", "mae"), ("mae", "crossclass")):

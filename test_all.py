@@ -3064,6 +3064,8 @@ def test_compare_groups_runs_by_what_they_did(tmp_path, capsys):
         [f"minus {a}", "2", "0.0 ± 0.0", "9.0 ± 1.0"],                    # 8 and 10
         [f, "1", "25.0", "60.0"], [f"minus {a}", "1", "0.0", "-10.0"]]    # of one seed there is no deviation
     assert f"{tmp_path / 'e'}: left out, it stopped at step 2 of 3" in out
+    probed("compare", tmp_path / "e")                                      # nothing is left to compare
+    assert "left out" in capsys.readouterr().out
 
 
 DRIVER = """
