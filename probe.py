@@ -11,7 +11,7 @@ python probe.py linear RUN --protocol mae         or beit: the papers' probes, t
 python probe.py linear vit_base --data IMAGENET   untrained, the random-init baseline (finetune: from scratch)
 python probe.py finetune FILE --epochs 0          the score of a fine-tuned network, by the head that it has
 python probe.py tokens RUN --head mlp             RUN: a run's folder or a tokenizer.pt
-python probe.py compare runs/mim-* runs/pim-*     curves, mean and deviation over seeds, differences
+python probe.py compare runs/mim-* runs/pim-*     mean and deviation over seeds, paired differences
 
 RUN is a run's folder or encoder.pt, which say the data, too, a timm/DINO/DeiT/MAE/MaPeT file, a public name,
 or the name of a ViT size; --data another data set (MaPeT Table 5). All results are in probe.jsonl in the
@@ -32,8 +32,8 @@ from torchvision.transforms import InterpolationMode, v2
 
 import train
 from kmeans import all_reduce, load_batches, load_tokenizer, print0, rank_and_world, tokenize
-from vit import (MODELS, draw_rows, drop_rates, exit_on_error, from_weights, load_matplotlib, normalize,
-                 principal_colors, read_checkpoint, unpatchify, unwrap_weights)
+from vit import (MODELS, draw_rows, drop_rates, exit_on_error, from_weights, normalize, principal_colors,
+                 read_checkpoint, unpatchify, unwrap_weights)
 
 
 # --- features ---------------------------------------------------------------------------------------------
@@ -129,15 +129,13 @@ def train_heads(choices, x, y, rows, epochs=50, batch_size=1024, seed=0):
     heads, groups = [], []
     for block, pooling, lr, weight_decay in choices:
         layer, part = block - 1, POOLINGS[pooling]
-        width = x[0, layer, part].numel()
-        head = Head(width, int(y.max()) + 1).to(y.device)
+        head = Head(x[0, layer, part].numel(), int(y.max()) + 1).to(y.device)
         nn.init.zeros_(head.weight)
         heads.append((head, layer, part))
         groups.append(dict(params=head.parameters(), lr=lr, weight_decay=weight_decay))
 
     def predict(x):
-        logits = [head(x[:, layer, part].flatten(1)) for head, layer, part in heads]
-        return torch.stack(logits)
+        return torch.stack([head(x[:, layer, part].flatten(1)) for head, layer, part in heads])
 
     per_epoch = max(1, len(rows) // batch_size)
     optimizer = torch.optim.AdamW(groups)
@@ -165,8 +163,7 @@ def linear(train_x, train_y, test_x, test_y, **how):
     """Top-1 accuracy (0..1) of one linear head on standardized features (n, 1, s, d), labels (n,)."""
     rows = torch.arange(len(train_x))
     head = train_heads([(1, "both", 1e-2, 1e-4)], train_x, train_y, rows, **how)
-    accuracy, = measure_heads(head, test_x, test_y)
-    return accuracy
+    return measure_heads(head, test_x, test_y)[0]
 
 
 def choose_head(train_x, train_y, test_x, test_y, epochs=30, seed=0):
@@ -175,15 +172,14 @@ def choose_head(train_x, train_y, test_x, test_y, epochs=30, seed=0):
     x (n, l, s, d) standardized features, y (n,) labels -> [its accuracy (0..1)]; what was chosen is printed
     """
     n, blocks = train_x.shape[:2]
-    generator = torch.Generator().manual_seed(train.derive_seed(seed, 1))
-    order = torch.randperm(n, generator=generator)
-    held, rest = order.tensor_split([max(1, n // 10)])
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(train.derive_seed(seed, 1)))
+    held, rest = order.tensor_split([n // 10])
     choices = list(itertools.product(
         range(1, blocks + 1), POOLINGS, (3e-3, 1e-2, 3e-2, .1), (1e-4, .1)))
     heads = train_heads(choices, train_x, train_y, rest, epochs, seed=seed)
     held_out, best = max(zip(measure_heads(heads, train_x[held], train_y[held]), choices))
-    chosen = "block {}, {}, lr {}, weight decay {}".format(*best)
-    print0(f"best of {len(choices)} heads: {chosen} ({100 * held_out:.1f} % of held-out training images)")
+    print0(f"best of {len(choices)} heads: block {best[0]}, {best[1]}, lr {best[2]}, weight decay {best[3]} "
+           f"({100 * held_out:.1f} % of held-out training images)")
     head = train_heads([best], train_x, train_y, order, epochs, seed=seed)
     return measure_heads(head, test_x, test_y)
 
@@ -197,7 +193,7 @@ def evaluate(vit, train_ds, test_ds, device, workers=0, seed=0):
     return dict(knn=knn(*features), linear=linear(*features, seed=seed))
 
 
-# --- the papers' networks: normalized images, or tokens -> logits (b, heads, c) ----------------------------
+# --- the papers' networks: normalized images, or tokens (b, n) -> logits (b, heads, c) --------------------
 
 class Head(nn.Linear):
     """In float32, under autocast, too: among 1000 classes, bfloat16 changes one prediction in a hundred."""
@@ -224,14 +220,17 @@ class LinearProbe(nn.Module):
         super().__init__()
         self.frozen = [vit.eval()]                             # in a list: no part of this module
         self.mae = mae
-        self.norm = nn.BatchNorm1d(vit.width, eps=1e-6, affine=False) if mae else None
-        widths = [vit.width] if mae else [(1 + vit.prefix) * vit.width] * vit.depth
-        self.heads = nn.ModuleList(Head(width, classes, .01) for width in widths)
+        if mae:
+            norm = nn.BatchNorm1d(vit.width, eps=1e-6, affine=False)
+            self.heads = nn.Sequential(norm, Head(vit.width, classes, .01))
+        else:
+            width = (1 + vit.prefix) * vit.width
+            self.heads = nn.ModuleList(Head(width, classes, .01) for _ in vit.blocks)
 
     def forward(self, images):
         x = pool_features(self.frozen[0], images, self.mae)
         if self.mae:
-            x = self.norm(x[:, -1, 0])[:, None]
+            return self.heads(x[:, -1, 0])[:, None]
         parts = zip(self.heads, x.flatten(2).unbind(1))
         return torch.stack([head(part) for head, part in parts], 1)
 
@@ -268,14 +267,14 @@ class TokenMLP(nn.Module):
     def forward(self, tokens):
         # What comes before the mean knows only the code: computed once for every code, not for every patch.
         codes = F.relu(self.hidden(self.table.weight)).float()
-        return self.head(F.embedding_bag(tokens.flatten(1), codes, mode="mean"))[:, None]
+        return self.head(F.embedding_bag(tokens, codes, mode="mean"))[:, None]
 
 
 class TokenEmbed(nn.Embedding):
-    """A table of token vectors in place of the patch embedding: (b, y, x) -> (b, n, d)."""
+    """A table of token vectors in place of the patch embedding: (b, n) -> (b, n, d)."""
 
     def forward(self, tokens, order=None):
-        return super().forward(tokens.flatten(1))
+        return super().forward(tokens)
 
 
 def token_network(name, vocab_size, classes, grid, drop_path):
@@ -285,6 +284,7 @@ def token_network(name, vocab_size, classes, grid, drop_path):
     vit = MODELS[name](image_size=grid, patch_size=1, pos="learned")
     vit.patch_embed = TokenEmbed(vocab_size, vit.width)
     nn.init.trunc_normal_(vit.patch_embed.weight, std=.02)
+    vit.image_size = vit.n_patches                             # an image of tokens is one row
     return Classifier(vit, classes, drop_path)
 
 
@@ -305,7 +305,7 @@ def layer_groups(model, weight_decay, layer_decay):
             below -= int(part[2]) + 1
         groups.append(dict(
             params=[p], scale=layer_decay ** below,
-            weight_decay=weight_decay if train.is_decayed(name, p) else 0.))
+            weight_decay=weight_decay * train.is_decayed(name, p)))
     return groups
 
 
@@ -327,15 +327,15 @@ class LARS(torch.optim.SGD):
 
 # An explicit flag beats the recipe; what a recipe does not name is that of DEFAULTS, 0 unless said. base_lr:
 # per 256 images, lr = base_lr * batch / 256. cosine="start": it begins at step 0, under the warm-up (timm).
-ZERO = "min_lr clip_norm warmup_lr warmup_epochs drop_path smoothing mixup erase randaugment".split()
-DEFAULTS = dict.fromkeys(ZERO, 0.) | dict(
-    lr=None, base_lr=None, cosine="warmup", layer_decay=1.,
-    head_std=.02, test_crop=.875, interpolation="bicubic")
+ZERO = """min_lr clip_norm warmup_lr warmup_epochs weight_decay drop_path smoothing mixup erase
+          randaugment"""
+DEFAULTS = dict.fromkeys(ZERO.split(), 0.) | dict(
+    cosine="warmup", layer_decay=1., head_std=.02, test_crop=.875, interpolation="bicubic")
 # Linear probes. mae: He et al. 2022, App. A.1, as in ClusterMIM. beit: MaPeT Sec. D; our copy lacks rate
 # and decay, which are of BEiT's code, as are bilinear crops and the decay of all parameters.
 PROTOCOLS = {
     "mae": dict(
-        DEFAULTS, base_lr=.1, weight_decay=0.,
+        DEFAULTS, base_lr=.1,
         batch_size=16384, epochs=90., warmup_epochs=10.),
     "beit": dict(
         DEFAULTS, lr=4e-3, weight_decay=1e-4,
@@ -371,8 +371,9 @@ def test_view(ds, args):
     """The center 224 of 256 pixels a side (MaPeT's fine-tuning: of 248), from the whole picture."""
     if not ds.transform:
         return ds
-    square = train.center_square(int(ds.image_size / args.test_crop))
-    return ds.view(v2.Compose([square, v2.CenterCrop(ds.image_size)]))
+    return ds.view(v2.Compose([
+        train.center_square(int(ds.image_size / args.test_crop)),
+        v2.CenterCrop(ds.image_size)]))
 
 
 def training_view(ds, args):
@@ -382,17 +383,17 @@ def training_view(ds, args):
     """
     size, interpolation = ds.image_size, InterpolationMode(args.interpolation)
     steps = [
-        v2.RandomResizedCrop(size, (.08, 1), interpolation=interpolation),
+        v2.RandomResizedCrop(size, interpolation=interpolation),              # 8 % of the area, or more
         v2.RandomHorizontalFlip()]
-    if ds.name.startswith("textures"):                         # shifted, a twelfth of a side
+    if args.data == "textures":                                 # shifted, a twelfth of a side
         steps = [v2.RandomCrop(size, padding=size // 12, padding_mode="reflect")]
     if args.randaugment:
         # timm's two operations, each with probability 1/2; its 9 of 10 is 27 of torchvision's 31. Not timm's:
         # torchvision has other operations, all of which grow with the magnitude (timm: "inc1"), and no noise
         # on it (mstd 0.5). PIL's rotations are the faster ones.
         fill = [round(255 * m) for m in ds.mean]
-        one = v2.RandAugment(1, 3 * args.randaugment, 31, interpolation, fill)
-        maybe = v2.RandomApply([one], .5)
+        maybe = v2.RandomApply([
+            v2.RandAugment(1, 3 * args.randaugment, 31, interpolation, fill)], .5)
         steps += [v2.ToPILImage(), maybe, maybe, v2.ToImage()]
     if args.erase:                                             # by noise of unit variance: normalized
         steps += [
@@ -404,23 +405,14 @@ def training_view(ds, args):
 
 # --- training and scoring ---------------------------------------------------------------------------------
 
-def make_optimizer(model, args):
-    if not isinstance(model, LinearProbe):
-        return torch.optim.AdamW(layer_groups(model, args.weight_decay, args.layer_decay), fused=True)
-    if model.mae:
-        return LARS(model.parameters(), momentum=.9)
-    return torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay)
-
-
 def fit(model, ds, args):
     """Train by the recipe. A checkpoint in OUT is gone on from, if it is of the same settings."""
     name = f"{args.out}/{args.what}-{args.variant}-{Path(args.data).name}"
-    if args.batch_size > len(ds):                              # for any usual number of processes
-        unit = 256 if len(ds) > 4096 else 8
-        args.batch_size = len(ds) // unit * unit or len(ds)
+    # Of a small data set all, but a multiple of what any usual number of processes sees at once.
+    args.batch_size = min(args.batch_size, len(ds) // 256 * 256 or len(ds))
     args.lr = args.lr or args.base_lr * args.batch_size / 256
-    settings = {key: getattr(args, key) for key in [*STRONG, "seed", "weights"]}
-    settings.update(images=len(ds), image_size=ds.image_size, labels=str(ds.classes))
+    # RUN may have another name by now: its weights count.
+    settings = train.fixed_settings(args) | dict(run=None, images=len(ds), labels=str(ds.classes))
     if args.fresh:
         Path(f"{name}.pt").unlink(missing_ok=True)
     train.check_settings(f"{name}.json", settings, args.fresh)
@@ -432,49 +424,19 @@ def fit(model, ds, args):
 
     def compute_loss(net, images, labels, read, step, rows):
         x, labels = mix(prepare(images, ds), labels)
-        by_head = net(x).unbind(1)
-        return sum(F.cross_entropy(one, labels, label_smoothing=args.smoothing) for one in by_head), {}
+        return sum(
+            F.cross_entropy(logits, labels, label_smoothing=args.smoothing)
+            for logits in net(x).unbind(1)), {}
 
-    optimizer = make_optimizer(model.train(), args)
-    step, steps = train.train(model, optimizer, ds, args, compute_loss, args.device, f"{name}.pt")
+    if args.what != "linear":
+        optimizer = torch.optim.AdamW(layer_groups(model, args.weight_decay, args.layer_decay), fused=True)
+    elif args.protocol == "mae":
+        optimizer = LARS(model.parameters(), momentum=.9)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay)
+    step, steps = train.train(model.train(), optimizer, ds, args, compute_loss, args.device, f"{name}.pt")
     if step < steps:
         raise SystemExit                                       # without a result
-
-
-def learn(model, train_ds, test_ds, args):
-    """Top-1 accuracies (0..1) on the test images, one for each head of the network."""
-    model.to(args.device)
-    if args.epochs:
-        fit(model, train_ds, args)
-    else:
-        load_head(model, args.run)
-    logits, labels = run_network(model.eval(), test_ds, args.device, args.workers)
-    right = logits.argmax(-1) == labels[:, None]
-    return right.double().mean(0).tolist()
-
-
-# --- commands ---------------------------------------------------------------------------------------------
-
-def measure(args, vit, splits):
-    """Top-1 accuracies (0..1) of knn, linear or finetune, of each head; splits: training set, test set."""
-    torch.manual_seed(args.seed)
-    where = args.device, args.workers
-    if args.what == "knn":
-        return [knn(*extract(vit, splits, *where), args.k)]
-    if args.variant == "fast":
-        features = extract(vit, splits, *where, slice(None))
-        return choose_head(*features, round(args.epochs or 30), args.seed)
-    weights = nn.utils.parameters_to_vector(vit.parameters())
-    args.weights = zlib.crc32(weights.detach().cpu().numpy())  # what a checkpoint was trained on
-    train_ds, test_ds = splits
-    classes = len(train_ds.classes)
-    if args.what == "linear":
-        train.fill_in(args, PROTOCOLS[args.protocol])
-        model = LinearProbe(vit, classes, args.protocol == "mae")
-    else:
-        train.fill_in(args, RECIPES[args.recipe] | BY_WIDTH.get((args.recipe, vit.width), {}))
-        model = Classifier(vit, classes, args.drop_path, args.head_std)
-    return learn(model, training_view(train_ds, args), test_view(test_ds, args), args)
 
 
 def load_head(model, path):
@@ -489,33 +451,50 @@ def load_head(model, path):
                          "a head for the classes of --data") from None
 
 
-def run_tokens(args):
-    """[Top-1 accuracy (0..1)] of what is learned from tokens alone, of a folder's tokenizer.pt or of one."""
-    path = f"{args.run}/tokenizer.pt" if os.path.isdir(args.run) else args.run
-    tokenizer = load_tokenizer(path).to(args.device)
-    args.weights = zlib.crc32(tokenizer.weight.cpu().numpy())
-    args.image_size = tokenizer.input_size
-    side = tokenizer.image_size // tokenizer.patch_size
-    splits = []
-    for ds in open_data(args):
-        made_of = zlib.crc32(repr([ds.name, len(ds), ds.classes]).encode(), args.weights)
-        path = f"{args.out}/tokens-{made_of:08x}.npy"
-        tokens = tokenize(tokenizer, ds, path, workers=args.workers, device=args.device)
-        maps = torch.from_numpy(tokens.astype("int32")).view(-1, side, side)
-        splits.append(ds.view(None, load=maps.__getitem__))
-    train.fill_in(args, SMALL_TOKENS if args.data == "textures" else TOKENS)
-    torch.manual_seed(args.seed)
-    classes = len(splits[0].classes)
-    model = token_network(args.head, tokenizer.vocab_size, classes, side, args.drop_path)
-    return learn(model, *splits, args)
+def keep_tokens(ds, tokenizer, args):
+    """Tokens (n,) int32 in place of the images; they are made once, for all heads."""
+    about = f"{args.weights} {ds.name} {len(ds)} {ds.classes}"
+    path = f"{args.out}/tokens-{zlib.crc32(about.encode()):08x}.npy"
+    tokens = tokenize(tokenizer, ds, path, args.workers, args.device).astype("int32")
+    return ds.view(None, load=torch.from_numpy(tokens).__getitem__)
 
+
+def learn(args, network, splits):
+    """Top-1 accuracies (0..1) of each head that learns by a recipe, on what the encoder or tokenizer says."""
+    weights = nn.utils.parameters_to_vector(network.state_dict().values())
+    args.weights = zlib.crc32(weights.cpu().numpy())           # what a checkpoint was trained on
+    torch.manual_seed(args.seed)
+    ds, test_ds = splits
+    classes = len(ds.classes)
+    if args.what == "tokens":
+        train.fill_in(args, SMALL_TOKENS if args.data == "textures" else TOKENS)
+        grid = network.image_size // network.patch_size
+        model = token_network(args.head, network.vocab_size, classes, grid, args.drop_path)
+        ds, test_ds = (keep_tokens(ds, network, args) for ds in splits)
+    else:
+        if args.what == "linear":
+            train.fill_in(args, PROTOCOLS[args.protocol])
+            model = LinearProbe(network, classes, args.protocol == "mae")
+        else:
+            train.fill_in(args, RECIPES[args.recipe] | BY_WIDTH.get((args.recipe, network.width), {}))
+            model = Classifier(network, classes, args.drop_path, args.head_std)
+        ds, test_ds = training_view(ds, args), test_view(test_ds, args)
+    model.to(args.device)
+    if args.epochs:
+        fit(model, ds, args)
+    else:
+        load_head(model, args.run)
+    logits, labels = run_network(model.eval(), test_ds, args.device, args.workers)
+    return (logits.argmax(-1) == labels[:, None]).double().mean(0).tolist()
+
+
+# --- commands ---------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def show(args, vit, ds):
     """OUT/show.png: images, and three principal components of their patches' features as colors."""
-    some = torch.linspace(0, len(ds) - 1, 6).long()
-    images, _, _ = next(load_batches(ds, some, 6, 0, args.device))
-    features = vit.eval()(normalize(images, ds.mean, ds.std))
+    images, _, _ = next(load_batches(ds, torch.linspace(0, len(ds) - 1, 6).long(), 6, 0, args.device))
+    features = vit.eval()(prepare(images, ds))
     colors, = principal_colors(features[:, vit.prefix:])
     patches = colors.repeat(1, 1, vit.patch_size ** 2)
     rows = {"image": images / 255, "features": unpatchify(patches, vit.patch_size)}
@@ -525,34 +504,29 @@ def show(args, vit, ds):
 # --- runs side by side ------------------------------------------------------------------------------------
 
 def compare(args):
-    """Curves of several runs in one picture; their accuracies, mean and deviation over seeds.
+    """Accuracies of train.py's closing table: mean and deviation over seeds.
 
-    Accuracies of train.py's closing table. Runs of one objective, data and settings but the seed are a group,
-    named after its first run; all others are compared with the first group, seed by seed.
+    Runs of one objective, data and settings but the seed are a group, named after its first run; all other
+    groups are compared with the first one, seed by seed.
     """
-    names, groups, curves = {}, {}, {}
+    groups = {}
     for folder in args.run:
         end, why = train.read_summary(folder)
         if why:
             print(f"{folder}: left out, {why}")
             continue
-        same = str(end["settings"] | {"seed": None})
-        name = names.setdefault(same, folder)
-        groups.setdefault(name, {})[end["seed"]] = 100 * torch.tensor([end["knn"], end["linear"]])
-        curves.setdefault(name, []).append(train.read_metrics(f"{folder}/metrics.jsonl"))
+        _, by_seed = groups.setdefault(str(end["settings"] | {"seed": None}), (folder, {}))
+        by_seed[end["seed"]] = 100 * torch.tensor([end["knn"], end["linear"]])
     if not groups:
-        raise ValueError("compare: none of these runs has accuracies")
-    first, *_ = groups
-    print("top-1 %: mean ± deviation over seeds; of a difference ± its standard error")
-    print(f"{'runs':<36}  seeds  {'k-NN':<12}  linear probe")
-    for name, by_seed in groups.items():
+        return
+    (first, base), *_ = groups.values()
+    print("top-1 %: mean ± deviation over seeds; of a difference ± its standard error\n"
+          f"{'runs':<36}  seeds  {'k-NN':<12}  linear probe")
+    for name, by_seed in groups.values():
         print_row(name, [*by_seed.values()])
-        paired = [by_seed[seed] - groups[first][seed] for seed in by_seed if seed in groups[first]]
+        paired = [by_seed[seed] - base[seed] for seed in by_seed if seed in base]
         if paired and name != first:
             print_row(f"    minus {first}", paired, len(paired) ** .5)
-    plt = load_matplotlib()
-    if plt:
-        train.plot_metrics(plt, curves, f"{args.out or 'runs'}/compare.png")
 
 
 def print_row(name, values, divisor=1):
@@ -565,6 +539,21 @@ def print_row(name, values, divisor=1):
 
 
 # --- what the arguments name ------------------------------------------------------------------------------
+
+def open_network(args):
+    """On --device: the encoder that RUN names, or, for tokens, the tokenizer."""
+    if args.what == "tokens":
+        network = load_tokenizer(f"{args.run}/tokenizer.pt" if os.path.isdir(args.run) else args.run)
+        args.image_size = network.input_size
+    else:
+        source = args.run
+        if source in MODELS:                                   # untrained
+            torch.manual_seed(args.seed)
+            source = MODELS[source]().state_dict()
+        network = from_weights(source, args.image_size, args.heads)
+        args.image_size = network.image_size
+    return network.to(args.device)
+
 
 def open_data(args):
     """[training set, test set], with labels: of --data, or of what RUN (a run's folder or file) was made of.
@@ -607,10 +596,9 @@ FLAGS = {
         "head": "tokens: the network (default mlp; MaPeT has mlp and vit_tiny)",
         "data": "as in train.py (default: what the run was trained on, else textures)",
         "classes": "file with the class folders to keep, one a line",
-        "out": "folder of what is written (default: the run's; of compare: runs)",
+        "out": "folder of what is written (default: the run's)",
         "device": "cuda, cpu (default: cuda if there is one)"},
     int: {
-        "k": "knn: neighbors that vote (default 20)",
         "heads": "attention heads of an encoder of unusual width",
         "image-size": "pixels a side (default: the encoder's)",
         "seed": "of weights, order and transforms (default 0)",
@@ -628,45 +616,39 @@ def parse(argv):
     add = parser.add_argument
     add("what", choices="knn linear finetune tokens show compare".split(),
         help="k-NN; a linear layer on frozen features; all trained on labels; classes from the tokens alone; "
-             "a picture; curves and accuracies of several runs")
-    add("run", metavar="RUN", nargs="+",
+             "a picture; accuracies of several runs")
+    add("run", nargs="+",
         help="a run's folder, a timm, DINO, DeiT, MAE or MaPeT file, a public name, or, untrained, one of "
              f"{', '.join(MODELS)}; tokens: a tokenizer.pt")
     for kind, flags in FLAGS.items():
         for flag, text in flags.items():
             add(f"--{flag}", type=kind, choices=CHOICES.get(flag), help=text)
     add("--fresh", action="store_true", help="start over instead of going on from what is in --out")
-    parser.set_defaults(k=20, seed=0, protocol="fast", head="mlp",
-                        log_every=50, save_every=500)
+    parser.set_defaults(seed=0, protocol="fast", head="mlp", log_every=50, save_every=500)
     args = parser.parse_args(argv)
-    may_be_zero = ["seed", "workers"]
-    if args.what == "finetune":
-        may_be_zero.append("epochs")
-    train.check_numbers(parser, args, may_be_zero)
+    train.check_numbers(parser, args, {"seed", "workers", "epochs"})
     return args
 
 
 def run(args):
     """Measures, prints the result, and appends it to OUT/probe.jsonl."""
-    args.run, *more = args.run
-    if more:
-        raise ValueError(f"{args.what} takes one RUN, not also {' '.join(more)}")
+    if len(args.run) > 1:
+        raise ValueError(f"{args.what} takes one RUN")
+    args.run = args.run[0]
     args.device = train.setup(args.device)
     args.compile = args.what == "finetune" and args.device.type == "cuda" and train.has_compiler()
-    if args.what == "tokens":
-        by_head = run_tokens(args)
+    network = open_network(args)
+    splits = open_data(args)
+    where = args.device, args.workers
+    if args.what == "show":
+        return show(args, network, splits[1])
+    if args.what == "knn":
+        by_head = [knn(*extract(network, splits, *where))]
+    elif args.variant == "fast":
+        features = extract(network, splits, *where, slice(None))
+        by_head = choose_head(*features, round(args.epochs or 30), args.seed)
     else:
-        if args.run in MODELS:                                 # untrained
-            torch.manual_seed(args.seed)
-            size = dict(image_size=args.image_size) if args.image_size else {}
-            vit = MODELS[args.run](**size)
-        else:
-            vit = from_weights(args.run, args.image_size, args.heads)
-        args.image_size = vit.to(args.device).image_size
-        splits = open_data(args)
-        if args.what == "show":
-            return show(args, vit, splits[1])
-        by_head = measure(args, vit, splits)
+        by_head = learn(args, network, splits)
     # BEiT prints the best block on the test images; the last block's is the number that nobody chose.
     print0(args.what, *[f"{100 * accuracy:.1f}" for accuracy in by_head], f"% ({args.run}, {args.data})")
     line = dict(

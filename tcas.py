@@ -223,7 +223,7 @@ def theorem1(mask, z):
 # --- python tcas.py toy -----------------------------------------------------------------------------------
 
 def print_numbers(name, numbers):
-    print(f"{name:12}", *[f"{key} {value:.6f}" for key, value in numbers.items() if key != "graph"])
+    print(f"{name:12}", *[f"{key} {value:.6f}" for key, value in numbers.items()])
 
 
 def print_window(order, low, high):
@@ -233,28 +233,22 @@ def print_window(order, low, high):
 def toy(args):
     """Prints the numbers of each tokenizer, by brute force and by algebra, the windows; draws the graphs."""
     import vit
-    toys = {}
-    for name in ("mae", "classwise", "crossclass", "pairs"):
-        toys[name] = toy_model(args.n, args.overlap, name, args.n_classes, args.ring)
     print(toy_model.__doc__)
-    for name in toys:
-        print_numbers(name, toys[name])
+    toys, rows = {}, {}
+    for name in ("mae", "classwise", "crossclass", "pairs"):
+        numbers = toys[name] = toy_model(args.n, args.overlap, name, args.n_classes, args.ring)
+        graph = torch.from_numpy(numbers.pop("graph"))              # A, points sorted by class;
+        rows[name] = (1 - graph / graph.max()).expand(1, 3, -1, -1)  # dark: its largest weight
+        print_numbers(name, numbers)
         if name != "pairs" and not args.ring:
             print_numbers("  algebra", closed_form(args.n, args.overlap, name, args.n_classes))
     print("\nbound of the left <= bound of the right for these c2/c1; with the sum of all, or the tail")
-    z = np.repeat(np.eye(2), 4, axis=0)             # Theorem 1: two classes without overlap
+    z = np.eye(2).repeat(4, 0)                      # Theorem 1: two classes without overlap
     for key, found in theorem1(mask_graph(z, args.ring), z).items():
         print_window(f"labels <= all others (Theorem 1), {key}", *found)
         for better, worse in (("classwise", "mae"), ("mae", "crossclass")):
             print_window(f"{better} <= {worse}, {key}", *window(toys[better], toys[worse], key))
-    plt = vit.load_matplotlib()
-    if plt:
-        _, axes = plt.subplots(1, 4, figsize=(12, 3))
-        for ax, name in zip(axes, toys):            # A, points sorted by class; dark: its largest weight
-            ax.imshow(toys[name]["graph"], cmap="Blues", vmin=0)
-            ax.set(title=name, xticks=[], yticks=[])
-            ax.spines[:].set_color("lightgray")
-        vit.save_figure(plt, "runs/toy.png")
+    vit.draw_rows(rows, "runs/toy.png")
 
 
 # --- python tcas.py score ---------------------------------------------------------------------------------
@@ -308,7 +302,7 @@ def draw_lines(dots, args):
     plt = vit.load_matplotlib()
     for objective, runs in dots.items():
         x = list(runs)
-        y = [np.mean(accuracies) for accuracies in runs.values()]
+        y = list(map(np.mean, runs.values()))
         if plt:
             plt.plot(x, y, "o", label=objective)
         if len(x) < 3:
@@ -332,21 +326,19 @@ def score(args):
     """Prints a row per tokenizer, token file and run, and the lines through the runs."""
     sources = [(path, None, None) for path in args.tokenizer]
     sources += read_runs(args)
-    if not sources:
-        raise ValueError("nothing to score: give --tokenizer (of kmeans.py fit), --tokens or --probes")
-    print(f"on {args.data}; compare at equal K only; random: TCAS l2 of as many random tokens")
-    print(f"{'tokens':40}{'K used':>8}{'perplexity':>12}{'TCAS l2':>9}{'TCAS l1':>9}{'random':>9}")
+    print(f"on {args.data}; compare at equal K only; random: TCAS l2 of as many random tokens\n"
+          f"{'tokens':40}{'K used':>8}{'perplexity':>12}{'TCAS l2':>9}{'TCAS l1':>9}{'random':>9}")
     dots = {}
     for path, objective, accuracy in sources:
         tokens, labels = load_labeled_tokens(path, args)
         c = labels.max() + 1
         counts = cooccurrence(tokens, labels, int(tokens.max()) + 1, c)
         terms = tcas_terms(counts)
-        l1 = tcas(counts, "l1")
         k = terms["used"]
-        drawn = np.random.default_rng(0).integers(k, size=tokens.shape)
-        random = tcas(cooccurrence(drawn, labels, k, c))
-        print(f"{path[-40:]:40}{k:8}{terms['perplexity']:12.1f}{terms['tcas']:9.3f}{l1:9.3f}{random:9.3f}")
+        random = tcas(cooccurrence(
+            np.random.default_rng(0).integers(k, size=tokens.shape), labels, k, c))
+        print(f"{path[-40:]:40}{k:8}{terms['perplexity']:12.1f}{terms['tcas']:9.3f}"
+              f"{tcas(counts, 'l1'):9.3f}{random:9.3f}")
         if objective:                               # runs on the same tokens are one dot, their mean
             dots.setdefault(objective, {}).setdefault(terms["tcas"], []).append(accuracy)
     if dots:
@@ -364,7 +356,7 @@ def main(argv=None):
     add("--probes", nargs="+", default=[], help="folders of train.py's runs")
     add("--against", default="closing", help="accuracy of the runs: closing (the table of train.py), or of "
         "probe.py linear-fast, linear-mae, linear-beit, finetune (%(default)s)")
-    add("--group", type=int, choices=[2], help="2: neighboring pairs are one token")
+    add("--group", choices=["2"], help="2: neighboring pairs are one token")
     add("--n-classes", type=int, default=2, help="toy: how many classes")
     add("--n", type=int, default=10, help="toy: points a class")
     add("--overlap", type=int, default=0, help="toy: points that two classes share")
