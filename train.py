@@ -296,19 +296,16 @@ def ignore_signals(_):
 @contextlib.contextmanager
 def catch_signals():
     """Yields the list of SIGTERM and SIGINT that this process has got."""
-    received, handlers = [], {}
+    received = []
 
     def note(number, frame):
         received.append(number)
 
-    with contextlib.suppress(ValueError):                      # only the main thread can have handlers
+    with contextlib.ExitStack() as stack:
         for number in (signal.SIGTERM, signal.SIGINT):
-            handlers[number] = signal.signal(number, note)
-    try:
+            with contextlib.suppress(ValueError):              # only the main thread can have handlers
+                stack.callback(signal.signal, number, signal.signal(number, note))
         yield received
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def setup(device=None):

@@ -20,7 +20,6 @@ import contextlib
 import math
 import os
 import sys
-import traceback
 from functools import partial
 from pathlib import Path
 
@@ -462,10 +461,7 @@ def exit_on_error(script):
     try:
         yield
     except (ValueError, OSError) as error:
-        for part in (error, error.__context__):                              # lets go of loading processes
-            if part is not None:
-                traceback.clear_frames(part.__traceback__)
-        line = str(error).strip().split("\n")[-1]                            # of theirs: the last one says it
+        line = str(error).strip().split("\n")[-1]                            # a loader's: the last one says it
         print(f"{script}: error: {line}", file=sys.stderr, flush=True)
         sys.exit(2)
     finally:
