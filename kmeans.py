@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from einops.layers.torch import Rearrange
 from torch.utils.data import DataLoader
-from torchvision.models import resnet
 from tqdm import tqdm
 
 from vit import (CLIP, IMAGENET, PATCH_FEATURES, PUBLIC, SYMMETRIC, ViT, download, draw_rows, exit_on_error,
@@ -334,49 +334,25 @@ CLIP_URL = f"https://openaipublic.azureedge.net/clip/models/{CLIP_SHA256}/RN50x6
 ENCODERS = {"dino": "dino_vits16", "deit": "deit_small", "mae": "mae_vitb16"}
 
 
-class AveragingConv(nn.Conv2d):
-    """A 1x1 convolution of the means of stride x stride pixels: where a ResNet strides, CLIP's averages."""
+def open_clip(pixels):
+    """CLIP's RN50x64 without its pooling: (b, 3, any, any), enlarged to S = pixels -> (b, (S/32)^2, 4096).
 
-    def forward(self, x):
-        return F.conv2d(F.avg_pool2d(x, self.stride), self.weight)
-
-
-class Bottleneck(resnet.Bottleneck):
-    """CLIP's ResNet block: (b, width_in, H, W) -> (b, 4 width, H / stride, W / stride)."""
-
-    def __init__(self, width_in, width, stride=1):
-        super().__init__(width_in, width)
-        self.conv3 = AveragingConv(width, 4 * width, 1, stride, bias=False)
-        if width_in != 4 * width:
-            widen = AveragingConv(width_in, 4 * width, 1, stride, bias=False)
-            self.downsample = nn.Sequential(widen, nn.BatchNorm2d(4 * width))
-
-
-class CLIPTrunk(nn.Sequential):
-    """CLIP's ResNet to the last ReLU of layer 4, without pooling: (b, 3, S, S) -> (b, (S/32)^2, 32 width).
-
-    The default is RN50x64: 4096 features at 14x14 places of 448 pixels (MaPeT Sec. 4.2: k-CLIP).
+    The network itself comes from OpenAI's file, a TorchScript archive, whose parts are run one after another;
+    in half precision there, float32 here. Not tried with the real file, as no machine of ours could fetch it:
+    the test traces a small network with the same names.
     """
-    patch_size = 16                                            # pixels of an image of half the size
-
-    def __init__(self, width=128, layers=(3, 15, 36, 10)):
-        super().__init__()
-        width_in = 3
-        for i, size in enumerate((width // 2, width // 2, width), 1):         # names as in its weights
-            self.add_module(f"conv{i}", resnet.conv3x3(width_in, size, stride=2 if i == 1 else 1))
-            self.add_module(f"bn{i}", nn.BatchNorm2d(size))
-            self.append(nn.ReLU())
-            width_in = size
-        self.pool = nn.AvgPool2d(2)
-        for i, depth in enumerate(layers, 1):
-            first = Bottleneck(width_in, width, 1 if i == 1 else 2)
-            width_in = 4 * width
-            others = [Bottleneck(width_in, width) for _ in range(depth - 1)]
-            self.add_module(f"layer{i}", nn.Sequential(first, *others))
-            width *= 2
-
-    def forward(self, images):
-        return super().forward(images).flatten(2).mT
+    archive = torch.jit.load(download(CLIP_URL, sha256=CLIP_SHA256), map_location="cpu")
+    net = archive.visual.float()
+    trunk = nn.Sequential(
+        nn.Upsample(pixels, mode="bicubic"),
+        net.conv1, net.bn1, nn.ReLU(),
+        net.conv2, net.bn2, nn.ReLU(),
+        net.conv3, net.bn3, nn.ReLU(),
+        nn.AvgPool2d(2),
+        net.layer1, net.layer2, net.layer3, net.layer4,
+        Rearrange("b d y x -> b (y x) d"))
+    trunk.patch_size = 16                                      # pixels of an image of half the size
+    return trunk.to(memory_format=torch.channels_last)
 
 
 class KMeansTokenizer(nn.Module):
@@ -397,12 +373,11 @@ class KMeansTokenizer(nn.Module):
         self.patch_size, self.image_size = patch_size, image_size
         self.mean, self.std = mean, std
         self.n_patches = (image_size // patch_size) ** 2
-        self.input_size = image_size * 2 if features == "clip" else image_size
+        self.input_size = image_size
         self.encoder, self.project = None, nn.Sequential()
-        if features == "clip":
-            self.encoder = CLIPTrunk().to(memory_format=torch.channels_last)
-            archive = torch.jit.load(download(CLIP_URL, sha256=CLIP_SHA256), map_location="cpu")
-            self.encoder.load_state_dict(archive.visual.state_dict(), strict=False)      # it pools, too
+        if features == "clip":                                 # k-CLIP (MaPeT Sec. 4.2)
+            self.input_size *= 2
+            self.encoder = open_clip(self.input_size)
         elif features not in PATCH_FEATURES:
             self.encoder = from_weights(encoder or ENCODERS.get(features, features), image_size)
         if encoder:
@@ -425,8 +400,6 @@ class KMeansTokenizer(nn.Module):
             images = normalize(images, self.mean, self.std)
         if self.encoder is None:
             return PATCH_FEATURES[self.features](images, self.patch_size)
-        if self.features == "clip":                            # its stride is 32, not 16
-            images = F.interpolate(images, self.input_size, mode="bicubic")
         with torch.autocast("cuda", torch.float16, enabled=images.is_cuda):
             x = self.encoder(images)[:, -self.n_patches:]      # without the class token
         return self.project(x.float())

@@ -693,64 +693,64 @@ def test_the_triton_kernel_in_the_interpreter():
     assert run.returncode == 0, run.stderr
 
 
-def test_clip_trunk_has_the_names_and_sizes_of_rn50x64():
-    with torch.device("meta"):
-        trunk = kmeans.CLIPTrunk().eval()
-        assert trunk(torch.empty(1, 3, 448, 448)).shape == (1, 196, 4096)
-    state = {key: tuple(value.shape) for key, value in trunk.state_dict().items()}
-    wanted = {"conv1.weight": (64, 3, 3, 3),
-              "conv3.weight": (128, 64, 3, 3),
-              "bn3.running_var": (128,),
-              "layer1.0.downsample.0.weight": (512, 128, 1, 1),
-              "layer2.0.downsample.1.running_var": (1024,),
-              "layer3.35.conv2.weight": (512, 512, 3, 3),
-              "layer4.9.bn3.bias": (4096,)}
-    assert wanted.items() <= state.items()
-    for layer, depth in enumerate((3, 15, 36, 10), 1):
-        names = {key.split(".")[1] for key in state if key.startswith(f"layer{layer}.")}
-        assert len(names) == depth
+class CLIPBlock(torchvision.models.resnet.Bottleneck):
+    """CLIP's: where a ResNet strides, it averages."""
+
+    def __init__(self, width_in, width, stride):
+        pool = nn.AvgPool2d(stride)
+        widen = nn.Conv2d(width_in, 4 * width, 1, bias=False)
+        super().__init__(width_in, width, downsample=nn.Sequential(pool, widen, nn.BatchNorm2d(4 * width)))
+        self.conv3 = nn.Sequential(pool, self.conv3)
 
 
-def test_clip_block_averages_where_a_resnet_strides():
-    block = kmeans.Bottleneck(8, 4, 2).eval()
-    x = torch.randn(2, 8, 6, 6)
-    y = block.bn1(block.conv1(x)).relu()
-    y = block.bn2(block.conv2(y)).relu()
-    y = block.bn3(F.conv2d(F.avg_pool2d(y, 2), block.conv3.weight))
-    widen, norm = block.downsample
-    y = y + norm(F.conv2d(F.avg_pool2d(x, 2), widen.weight))
-    assert_close(block(x), y.relu())
-
-
-class Archive(nn.Module):
-    """What OpenAI's file holds, smaller: a trunk with something after it."""
+class CLIPNet(nn.Module):
+    """What OpenAI's file calls `visual`, smaller."""
 
     def __init__(self):
         super().__init__()
-        self.visual = kmeans.CLIPTrunk(8, (1, 2, 1, 1))
-        self.visual.attnpool = nn.BatchNorm2d(256)
+        resnet, widths = torchvision.models.resnet, (3, 4, 4, 8, 32, 64, 128, 256)
+        for i in (1, 2, 3):
+            self.add_module(f"conv{i}", resnet.conv3x3(widths[i - 1], widths[i], 2 if i == 1 else 1))
+            self.add_module(f"bn{i}", nn.BatchNorm2d(widths[i]))
+        self.relu, self.avgpool = nn.ReLU(), nn.AvgPool2d(2)
+        for i in (1, 2, 3, 4):
+            width = widths[i + 3] // 4
+            blocks = CLIPBlock(widths[i + 2], width, min(i, 2)), resnet.Bottleneck(4 * width, width)
+            self.add_module(f"layer{i}", nn.Sequential(*blocks))
+        for value in self.state_dict().values():
+            if value.dim() == 1:                               # of the norms: none is 0 or 1
+                nn.init.uniform_(value, .5, 1.5)
+
+    def trunk(self, x):
+        for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
+            x = self.relu(norm(conv(x)))
+        return self.layer4(self.layer3(self.layer2(self.layer1(self.avgpool(x))))).flatten(2).mT
 
     def forward(self, x):
-        return self.visual(x)
+        x = self.trunk(x.type(self.conv1.weight.dtype))
+        return F.scaled_dot_product_attention(x.mean(1, keepdim=True), x, x)
 
 
-def test_clip_weights_come_from_a_torchscript_archive(tmp_path, monkeypatch):
-    archive, path = Archive().eval(), str(tmp_path / "RN50x64.pt")
-    small = torch.randn(2, 3, 64, 64)
-    torch.jit.trace(archive, small).half().save(path)
-    monkeypatch.setattr(kmeans.CLIPTrunk.__init__, "__defaults__", (8, (1, 2, 1, 1)))
+def test_clip_runs_from_a_torchscript_archive_without_its_pooling(tmp_path, monkeypatch):
+    path, net = str(tmp_path / "RN50x64.pt"), CLIPNet().eval().half()
+    archive = nn.Sequential(collections.OrderedDict(visual=net))
+    torch.jit.trace(archive, torch.randn(1, 3, 128, 128)).save(path)
     asked = replace_download(monkeypatch, path)
     ds = Toy()
     ds.image_size = 64
     tokenizer = kmeans.blank_tokenizer(ds, "clip", 16)
     assert asked["sha256"] in asked["url"]
-    for key, value in tokenizer.encoder.state_dict().items():
-        wanted = archive.visual.state_dict()[key].half()
-        assert_close(value, wanted.to(value.dtype))
-    large = F.interpolate(small, scale_factor=2, mode="bicubic")          # it sees twice the pixels
-    x = tokenizer.compute_features(large)
-    assert x.shape == (2, 16, 256)
-    assert_close(tokenizer.compute_features(small), x)
+    assert tokenizer.input_size == 128                                    # twice the pixels
+    small = torch.randn(3, 3, 64, 64)
+    large = F.interpolate(small, scale_factor=2, mode="bicubic")
+    wanted = net.float().trunk(large)
+    assert wanted.std() > .1
+    for images in (large, small):
+        x = tokenizer.compute_features(images)
+        assert x.shape == (3, 16, 256)
+        assert_close(x, wanted, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="patch size 8"):
+        kmeans.blank_tokenizer(ds, "clip", 8)
 
 
 @pytest.mark.parametrize("features", ["pixel", "pixel-norm", "hog", "vit"])
