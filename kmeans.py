@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import math
 import os
+from functools import partial
 
 import numpy as np
 import torch
@@ -99,17 +100,18 @@ def blocks(x, device, metric="euclidean"):
     # Scores stay in a processor's cache; on a GPU large blocks hide the launches.
     size = 1 << 11 if device.type == "cpu" else 1 << 16
     for chunk in x() if callable(x) else [x]:
-        for start in range(0, len(chunk), size):
-            block = torch.as_tensor(chunk[start:start + size], device=device)
+        for block in torch.as_tensor(chunk).split(size):
+            block = block.to(device)
             yield F.normalize(block.float()) if metric == "cosine" else block
 
 
-def compute_moments(x, device, metric="euclidean"):
-    """How many rows each process has (list), the mean (d,) of all, the sum of ||x - mean||^2; float64."""
+def compute_moments(x, device):
+    """How many rows there are, how many of them on processes before this one; their mean (d,), and the sum of
+    ||x - mean||^2, float64."""
     rank, world = rank_and_world()
     sizes = torch.zeros(world, dtype=torch.int64, device=device)
     sums = squares = 0.
-    for block in blocks(x, device, metric):
+    for block in blocks(x, device):
         block = block.double()
         sizes[rank] += len(block)
         sums += block.sum(0)
@@ -120,10 +122,10 @@ def compute_moments(x, device, metric="euclidean"):
     scatter = squares - n * mean.square().sum()
     if not scatter.isfinite():
         raise ValueError("K-means got NaN or infinite values: clean the data first")
-    return sizes.tolist(), mean, scatter.clamp(min=0)
+    return n, sizes[:rank].sum(), mean, scatter.clamp(min=0)
 
 
-def add_up(x, centroids, origin=0., metric="euclidean"):
+def add_up(x, centroids, origin=0.):
     """Sums (k, d) float64 and counts (k,) int64 of the rows nearest to each centroid, over all processes.
 
     `embedding_bag` sums the rows order[starts_k] to order[starts_k+1 - 1], which are those of cluster k, in
@@ -131,7 +133,7 @@ def add_up(x, centroids, origin=0., metric="euclidean"):
     """
     weight, bias = linear_layer(centroids, origin)
     sums = counts = 0
-    for block in blocks(x, weight.device, metric):
+    for block in blocks(x, weight.device):
         labels = find_nearest(block, weight, bias)
         sizes = labels.bincount(minlength=len(weight))
         starts = sizes.cumsum(0) - sizes
@@ -147,8 +149,8 @@ def split_empty(centroids, counts, step):
 
     The next assignment splits the largest between the two.
     """
-    empty = (counts == 0).nonzero()[:, 0]
-    largest = counts.topk(len(empty)).indices
+    empty = counts == 0
+    largest = counts.topk(int(empty.sum())).indices
     sign = torch.ones_like(centroids[0])
     sign[1::2] = -1
     centroids[empty] = centroids[largest] + step * sign
@@ -166,8 +168,8 @@ def lloyd(x, centroids, n_iter, tol=0., metric="euclidean"):
     (scikit-learn). x as in `blocks`, worked on where the first centroids are; in a process group every
     process passes rows of its own, and all end with the same centroids.
     """
-    sizes, mean, scatter = compute_moments(x, centroids.device, metric)
-    variance = scatter / (sum(sizes) * len(mean))
+    rows, _, mean, scatter = compute_moments(x, centroids.device)
+    variance = scatter / (rows * len(mean))
     new, history = centroids.double(), []                      # c: of this pass, new: of the next one
     for _ in range(n_iter + 1):                                # the last pass only assigns
         if metric == "cosine":
@@ -175,7 +177,7 @@ def lloyd(x, centroids, n_iter, tol=0., metric="euclidean"):
         if history and (new - c).square().sum() <= tol * variance:
             break
         c = new
-        sums, counts = add_up(x, c, mean, metric)              # assign
+        sums, counts = add_up(x, c, mean)                      # assign
         # With the clusters' means m_k and counts n_k (Huygens):
         # sum ||x - c||^2 = sum ||x - mean||^2 - sum_k n_k ||m_k - mean||^2 + sum_k n_k ||m_k - c_k||^2
         n = counts[:, None]
@@ -191,13 +193,12 @@ def lloyd(x, centroids, n_iter, tol=0., metric="euclidean"):
     return *found, history
 
 
-def sample_rows(x, size, generator, device, metric="euclidean"):
+def sample_rows(x, size, generator, device):
     """`size` random rows, all if there are fewer, of all processes: float32, the same on each of them."""
-    sizes, mean, _ = compute_moments(x, device, metric)
-    index = torch.randperm(sum(sizes), generator=generator)[:size].to(device)
+    n, start, mean, _ = compute_moments(x, device)
+    index = torch.randperm(n, generator=generator)[:size].to(device)
     rows = torch.zeros(len(index), len(mean), device=device)
-    start = sum(sizes[:rank_and_world()[0]])                   # rank 0's rows come first
-    for block in blocks(x, device, metric):
+    for block in blocks(x, device):
         inside = (start <= index) & (index < start + len(block))
         rows[inside] = block[index[inside] - start].float()
         start += len(block)
@@ -254,12 +255,13 @@ class KMeans:
         if self.metric not in ("euclidean", "cosine"):
             raise ValueError(f"metric must be euclidean or cosine, not {self.metric!r}")
         device = torch.device(self.device or getattr(x, "device", "cpu"))
+        x = partial(blocks, x, device, self.metric)            # a stream; cosine: of unit length
         generator = torch.Generator().manual_seed(self.seed)
         self.inertia = math.inf
         for _ in range(self.restarts):
             first = self.init
             if not torch.is_tensor(first):                     # the same rows on all processes
-                rows = sample_rows(x, max(16384, 4 * self.k), generator, device, self.metric)
+                rows = sample_rows(x, max(16384, 4 * self.k), generator, device)
                 if self.metric == "cosine":                    # a row of zeros has no direction
                     rows = rows[rows.any(1)]
                 if len(rows) < self.k:
@@ -283,9 +285,8 @@ def assign(x, centroids, metric="euclidean"):
     weight, bias = linear_layer(centroids, centroids.double().mean(0))
     labels, distances = [], []
     for block in blocks(x, centroids.device, metric):
-        nearest = find_nearest(block, weight, bias)
-        labels.append(nearest)
-        off = block.float() - centroids[nearest]
+        labels.append(find_nearest(block, weight, bias))
+        off = block.float() - centroids[labels[-1]]
         distances.append(off.square().sum(1))
     return torch.cat(labels), torch.cat(distances)
 
@@ -294,27 +295,28 @@ def assign(x, centroids, metric="euclidean"):
 
 if triton:
     @triton.jit
-    def nearest_kernel(x, weight, bias, labels, m, k, d,
-                       ROWS: tl.constexpr, CODES: tl.constexpr, WIDTH: tl.constexpr):
-        """One program: ROWS rows against all codes, CODES at a time; scores stay in registers, in float32."""
-        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        best = tl.full((ROWS,), float("-inf"), tl.float32)
-        label = tl.zeros((ROWS,), tl.int32)
-        for first in range(0, k, CODES):
-            code = first + tl.arange(0, CODES)
-            score = tl.zeros((ROWS, CODES), tl.float32)
+    def nearest_kernel(x, weight, bias, labels, m, k, d, TILE: tl.constexpr, WIDTH: tl.constexpr):
+        """One program: TILE rows against all codes, TILE at a time; scores stay in registers, in float32.
+
+        Beyond the last row and the last code these come again, which changes nothing.
+        """
+        row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+        row = tl.minimum(row, m - 1)
+        best = tl.full((TILE,), float("-inf"), tl.float32)
+        label = tl.zeros((TILE,), tl.int32)
+        for first in range(0, k, TILE):
+            code = tl.minimum(first + tl.arange(0, TILE), k - 1)
+            score = tl.zeros((TILE, TILE), tl.float32)
             for at in range(0, d, WIDTH):
                 column = at + tl.arange(0, WIDTH)
-                x_part = tl.load(x + row[:, None] * d + column,
-                                 (row[:, None] < m) & (column < d), 0)
-                w_part = tl.load(weight + code[:, None] * d + column,
-                                 (code[:, None] < k) & (column < d), 0)
+                x_part = tl.load(x + row[:, None] * d + column, column < d, 0)
+                w_part = tl.load(weight + code[:, None] * d + column, column < d, 0)
                 score = tl.dot(x_part.to(tl.float32), w_part.T, score, input_precision="tf32x3")
-            score += tl.load(bias + code, code < k, float("-inf"))
-            top, arg = tl.max(score, 1, return_indices=True)
+            score += tl.load(bias + code)
+            top, arg = tl.max(score, 1, return_indices=True)   # the first of equals
             label = tl.where(top > best, first + arg, label)
             best = tl.maximum(top, best)
-        tl.store(labels + row, label, row < m)
+        tl.store(labels + row, tl.minimum(label, k - 1))
 
 
 def find_nearest_triton(x, weight, bias):
@@ -323,7 +325,7 @@ def find_nearest_triton(x, weight, bias):
     labels = x.new_empty(m, dtype=torch.int64)
     nearest_kernel[triton.cdiv(m, 128),](
         x.contiguous().view(m, d), weight, bias, labels, m, k, d,
-        ROWS=128, CODES=128, WIDTH=32, num_warps=8, num_stages=3)
+        TILE=128, WIDTH=32, num_warps=8, num_stages=3)
     return labels
 
 
@@ -341,8 +343,8 @@ def open_clip(pixels):
     in half precision there, float32 here. Not tried with the real file, as no machine of ours could fetch it:
     the test traces a small network with the same names.
     """
-    archive = torch.jit.load(download(CLIP_URL, sha256=CLIP_SHA256), map_location="cpu")
-    net = archive.visual.float()
+    path = download(CLIP_URL, sha256=CLIP_SHA256)
+    net = torch.jit.load(path, map_location="cpu").visual.float()
     trunk = nn.Sequential(
         nn.Upsample(pixels, mode="bicubic"),
         net.conv1, net.bn1, nn.ReLU(),
@@ -406,8 +408,8 @@ class KMeansTokenizer(nn.Module):
 
     def forward(self, images):
         x = self.compute_features(images)
-        rows = blocks(x.flatten(0, 1), x.device)
-        tokens = [find_nearest(block, self.weight, self.bias) for block in rows]
+        tokens = [find_nearest(block, self.weight, self.bias)
+                  for block in blocks(x.flatten(0, 1), x.device)]
         return torch.cat(tokens).view(x.shape[:2])
 
     def layers(self, images):
@@ -470,10 +472,13 @@ def load_batches(ds, indices, batch_size, workers=0, device="cpu", desc=None):
 
 def blank_tokenizer(ds, features, patch_size, image_size=None):
     """A tokenizer before its fit: it knows the features of the images of `ds`, but no codes."""
-    known = dict.fromkeys(ENCODERS, IMAGENET) | {"clip": CLIP}
-    mean, std = known.get(features, (ds.mean, ds.std))
-    no_codes = torch.zeros(0, 1), torch.zeros(0)
-    return KMeansTokenizer(features, *no_codes, patch_size, image_size or ds.image_size, mean, std)
+    mean, std = ds.mean, ds.std
+    if features in ENCODERS:
+        mean, std = IMAGENET
+    if features == "clip":
+        mean, std = CLIP
+    none = torch.zeros(0)
+    return KMeansTokenizer(features, none, none, patch_size, image_size or ds.image_size, mean, std)
 
 
 def sample_features(tokenizer, ds, k, seed, workers, device):
@@ -502,17 +507,19 @@ def fit_tokenizer(ds, features="pixel", k=64, patch_size=16, image_size=None, se
                   max_iter=None):
     """K-means on the patches of `ds`: a KMeansTokenizer, equal on every process; its .kmeans is the KMeans.
 
-    Seeds are random beyond 1000 codes; for clip, too, and of 5 times 20 iterations the best is kept: k-CLIP
-    (MaPeT Sec. 4.2 and its code). Otherwise k-means++ and 100.
+    Seeds are random beyond 1000 codes. Up to 100 iterations; for clip the best of 5 times 20 is kept: k-CLIP
+    (MaPeT Sec. 4.2 and its code; K = 8192).
     """
     tokenizer = blank_tokenizer(ds, features, patch_size, image_size).to(device)
     rows = sample_features(tokenizer, ds, k, seed, workers, device)
-    kmeans = KMeans(k, max_iter=max_iter or 100, seed=seed)
-    if features == "clip":
-        kmeans.init, kmeans.max_iter, kmeans.restarts = "random", max_iter or 20, 5
-    elif k > 1000:
+    kmeans = KMeans(k, seed=seed)
+    if k > 1000:
         print0("K-means starts from random patches: k-means++ takes long for so many codes")
         kmeans.init = "random"
+    if features == "clip":
+        kmeans.max_iter, kmeans.restarts = 20, 5
+    if max_iter:
+        kmeans.max_iter = max_iter
     tokenizer.kmeans = kmeans.fit(rows)
     tokenizer.weight, tokenizer.bias = linear_layer(kmeans.centroids)
     return tokenizer
@@ -523,8 +530,8 @@ def write_npy(path, shape, arrays):
     with write_atomically(path) as temporary, open(temporary, "wb") as file:
         for array in arrays:
             if file.tell() == 0:
-                header = dict(shape=shape, fortran_order=False, descr=array.dtype.str)
-                np.lib.format.write_array_header_1_0(file, header)
+                np.lib.format.write_array_header_1_0(
+                    file, dict(shape=shape, fortran_order=False, descr=array.dtype.str))
             file.write(array.tobytes())
 
 
@@ -574,16 +581,14 @@ def average_patches(images, tokens, p, k):
 def draw(tokenizer, ds, out, codes=None):
     """OUT/tokens.png: images, their tokens in a color each, rebuilt of mean patches; OUT/codebook.png: a row
     for each of `codes` (the 16 most used), its mean patch in 200 images and 12 of its patches."""
-    if codes and max(codes) >= tokenizer.vocab_size:
-        raise ValueError(f"--codes {max(codes)}: the last code is {tokenizer.vocab_size - 1}")
     torch.manual_seed(0)
     images, _, _ = next(load_batches(ds, torch.randperm(len(ds))[:200], 200))
     tokens = tokenizer(images)
     side = images.shape[-1] // math.isqrt(tokenizer.n_patches)               # of a patch, in pixels of `ds`
     looks = average_patches(images, tokens, side, tokenizer.vocab_size)
-    colors = torch.rand(tokenizer.vocab_size, 3)
+    colors = torch.rand(tokenizer.vocab_size, 3).repeat(1, side ** 2)
     rows = {"image": images[:6] / 255,
-            "tokens": F.interpolate(unpatchify(colors[tokens[:6]], 1), images.shape[-1]),
+            "tokens": unpatchify(colors[tokens[:6]], side),
             "rebuilt": unpatchify(looks[tokens[:6]], side)}
     draw_rows(rows, f"{out}/tokens.png")
     patches = patchify(images, side) / 255
@@ -642,8 +647,9 @@ def main(argv=None):
         if args.command == "bench":
             return bench(device)
         if args.command == "fit":
-            size, p = (48, 8) if args.data == "textures" else (224, 16)
-            size, p = args.image_size or size, args.patch_size or p
+            textures = args.data == "textures"
+            size = args.image_size or (48 if textures else 224)
+            p = args.patch_size or (8 if textures else 16)
             pixels = 2 * size if args.features == "clip" else size           # CLIP sees twice the pixels
         else:
             tokenizer = load_tokenizer(args.tokenizer)
