@@ -82,10 +82,8 @@ def linear_layer(centroids, origin=0.):
 
 
 def find_nearest(x, weight, bias):
-    """argmax_k weight_k . x + bias_k -> (m,) int64, of a block x (m, d) of any dtype.
-
-    On the CPU as a 1x1 convolution, by oneDNN, which some of AMD's processors do faster than MKL's product.
-    """
+    """argmax_k weight_k . x + bias_k -> (m,) int64, of a block x (m, d) of any dtype. On the CPU as a 1x1
+    convolution, by oneDNN, which some of AMD's processors do faster than MKL's product."""
     if triton and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0):        # Ampere
         return find_nearest_triton(x, weight, bias)
     if x.is_cuda:
@@ -128,8 +126,8 @@ def compute_moments(x, device):
 def add_up(x, centroids, origin=0.):
     """Sums (k, d) float64 and counts (k,) int64 of the rows nearest to each centroid, over all processes.
 
-    `embedding_bag` sums the rows order[starts_k] to order[starts_k+1 - 1], which are those of cluster k, in
-    this order: all runs give the same, as they do not where threads add to one place.
+    `embedding_bag` sums order[starts_k] to order[starts_k+1 - 1], the rows of cluster k, in this order: all
+    runs give the same, as they do not where threads add to one place.
     """
     weight, bias = linear_layer(centroids, origin)
     sums = counts = 0
@@ -145,12 +143,10 @@ def add_up(x, centroids, origin=0.):
 
 
 def split_empty(centroids, counts, step):
-    """An empty cluster moves to the centroid of one of the largest, and a `step` of alternating sign (faiss).
-
-    The next assignment splits the largest between the two.
-    """
+    """An empty cluster moves to the centroid of one of the largest, and a `step` of alternating sign (faiss):
+    the next assignment splits the largest between the two."""
     empty = counts == 0
-    largest = counts.topk(int(empty.sum())).indices
+    largest = counts.topk(empty.sum()).indices
     sign = torch.ones_like(centroids[0])
     sign[1::2] = -1
     centroids[empty] = centroids[largest] + step * sign
@@ -161,7 +157,7 @@ def lloyd(x, centroids, n_iter, tol=0., metric="euclidean"):
     """Lloyd's algorithm: from the first centroids (k, d), assign and update, at most n_iter times (Sec. 3.2).
 
         t(x) = argmin_k ||x - c_k||^2             assign
-        c_k  = mean of the rows with t(x) = k     update; cosine: of unit length
+        c_k  = mean of the rows with t(x) = k     update; cosine: of unit length, as the rows must be
 
     -> centroids (k, d) float32, their counts (k,) int64, history: the inertia sum_x ||x - c_t(x)||^2 of each
     pass. Ends when it does not fall, or when sum_k ||new c_k - c_k||^2 <= tol * the mean variance of a column
@@ -170,7 +166,8 @@ def lloyd(x, centroids, n_iter, tol=0., metric="euclidean"):
     """
     rows, _, mean, scatter = compute_moments(x, centroids.device)
     variance = scatter / (rows * len(mean))
-    new, history = centroids.double(), []                      # c: of this pass, new: of the next one
+    history = []
+    new = centroids.double()                                   # c: of this pass, new: of the next one
     for _ in range(n_iter + 1):                                # the last pass only assigns
         if metric == "cosine":
             new = F.normalize(new)
@@ -178,13 +175,12 @@ def lloyd(x, centroids, n_iter, tol=0., metric="euclidean"):
             break
         c = new
         sums, counts = add_up(x, c, mean)                      # assign
-        # With the clusters' means m_k and counts n_k (Huygens):
-        # sum ||x - c||^2 = sum ||x - mean||^2 - sum_k n_k ||m_k - mean||^2 + sum_k n_k ||m_k - c_k||^2
         n = counts[:, None]
         means = torch.where(n > 0, sums / n, c)                # update
-        between = (n * (means - mean).square()).sum()
-        off = (n * (means - c).square()).sum()
-        inertia = (scatter - between + off).clamp(min=0).item()
+        # With the clusters' means m_k and counts n_k (Huygens):
+        # sum ||x - c||^2 = sum ||x - mean||^2 - sum_k n_k (||m_k - mean||^2 - ||m_k - c_k||^2)
+        fall = n * ((means - mean).square() - (means - c).square())
+        inertia = (scatter - fall.sum()).clamp(min=0).item()
         if history and inertia >= history[-1]:
             break
         history.append(inertia)
@@ -217,7 +213,8 @@ def kmeans_plusplus(x, k, generator=None):
     norm = x.square().sum(1)
     draws = torch.rand(k, 2 + int(math.log(k)), generator=generator, dtype=torch.float64).to(x.device)
     trials = (draws[:1, 0] * len(x)).long()
-    closest, seeds = torch.full_like(norm, math.inf), []
+    closest = torch.full_like(norm, math.inf)
+    seeds = []
     for u in draws.roll(-1, 0):                                # draws of the next seed; of the last one: idle
         distances = norm + norm[trials, None] - 2 * x[trials] @ x.T
         distances = torch.minimum(closest, distances.clamp(min=0))           # squared: (trials, m)
@@ -283,7 +280,8 @@ class KMeans:
 def assign(x, centroids, metric="euclidean"):
     """Nearest centroids (k, d) of rows x, see `blocks`: labels (n,) int64, squared distances (n,) float32."""
     weight, bias = linear_layer(centroids, centroids.double().mean(0))
-    labels, distances = [], []
+    labels = []
+    distances = []
     for block in blocks(x, centroids.device, metric):
         labels.append(find_nearest(block, weight, bias))
         off = block.float() - centroids[labels[-1]]
@@ -297,9 +295,7 @@ if triton:
     @triton.jit
     def nearest_kernel(x, weight, bias, labels, m, k, d, TILE: tl.constexpr, WIDTH: tl.constexpr):
         """One program: TILE rows against all codes, TILE at a time; scores stay in registers, in float32.
-
-        Beyond the last row and the last code these come again, which changes nothing.
-        """
+        Beyond the last row and the last code these come again, which changes nothing."""
         row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
         row = tl.minimum(row, m - 1)
         best = tl.full((TILE,), float("-inf"), tl.float32)
@@ -321,7 +317,8 @@ if triton:
 
 def find_nearest_triton(x, weight, bias):
     """`find_nearest` by the kernel above."""
-    m, (k, d) = len(x), weight.shape
+    m = len(x)
+    k, d = weight.shape
     labels = x.new_empty(m, dtype=torch.int64)
     nearest_kernel[triton.cdiv(m, 128),](
         x.contiguous().view(m, d), weight, bias, labels, m, k, d,
@@ -339,9 +336,8 @@ ENCODERS = {"dino": "dino_vits16", "deit": "deit_small", "mae": "mae_vitb16"}
 def open_clip(pixels):
     """CLIP's RN50x64 without its pooling: (b, 3, any, any), enlarged to S = pixels -> (b, (S/32)^2, 4096).
 
-    The network itself comes from OpenAI's file, a TorchScript archive, whose parts are run one after another;
-    in half precision there, float32 here. Not tried with the real file, as no machine of ours could fetch it:
-    the test traces a small network with the same names.
+    OpenAI's file is a TorchScript archive with the network in it, in float16: its parts are run here in float32.
+    NOT tried with that file, which could not be fetched here: the test traces a small one with its names.
     """
     path = download(CLIP_URL, sha256=CLIP_SHA256)
     net = torch.jit.load(path, map_location="cpu").visual.float()
@@ -349,8 +345,7 @@ def open_clip(pixels):
         nn.Upsample(pixels, mode="bicubic"),
         net.conv1, net.bn1, nn.ReLU(),
         net.conv2, net.bn2, nn.ReLU(),
-        net.conv3, net.bn3, nn.ReLU(),
-        nn.AvgPool2d(2),
+        net.conv3, net.bn3, nn.ReLU(), nn.AvgPool2d(2),
         net.layer1, net.layer2, net.layer3, net.layer4,
         Rearrange("b d y x -> b (y x) d"))
     trunk.patch_size = 16                                      # pixels of an image of half the size
@@ -372,11 +367,13 @@ class KMeansTokenizer(nn.Module):
     def __init__(self, features, weight, bias, patch_size, image_size, mean, std, encoder=None):
         super().__init__()
         self.features = features
-        self.patch_size, self.image_size = patch_size, image_size
-        self.mean, self.std = mean, std
+        self.patch_size = patch_size
+        self.image_size = self.input_size = image_size
+        self.mean = mean
+        self.std = std
         self.n_patches = (image_size // patch_size) ** 2
-        self.input_size = image_size
-        self.encoder, self.project = None, nn.Sequential()
+        self.encoder = None
+        self.project = nn.Sequential()
         if features == "clip":                                 # k-CLIP (MaPeT Sec. 4.2)
             self.input_size *= 2
             self.encoder = open_clip(self.input_size)
@@ -414,17 +411,16 @@ class KMeansTokenizer(nn.Module):
 
     def layers(self, images):
         """What a perceptual loss compares: [(b, rows, d)], each row standardized; gradients reach the images.
-
-        Of a ViT, after the blocks 3, 6, 9 and 11 (PeCo); where there is no network, the features.
-        """
-        if not isinstance(self.encoder, ViT):
-            rows = [self.compute_features(images)]
-        else:
-            x, rows = self.encoder.embed(images), []
+        Of a ViT, after the blocks 3, 6, 9 and 11 (PeCo); where there is none, the features."""
+        rows = []
+        if isinstance(self.encoder, ViT):
+            x = self.encoder.embed(images)
             for i, block in enumerate(self.encoder.blocks, 1):
                 x = block(x)
                 if i in (3, 6, 9, 11):
                     rows.append(x)
+        else:
+            rows.append(self.compute_features(images))
         return [F.layer_norm(x.float(), x.shape[-1:]) for x in rows]
 
     def save(self, path):
@@ -435,22 +431,18 @@ class KMeansTokenizer(nn.Module):
         save(state, path)
 
 
-def open_vqkd(state):
-    """The tokenizer of the official weights of BEiT v2's VQ-KD, a ViT-B/16; its codes have unit length."""
-    encoder = {key.replace("encode_task_layer.", "project."): value for key, value in state.items()}
-    codes = F.normalize(state["quantize.embedding.weight"].float())
-    return KMeansTokenizer("vqkd", codes, torch.zeros(len(codes)), 16, 224, *SYMMETRIC, encoder)
-
-
 def load_tokenizer(path):
-    """What `save` wrote, or VQ-KD (a file, or "vqkd": fetched); ValueError, one line, for anything else."""
+    """What `save` wrote, or BEiT v2's VQ-KD (its file, or "vqkd": fetched): a ViT-B/16, codes of unit length.
+    ValueError, one line, for anything else."""
     if path == "vqkd":
         path = download(**PUBLIC[path])
     state = read_checkpoint(path)
     try:
-        if "quantize.embedding.weight" in state.get("model", ()):
-            return open_vqkd(state["model"])
-        return KMeansTokenizer(**state)
+        if "quantize.embedding.weight" not in state.get("model", ()):
+            return KMeansTokenizer(**state)
+        state = {key.replace("encode_task_layer.", "project."): x for key, x in state["model"].items()}
+        codes = F.normalize(state["quantize.embedding.weight"].float())
+        return KMeansTokenizer("vqkd", codes, torch.zeros(len(codes)), 16, 224, *SYMMETRIC, state)
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"{path}: not a tokenizer of kmeans.py fit ({str(error).splitlines()[0]})") from None
 
@@ -459,10 +451,8 @@ def load_tokenizer(path):
 
 def load_batches(ds, indices, batch_size, workers=0, device="cpu", desc=None):
     """(images uint8 (b, 3, S, S) on device, labels (b,), index really read (b,)), in the order of `indices`.
-
-    A neighbor may stand in for a damaged picture. desc: the name of this pass, for a bar.
-    """
-    loader = DataLoader(ds, batch_size, sampler=torch.as_tensor(indices).tolist(), num_workers=workers)
+    A neighbor may stand in for a damaged picture. desc: the name of this pass, for a bar."""
+    loader = DataLoader(ds, batch_size, sampler=list(map(int, indices)), num_workers=workers)
     if desc and is_main_process():
         loader = tqdm(loader, desc, leave=False, disable=None)               # None: not into a file
     for images, labels, wanted, read in loader:
@@ -481,46 +471,41 @@ def blank_tokenizer(ds, features, patch_size, image_size=None):
     return KMeansTokenizer(features, none, none, patch_size, image_size or ds.image_size, mean, std)
 
 
-def sample_features(tokenizer, ds, k, seed, workers, device):
-    """What K-means is fitted on, this process's part: features (rows, d), those of an encoder in float16.
+def fit_tokenizer(ds, features, k, patch_size, image_size=None, seed=0, workers=0, device="cpu",
+                  max_iter=None):
+    """K-means on the patches of `ds`: a KMeansTokenizer, equal on every process.
 
-    All patches of 20,000 seeded random images, or of as many as give 512 rows a code; of each image 5 % for
-    clip (MaPeT Sec. 4.2; its code: 1.7 %), and for textures.
+    On all patches of 20,000 seeded random images, or of as many as give 512 rows a code; of each image 5 % for
+    clip (MaPeT Sec. 4.2; its code: 1.7 %), and for textures. Seeds are random beyond 1000 codes. Up to 100
+    iterations; for clip the best of 5 times 20 is kept: k-CLIP (Sec. 4.2 and code, K = 8192).
     """
+    tokenizer = blank_tokenizer(ds, features, patch_size, image_size).to(device)
     n = keep = tokenizer.n_patches
-    if tokenizer.features == "clip" or ds.name.startswith("textures/"):
+    if features == "clip" or ds.name.startswith("textures/"):
         keep = max(1, round(.05 * n))
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(ds), generator=generator)[:max(20000, 512 * k // keep)]
     places = torch.rand(len(order), n, generator=generator).topk(keep).indices   # of each image
     rank, world = rank_and_world()
-    order, places = order.tensor_split(world)[rank], places.tensor_split(world)[rank]
-    batches = load_batches(ds, order, 64, workers, device, "patches")
+    places = places.tensor_split(world)[rank].split(64)
+    batches = load_batches(ds, order.tensor_split(world)[rank], 64, workers, device, "patches")
     rows = []
-    for (pixels, _, _), kept in zip(batches, places.split(64)):
+    for (pixels, _, _), kept in zip(batches, places):
         x = gather_patches(tokenizer.compute_features(pixels), kept.to(device)).flatten(0, 1)
-        rows.append(x.half() if tokenizer.encoder else x)
-    return torch.cat(rows)
-
-
-def fit_tokenizer(ds, features="pixel", k=64, patch_size=16, image_size=None, seed=0, workers=0, device="cpu",
-                  max_iter=None):
-    """K-means on the patches of `ds`: a KMeansTokenizer, equal on every process; its .kmeans is the KMeans.
-
-    Seeds are random beyond 1000 codes. Up to 100 iterations; for clip the best of 5 times 20 is kept: k-CLIP
-    (MaPeT Sec. 4.2 and its code; K = 8192).
-    """
-    tokenizer = blank_tokenizer(ds, features, patch_size, image_size).to(device)
-    rows = sample_features(tokenizer, ds, k, seed, workers, device)
+        rows.append(x.half() if tokenizer.encoder else x)      # of a network: in float16
     kmeans = KMeans(k, seed=seed)
     if k > 1000:
         print0("K-means starts from random patches: k-means++ takes long for so many codes")
         kmeans.init = "random"
     if features == "clip":
-        kmeans.max_iter, kmeans.restarts = 20, 5
+        kmeans.max_iter = 20
+        kmeans.restarts = 5
     if max_iter:
         kmeans.max_iter = max_iter
-    tokenizer.kmeans = kmeans.fit(rows)
+    rows = torch.cat(rows)                                     # in place of the list: room for one
+    kmeans.fit(rows)
+    print0(f"{kmeans.counts.sum()} patches, {kmeans.n_iter} iterations, sum of squared distances "
+           f"{kmeans.history[0]:.4g} -> {kmeans.inertia:.4g}; {(kmeans.counts > 0).sum()} of {k} codes used")
     tokenizer.weight, tokenizer.bias = linear_layer(kmeans.centroids)
     return tokenizer
 
@@ -550,19 +535,16 @@ def load_tokens(path, images=None, n=None):
 
 def tokenize(tokenizer, ds, path, workers=0, device="cpu"):
     """Tokens of all images in the data set's own order: writes `path`, a memory map (images, n) uint16.
-
-    Each process makes its part, rank 0 writes the file; if it is there already, it is read.
-    """
+    Each process makes its part, rank 0 writes the file; if it is there already, it is read."""
     rank, world = rank_and_world()
     shape = len(ds), tokenizer.n_patches
     if not os.path.exists(path):
-        mine = torch.arange(rank, len(ds), world)
-        batches = load_batches(ds, mine, 64, workers, device, "tokens")
+        batches = load_batches(ds, range(rank, len(ds), world), 64, workers, device, "tokens")
         tokens = torch.zeros(shape, dtype=torch.int32, device=device)
-        tokens[mine] = torch.cat([tokenizer(images).int() for images, _, _ in batches])
+        tokens[rank::world] = torch.cat([tokenizer(images).int() for images, _, _ in batches])
         all_reduce(tokens)                                     # by then all have looked for the file
         if rank == 0:
-            write_npy(path, shape, [tokens.cpu().numpy().astype(np.uint16)])
+            write_npy(path, shape, [tokens.cpu().numpy().astype("uint16")])
         barrier()
     return load_tokens(path, *shape)
 
@@ -574,7 +556,7 @@ def average_patches(images, tokens, p, k):
     images uint8 (b, 3, S, S), their tokens (b, n) int64."""
     patches = patchify(images, p).flatten(0, 1) / 255
     tokens = tokens.flatten()
-    sums = patches.new_zeros(k, patches.shape[1]).index_add_(0, tokens, patches)
+    sums = patches.new_zeros(k, 3 * p * p).index_add_(0, tokens, patches)
     return sums / tokens.bincount(minlength=k)[:, None].clamp(min=1)
 
 
@@ -662,10 +644,7 @@ def main(argv=None):
             tokenizer = fit_tokenizer(ds, args.features, args.k, p, size, 0, workers, device, args.max_iter)
             if is_main_process():
                 tokenizer.save(f"{args.out}/tokenizer.pt")
-            found = tokenizer.kmeans
-            print0(f"{found.counts.sum()} patches, {found.n_iter} iterations, sum of squared distances "
-                   f"{found.history[0]:.4g} -> {found.inertia:.4g}; {(found.counts > 0).sum()} of {found.k} "
-                   f"codes used; wrote {args.out}/tokenizer.pt")
+            print0(f"wrote {args.out}/tokenizer.pt")
         elif args.command == "show":
             draw(tokenizer, ds, args.out, args.codes)
         elif os.path.exists(path):                             # of which tokenizer?
