@@ -74,8 +74,7 @@ def linear_layer(centroids, origin=0.):
     """weight (k, d), bias (k,): argmax_k weight_k . x + bias_k is the nearest centroid of x.
 
     ||x - c||^2 = ||x - o||^2 - 2 ((c - o) . x - (c - o) . o - ||c - o||^2 / 2) for any origin o, so weight =
-    c - o, and the rest is the bias. With the data's mean, float32 tells near centroids apart.
-    """
+    c - o, and the rest is the bias. With the data's mean, float32 tells near centroids apart."""
     weight = centroids.double() - origin
     bias = -(weight * origin).sum(1) - weight.square().sum(1) / 2
     return weight.float(), bias.float()
@@ -95,8 +94,7 @@ def find_nearest(x, weight, bias):
 
 def blocks(x, device, metric="euclidean"):
     """Rows x as blocks (m, d) on `device`; x: tensor, array, memory map, or a function that yields chunks."""
-    # Scores stay in a processor's cache; on a GPU large blocks hide the launches.
-    size = 1 << 11 if device.type == "cpu" else 1 << 16
+    size = 1 << 11 if device.type == "cpu" else 1 << 16        # scores fit a cache; on a GPU: fewer launches
     for chunk in x() if callable(x) else [x]:
         for block in torch.as_tensor(chunk).split(size):
             block = block.to(device)
@@ -125,10 +123,8 @@ def compute_moments(x, device):
 
 def add_up(x, centroids, origin=0.):
     """Sums (k, d) float64 and counts (k,) int64 of the rows nearest to each centroid, over all processes.
-
     `embedding_bag` sums order[starts_k] to order[starts_k+1 - 1], the rows of cluster k, in this order: all
-    runs give the same, as they do not where threads add to one place.
-    """
+    runs give the same, as they do not where threads add to one place."""
     weight, bias = linear_layer(centroids, origin)
     sums = counts = 0
     for block in blocks(x, weight.device):
@@ -162,8 +158,7 @@ def lloyd(x, centroids, n_iter, tol=0., metric="euclidean"):
     -> centroids (k, d) float32, their counts (k,) int64, history: the inertia sum_x ||x - c_t(x)||^2 of each
     pass. Ends when it does not fall, or when sum_k ||new c_k - c_k||^2 <= tol * the mean variance of a column
     (scikit-learn). x as in `blocks`, worked on where the first centroids are; in a process group every
-    process passes rows of its own, and all end with the same centroids.
-    """
+    process passes rows of its own, and all end with the same centroids."""
     rows, _, mean, scatter = compute_moments(x, centroids.device)
     variance = scatter / (rows * len(mean))
     history = []
@@ -207,8 +202,7 @@ def kmeans_plusplus(x, k, generator=None):
 
     The first seed is any row. Then 2 + ln k rows are drawn with a probability proportional to their squared
     distance to the nearest seed so far; the one that leaves the least sum of distances is the next seed. A
-    seed is drawn again only where all rows are seeds, or lie on one.
-    """
+    seed is drawn again only where all rows are seeds, or lie on one."""
     x = x - x.mean(0)                                          # small numbers round less
     norm = x.square().sum(1)
     draws = torch.rand(k, 2 + int(math.log(k)), generator=generator, dtype=torch.float64).to(x.device)
@@ -235,10 +229,7 @@ class KMeans:
     init        "k-means++" on a seeded sample of max(16384, 4 k) rows, "random": k of it, or a tensor (k, d)
     tol         see `lloyd`; restarts: seedings, the one with the least inertia is kept
     device      where arrays and streams are worked on (the CPU); tensors where they are
-
-    Afterwards: centroids (k, d) float32, counts (k,) int64, inertia, n_iter, history; see `lloyd`.
-    """
-
+    Afterwards: centroids (k, d) float32, counts (k,) int64, inertia, n_iter, history; see `lloyd`."""
     k: int
     metric: str = "euclidean"
     init: object = "k-means++"
@@ -296,8 +287,7 @@ if triton:
     def nearest_kernel(x, weight, bias, labels, m, k, d, TILE: tl.constexpr, WIDTH: tl.constexpr):
         """One program: TILE rows against all codes, TILE at a time; scores stay in registers, in float32.
         Beyond the last row and the last code these come again, which changes nothing."""
-        row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-        row = tl.minimum(row, m - 1)
+        row = tl.minimum(tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE), m - 1)
         best = tl.full((TILE,), float("-inf"), tl.float32)
         label = tl.zeros((TILE,), tl.int32)
         for first in range(0, k, TILE):
@@ -320,9 +310,8 @@ def find_nearest_triton(x, weight, bias):
     m = len(x)
     k, d = weight.shape
     labels = x.new_empty(m, dtype=torch.int64)
-    nearest_kernel[triton.cdiv(m, 128),](
-        x.contiguous().view(m, d), weight, bias, labels, m, k, d,
-        TILE=128, WIDTH=32, num_warps=8, num_stages=3)
+    nearest_kernel[triton.cdiv(m, 128),](x.contiguous().view(m, d), weight, bias, labels, m, k, d,
+                                         TILE=128, WIDTH=32, num_warps=8, num_stages=3)
     return labels
 
 
@@ -335,10 +324,8 @@ ENCODERS = {"dino": "dino_vits16", "deit": "deit_small", "mae": "mae_vitb16"}
 
 def open_clip(pixels):
     """CLIP's RN50x64 without its pooling: (b, 3, any, any), enlarged to S = pixels -> (b, (S/32)^2, 4096).
-
-    OpenAI's file is a TorchScript archive with the network in it, in float16: its parts are run here in float32.
-    NOT tried with that file, which could not be fetched here: the test traces a small one with its names.
-    """
+    OpenAI's file is a TorchScript archive, network and float16 weights: its parts are run here, in float32.
+    NOT tried with that file, which could not be fetched here: the test traces a small one with its names."""
     path = download(CLIP_URL, sha256=CLIP_SHA256)
     net = torch.jit.load(path, map_location="cpu").visual.float()
     trunk = nn.Sequential(
@@ -361,16 +348,14 @@ class KMeansTokenizer(nn.Module):
     features        f: pixel, pixel-norm (standardized patches), hog, clip, dino, deit, mae, or what
                     from_weights takes; of a learned tokenizer (dvae, vq, peco, vqkd) only a name
     encoder         weights of a learned tokenizer's f: {encoder.KEY of a ViT, project.KEY}
-    weight, bias    (K, d), (K,). K-means: centroids, -||c||^2 / 2; dvae: its own classifier's
-    """
+    weight, bias    (K, d), (K,). K-means: centroids, -||c||^2 / 2; dvae: its own classifier's"""
 
     def __init__(self, features, weight, bias, patch_size, image_size, mean, std, encoder=None):
         super().__init__()
         self.features = features
         self.patch_size = patch_size
         self.image_size = self.input_size = image_size
-        self.mean = mean
-        self.std = std
+        self.mean, self.std = mean, std
         self.n_patches = (image_size // patch_size) ** 2
         self.encoder = None
         self.project = nn.Sequential()
@@ -405,8 +390,7 @@ class KMeansTokenizer(nn.Module):
 
     def forward(self, images):
         x = self.compute_features(images)
-        tokens = [find_nearest(block, self.weight, self.bias)
-                  for block in blocks(x.flatten(0, 1), x.device)]
+        tokens = [find_nearest(block, self.weight, self.bias) for block in blocks(x.flatten(0, 1), x.device)]
         return torch.cat(tokens).view(x.shape[:2])
 
     def layers(self, images):
@@ -475,10 +459,9 @@ def fit_tokenizer(ds, features, k, patch_size, image_size=None, seed=0, workers=
                   max_iter=None):
     """K-means on the patches of `ds`: a KMeansTokenizer, equal on every process.
 
-    On all patches of 20,000 seeded random images, or of as many as give 512 rows a code; of each image 5 % for
-    clip (MaPeT Sec. 4.2; its code: 1.7 %), and for textures. Seeds are random beyond 1000 codes. Up to 100
-    iterations; for clip the best of 5 times 20 is kept: k-CLIP (Sec. 4.2 and code, K = 8192).
-    """
+    On all patches of 20,000 seeded random images, or of as many as give 512 rows a code; for textures, and
+    for clip, on 5 % of each image's (MaPeT Sec. 4.2; its code: 1.7 %). Seeds are random beyond 1000 codes. Up
+    to 100 iterations; for clip the best of 5 times 20 is kept: k-CLIP (its code)."""
     tokenizer = blank_tokenizer(ds, features, patch_size, image_size).to(device)
     n = keep = tokenizer.n_patches
     if features == "clip" or ds.name.startswith("textures/"):
@@ -498,8 +481,7 @@ def fit_tokenizer(ds, features, k, patch_size, image_size=None, seed=0, workers=
         print0("K-means starts from random patches: k-means++ takes long for so many codes")
         kmeans.init = "random"
     if features == "clip":
-        kmeans.max_iter = 20
-        kmeans.restarts = 5
+        kmeans.max_iter, kmeans.restarts = 20, 5
     if max_iter:
         kmeans.max_iter = max_iter
     rows = torch.cat(rows)                                     # in place of the list: room for one
