@@ -95,7 +95,7 @@ def find_nearest(x, weight, bias):
 def blocks(x, device, metric="euclidean"):
     """Rows x as blocks (m, d) on `device`; x: tensor, array, memory map, or a function that yields chunks."""
     size = 1 << 11 if device.type == "cpu" else 1 << 16        # scores fit a cache; on a GPU: fewer launches
-    for chunk in x() if callable(x) else [x]:
+    for chunk in filter(len, x() if callable(x) else [x]):                   # but empty ones
         for block in torch.as_tensor(chunk).split(size):
             block = block.to(device)
             yield F.normalize(block.float()) if metric == "cosine" else block
@@ -275,8 +275,7 @@ def assign(x, centroids, metric="euclidean"):
     distances = []
     for block in blocks(x, centroids.device, metric):
         labels.append(find_nearest(block, weight, bias))
-        off = block.float() - centroids[labels[-1]]
-        distances.append(off.square().sum(1))
+        distances.append((block.float() - centroids[labels[-1]]).square().sum(1))
     return torch.cat(labels), torch.cat(distances)
 
 
@@ -288,11 +287,11 @@ if triton:
         """One program: TILE rows against all codes, TILE at a time; scores stay in registers, in float32.
         Beyond the last row and the last code these come again, which changes nothing."""
         row = tl.minimum(tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE), m - 1)
-        best = tl.full((TILE,), float("-inf"), tl.float32)
-        label = tl.zeros((TILE,), tl.int32)
+        best = tl.full([TILE], float("-inf"), tl.float32)
+        label = tl.zeros([TILE], tl.int32)
         for first in range(0, k, TILE):
             code = tl.minimum(first + tl.arange(0, TILE), k - 1)
-            score = tl.zeros((TILE, TILE), tl.float32)
+            score = tl.zeros([TILE, TILE], tl.float32)
             for at in range(0, d, WIDTH):
                 column = at + tl.arange(0, WIDTH)
                 x_part = tl.load(x + row[:, None] * d + column, column < d, 0)
@@ -355,7 +354,8 @@ class KMeansTokenizer(nn.Module):
         self.features = features
         self.patch_size = patch_size
         self.image_size = self.input_size = image_size
-        self.mean, self.std = mean, std
+        self.mean = mean
+        self.std = std
         self.n_patches = (image_size // patch_size) ** 2
         self.encoder = None
         self.project = nn.Sequential()
