@@ -16,14 +16,15 @@ import argparse
 import dataclasses
 import math
 import os
+from functools import partial
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from einops.layers.torch import Rearrange
 from torch.utils.data import DataLoader
-from torchvision.models import resnet
 from tqdm import tqdm
 
 from vit import (CLIP, IMAGENET, PATCH_FEATURES, PUBLIC, SYMMETRIC, ViT, download, draw_rows, exit_on_error,
@@ -73,18 +74,15 @@ def linear_layer(centroids, origin=0.):
     """weight (k, d), bias (k,): argmax_k weight_k . x + bias_k is the nearest centroid of x.
 
     ||x - c||^2 = ||x - o||^2 - 2 ((c - o) . x - (c - o) . o - ||c - o||^2 / 2) for any origin o, so weight =
-    c - o, and the rest is the bias. With the data's mean, float32 tells near centroids apart.
-    """
+    c - o, and the rest is the bias. With the data's mean, float32 tells near centroids apart."""
     weight = centroids.double() - origin
     bias = -(weight * origin).sum(1) - weight.square().sum(1) / 2
     return weight.float(), bias.float()
 
 
 def find_nearest(x, weight, bias):
-    """argmax_k weight_k . x + bias_k -> (m,) int64, of a block x (m, d) of any dtype.
-
-    On the CPU as a 1x1 convolution, by oneDNN, which some of AMD's processors do faster than MKL's product.
-    """
+    """argmax_k weight_k . x + bias_k -> (m,) int64, of a block x (m, d) of any dtype. On the CPU as a 1x1
+    convolution, by oneDNN, which some of AMD's processors do faster than MKL's product."""
     if triton and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0):        # Ampere
         return find_nearest_triton(x, weight, bias)
     if x.is_cuda:
@@ -96,20 +94,20 @@ def find_nearest(x, weight, bias):
 
 def blocks(x, device, metric="euclidean"):
     """Rows x as blocks (m, d) on `device`; x: tensor, array, memory map, or a function that yields chunks."""
-    # Scores stay in a processor's cache; on a GPU large blocks hide the launches.
-    size = 1 << 11 if device.type == "cpu" else 1 << 16
-    for chunk in x() if callable(x) else [x]:
-        for start in range(0, len(chunk), size):
-            block = torch.as_tensor(chunk[start:start + size], device=device)
+    size = 1 << 11 if device.type == "cpu" else 1 << 16        # scores fit a cache; on a GPU: fewer launches
+    for chunk in filter(len, x() if callable(x) else [x]):                   # but empty ones
+        for block in torch.as_tensor(chunk).split(size):
+            block = block.to(device)
             yield F.normalize(block.float()) if metric == "cosine" else block
 
 
-def compute_moments(x, device, metric="euclidean"):
-    """How many rows each process has (list), the mean (d,) of all, the sum of ||x - mean||^2; float64."""
+def compute_moments(x, device):
+    """How many rows there are, how many of them on processes before this one; their mean (d,), and the sum of
+    ||x - mean||^2, float64."""
     rank, world = rank_and_world()
     sizes = torch.zeros(world, dtype=torch.int64, device=device)
     sums = squares = 0.
-    for block in blocks(x, device, metric):
+    for block in blocks(x, device):
         block = block.double()
         sizes[rank] += len(block)
         sums += block.sum(0)
@@ -120,18 +118,16 @@ def compute_moments(x, device, metric="euclidean"):
     scatter = squares - n * mean.square().sum()
     if not scatter.isfinite():
         raise ValueError("K-means got NaN or infinite values: clean the data first")
-    return sizes.tolist(), mean, scatter.clamp(min=0)
+    return n, sizes[:rank].sum(), mean, scatter.clamp(min=0)
 
 
-def add_up(x, centroids, origin=0., metric="euclidean"):
+def add_up(x, centroids, origin=0.):
     """Sums (k, d) float64 and counts (k,) int64 of the rows nearest to each centroid, over all processes.
-
-    `embedding_bag` sums the rows order[starts_k] to order[starts_k+1 - 1], which are those of cluster k, in
-    this order: all runs give the same, as they do not where threads add to one place.
-    """
+    `embedding_bag` sums order[starts_k] to order[starts_k+1 - 1], the rows of cluster k, in this order: all
+    runs give the same, as they do not where threads add to one place."""
     weight, bias = linear_layer(centroids, origin)
     sums = counts = 0
-    for block in blocks(x, weight.device, metric):
+    for block in blocks(x, weight.device):
         labels = find_nearest(block, weight, bias)
         sizes = labels.bincount(minlength=len(weight))
         starts = sizes.cumsum(0) - sizes
@@ -143,12 +139,10 @@ def add_up(x, centroids, origin=0., metric="euclidean"):
 
 
 def split_empty(centroids, counts, step):
-    """An empty cluster moves to the centroid of one of the largest, and a `step` of alternating sign (faiss).
-
-    The next assignment splits the largest between the two.
-    """
-    empty = (counts == 0).nonzero()[:, 0]
-    largest = counts.topk(len(empty)).indices
+    """An empty cluster moves to the centroid of one of the largest, and a `step` of alternating sign (faiss):
+    the next assignment splits the largest between the two."""
+    empty = counts == 0
+    largest = counts.topk(empty.sum()).indices
     sign = torch.ones_like(centroids[0])
     sign[1::2] = -1
     centroids[empty] = centroids[largest] + step * sign
@@ -159,30 +153,29 @@ def lloyd(x, centroids, n_iter, tol=0., metric="euclidean"):
     """Lloyd's algorithm: from the first centroids (k, d), assign and update, at most n_iter times (Sec. 3.2).
 
         t(x) = argmin_k ||x - c_k||^2             assign
-        c_k  = mean of the rows with t(x) = k     update; cosine: of unit length
+        c_k  = mean of the rows with t(x) = k     update; cosine: of unit length, as the rows must be
 
     -> centroids (k, d) float32, their counts (k,) int64, history: the inertia sum_x ||x - c_t(x)||^2 of each
     pass. Ends when it does not fall, or when sum_k ||new c_k - c_k||^2 <= tol * the mean variance of a column
     (scikit-learn). x as in `blocks`, worked on where the first centroids are; in a process group every
-    process passes rows of its own, and all end with the same centroids.
-    """
-    sizes, mean, scatter = compute_moments(x, centroids.device, metric)
-    variance = scatter / (sum(sizes) * len(mean))
-    new, history = centroids.double(), []                      # c: of this pass, new: of the next one
+    process passes rows of its own, and all end with the same centroids."""
+    rows, _, mean, scatter = compute_moments(x, centroids.device)
+    variance = scatter / (rows * len(mean))
+    history = []
+    new = centroids.double()                                   # c: of this pass, new: of the next one
     for _ in range(n_iter + 1):                                # the last pass only assigns
         if metric == "cosine":
             new = F.normalize(new)
         if history and (new - c).square().sum() <= tol * variance:
             break
         c = new
-        sums, counts = add_up(x, c, mean, metric)              # assign
-        # With the clusters' means m_k and counts n_k (Huygens):
-        # sum ||x - c||^2 = sum ||x - mean||^2 - sum_k n_k ||m_k - mean||^2 + sum_k n_k ||m_k - c_k||^2
+        sums, counts = add_up(x, c, mean)                      # assign
         n = counts[:, None]
         means = torch.where(n > 0, sums / n, c)                # update
-        between = (n * (means - mean).square()).sum()
-        off = (n * (means - c).square()).sum()
-        inertia = (scatter - between + off).clamp(min=0).item()
+        # With the clusters' means m_k and counts n_k (Huygens):
+        # sum ||x - c||^2 = sum ||x - mean||^2 - sum_k n_k (||m_k - mean||^2 - ||m_k - c_k||^2)
+        fall = n * ((means - mean).square() - (means - c).square())
+        inertia = (scatter - fall.sum()).clamp(min=0).item()
         if history and inertia >= history[-1]:
             break
         history.append(inertia)
@@ -191,13 +184,12 @@ def lloyd(x, centroids, n_iter, tol=0., metric="euclidean"):
     return *found, history
 
 
-def sample_rows(x, size, generator, device, metric="euclidean"):
+def sample_rows(x, size, generator, device):
     """`size` random rows, all if there are fewer, of all processes: float32, the same on each of them."""
-    sizes, mean, _ = compute_moments(x, device, metric)
-    index = torch.randperm(sum(sizes), generator=generator)[:size].to(device)
+    n, start, mean, _ = compute_moments(x, device)
+    index = torch.randperm(n, generator=generator)[:size].to(device)
     rows = torch.zeros(len(index), len(mean), device=device)
-    start = sum(sizes[:rank_and_world()[0]])                   # rank 0's rows come first
-    for block in blocks(x, device, metric):
+    for block in blocks(x, device):
         inside = (start <= index) & (index < start + len(block))
         rows[inside] = block[index[inside] - start].float()
         start += len(block)
@@ -210,13 +202,13 @@ def kmeans_plusplus(x, k, generator=None):
 
     The first seed is any row. Then 2 + ln k rows are drawn with a probability proportional to their squared
     distance to the nearest seed so far; the one that leaves the least sum of distances is the next seed. A
-    seed is drawn again only where all rows are seeds, or lie on one.
-    """
+    seed is drawn again only where all rows are seeds, or lie on one."""
     x = x - x.mean(0)                                          # small numbers round less
     norm = x.square().sum(1)
     draws = torch.rand(k, 2 + int(math.log(k)), generator=generator, dtype=torch.float64).to(x.device)
     trials = (draws[:1, 0] * len(x)).long()
-    closest, seeds = torch.full_like(norm, math.inf), []
+    closest = torch.full_like(norm, math.inf)
+    seeds = []
     for u in draws.roll(-1, 0):                                # draws of the next seed; of the last one: idle
         distances = norm + norm[trials, None] - 2 * x[trials] @ x.T
         distances = torch.minimum(closest, distances.clamp(min=0))           # squared: (trials, m)
@@ -237,10 +229,7 @@ class KMeans:
     init        "k-means++" on a seeded sample of max(16384, 4 k) rows, "random": k of it, or a tensor (k, d)
     tol         see `lloyd`; restarts: seedings, the one with the least inertia is kept
     device      where arrays and streams are worked on (the CPU); tensors where they are
-
-    Afterwards: centroids (k, d) float32, counts (k,) int64, inertia, n_iter, history; see `lloyd`.
-    """
-
+    Afterwards: centroids (k, d) float32, counts (k,) int64, inertia, n_iter, history; see `lloyd`."""
     k: int
     metric: str = "euclidean"
     init: object = "k-means++"
@@ -254,12 +243,13 @@ class KMeans:
         if self.metric not in ("euclidean", "cosine"):
             raise ValueError(f"metric must be euclidean or cosine, not {self.metric!r}")
         device = torch.device(self.device or getattr(x, "device", "cpu"))
+        x = partial(blocks, x, device, self.metric)            # a stream; cosine: of unit length
         generator = torch.Generator().manual_seed(self.seed)
         self.inertia = math.inf
         for _ in range(self.restarts):
             first = self.init
             if not torch.is_tensor(first):                     # the same rows on all processes
-                rows = sample_rows(x, max(16384, 4 * self.k), generator, device, self.metric)
+                rows = sample_rows(x, max(16384, 4 * self.k), generator, device)
                 if self.metric == "cosine":                    # a row of zeros has no direction
                     rows = rows[rows.any(1)]
                 if len(rows) < self.k:
@@ -281,12 +271,11 @@ class KMeans:
 def assign(x, centroids, metric="euclidean"):
     """Nearest centroids (k, d) of rows x, see `blocks`: labels (n,) int64, squared distances (n,) float32."""
     weight, bias = linear_layer(centroids, centroids.double().mean(0))
-    labels, distances = [], []
+    labels = []
+    distances = []
     for block in blocks(x, centroids.device, metric):
-        nearest = find_nearest(block, weight, bias)
-        labels.append(nearest)
-        off = block.float() - centroids[nearest]
-        distances.append(off.square().sum(1))
+        labels.append(find_nearest(block, weight, bias))
+        distances.append((block.float() - centroids[labels[-1]]).square().sum(1))
     return torch.cat(labels), torch.cat(distances)
 
 
@@ -294,36 +283,34 @@ def assign(x, centroids, metric="euclidean"):
 
 if triton:
     @triton.jit
-    def nearest_kernel(x, weight, bias, labels, m, k, d,
-                       ROWS: tl.constexpr, CODES: tl.constexpr, WIDTH: tl.constexpr):
-        """One program: ROWS rows against all codes, CODES at a time; scores stay in registers, in float32."""
-        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        best = tl.full((ROWS,), float("-inf"), tl.float32)
-        label = tl.zeros((ROWS,), tl.int32)
-        for first in range(0, k, CODES):
-            code = first + tl.arange(0, CODES)
-            score = tl.zeros((ROWS, CODES), tl.float32)
+    def nearest_kernel(x, weight, bias, labels, m, k, d, TILE: tl.constexpr, WIDTH: tl.constexpr):
+        """One program: TILE rows against all codes, TILE at a time; scores stay in registers, in float32.
+        Beyond the last row and the last code these come again, which changes nothing."""
+        row = tl.minimum(tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE), m - 1)
+        best = tl.full([TILE], float("-inf"), tl.float32)
+        label = tl.zeros([TILE], tl.int32)
+        for first in range(0, k, TILE):
+            code = tl.minimum(first + tl.arange(0, TILE), k - 1)
+            score = tl.zeros([TILE, TILE], tl.float32)
             for at in range(0, d, WIDTH):
                 column = at + tl.arange(0, WIDTH)
-                x_part = tl.load(x + row[:, None] * d + column,
-                                 (row[:, None] < m) & (column < d), 0)
-                w_part = tl.load(weight + code[:, None] * d + column,
-                                 (code[:, None] < k) & (column < d), 0)
+                x_part = tl.load(x + row[:, None] * d + column, column < d, 0)
+                w_part = tl.load(weight + code[:, None] * d + column, column < d, 0)
                 score = tl.dot(x_part.to(tl.float32), w_part.T, score, input_precision="tf32x3")
-            score += tl.load(bias + code, code < k, float("-inf"))
-            top, arg = tl.max(score, 1, return_indices=True)
+            score += tl.load(bias + code)
+            top, arg = tl.max(score, 1, return_indices=True)   # the first of equals
             label = tl.where(top > best, first + arg, label)
             best = tl.maximum(top, best)
-        tl.store(labels + row, label, row < m)
+        tl.store(labels + row, tl.minimum(label, k - 1))
 
 
 def find_nearest_triton(x, weight, bias):
     """`find_nearest` by the kernel above."""
-    m, (k, d) = len(x), weight.shape
+    m = len(x)
+    k, d = weight.shape
     labels = x.new_empty(m, dtype=torch.int64)
-    nearest_kernel[triton.cdiv(m, 128),](
-        x.contiguous().view(m, d), weight, bias, labels, m, k, d,
-        ROWS=128, CODES=128, WIDTH=32, num_warps=8, num_stages=3)
+    nearest_kernel[triton.cdiv(m, 128),](x.contiguous().view(m, d), weight, bias, labels, m, k, d,
+                                         TILE=128, WIDTH=32, num_warps=8, num_stages=3)
     return labels
 
 
@@ -334,49 +321,21 @@ CLIP_URL = f"https://openaipublic.azureedge.net/clip/models/{CLIP_SHA256}/RN50x6
 ENCODERS = {"dino": "dino_vits16", "deit": "deit_small", "mae": "mae_vitb16"}
 
 
-class AveragingConv(nn.Conv2d):
-    """A 1x1 convolution of the means of stride x stride pixels: where a ResNet strides, CLIP's averages."""
-
-    def forward(self, x):
-        return F.conv2d(F.avg_pool2d(x, self.stride), self.weight)
-
-
-class Bottleneck(resnet.Bottleneck):
-    """CLIP's ResNet block: (b, width_in, H, W) -> (b, 4 width, H / stride, W / stride)."""
-
-    def __init__(self, width_in, width, stride=1):
-        super().__init__(width_in, width)
-        self.conv3 = AveragingConv(width, 4 * width, 1, stride, bias=False)
-        if width_in != 4 * width:
-            widen = AveragingConv(width_in, 4 * width, 1, stride, bias=False)
-            self.downsample = nn.Sequential(widen, nn.BatchNorm2d(4 * width))
-
-
-class CLIPTrunk(nn.Sequential):
-    """CLIP's ResNet to the last ReLU of layer 4, without pooling: (b, 3, S, S) -> (b, (S/32)^2, 32 width).
-
-    The default is RN50x64: 4096 features at 14x14 places of 448 pixels (MaPeT Sec. 4.2: k-CLIP).
-    """
-    patch_size = 16                                            # pixels of an image of half the size
-
-    def __init__(self, width=128, layers=(3, 15, 36, 10)):
-        super().__init__()
-        width_in = 3
-        for i, size in enumerate((width // 2, width // 2, width), 1):         # names as in its weights
-            self.add_module(f"conv{i}", resnet.conv3x3(width_in, size, stride=2 if i == 1 else 1))
-            self.add_module(f"bn{i}", nn.BatchNorm2d(size))
-            self.append(nn.ReLU())
-            width_in = size
-        self.pool = nn.AvgPool2d(2)
-        for i, depth in enumerate(layers, 1):
-            first = Bottleneck(width_in, width, 1 if i == 1 else 2)
-            width_in = 4 * width
-            others = [Bottleneck(width_in, width) for _ in range(depth - 1)]
-            self.add_module(f"layer{i}", nn.Sequential(first, *others))
-            width *= 2
-
-    def forward(self, images):
-        return super().forward(images).flatten(2).mT
+def open_clip(pixels):
+    """CLIP's RN50x64 without its pooling: (b, 3, any, any), enlarged to S = pixels -> (b, (S/32)^2, 4096).
+    OpenAI's file is a TorchScript archive, network and float16 weights: its parts are run here, in float32.
+    NOT tried with that file, which could not be fetched here: the test traces a small one with its names."""
+    path = download(CLIP_URL, sha256=CLIP_SHA256)
+    net = torch.jit.load(path, map_location="cpu").visual.float()
+    trunk = nn.Sequential(
+        nn.Upsample(pixels, mode="bicubic"),
+        net.conv1, net.bn1, nn.ReLU(),
+        net.conv2, net.bn2, nn.ReLU(),
+        net.conv3, net.bn3, nn.ReLU(), nn.AvgPool2d(2),
+        net.layer1, net.layer2, net.layer3, net.layer4,
+        Rearrange("b d y x -> b (y x) d"))
+    trunk.patch_size = 16                                      # pixels of an image of half the size
+    return trunk.to(memory_format=torch.channels_last)
 
 
 class KMeansTokenizer(nn.Module):
@@ -388,21 +347,21 @@ class KMeansTokenizer(nn.Module):
     features        f: pixel, pixel-norm (standardized patches), hog, clip, dino, deit, mae, or what
                     from_weights takes; of a learned tokenizer (dvae, vq, peco, vqkd) only a name
     encoder         weights of a learned tokenizer's f: {encoder.KEY of a ViT, project.KEY}
-    weight, bias    (K, d), (K,). K-means: centroids, -||c||^2 / 2; dvae: its own classifier's
-    """
+    weight, bias    (K, d), (K,). K-means: centroids, -||c||^2 / 2; dvae: its own classifier's"""
 
     def __init__(self, features, weight, bias, patch_size, image_size, mean, std, encoder=None):
         super().__init__()
         self.features = features
-        self.patch_size, self.image_size = patch_size, image_size
-        self.mean, self.std = mean, std
+        self.patch_size = patch_size
+        self.image_size = self.input_size = image_size
+        self.mean = mean
+        self.std = std
         self.n_patches = (image_size // patch_size) ** 2
-        self.input_size = image_size * 2 if features == "clip" else image_size
-        self.encoder, self.project = None, nn.Sequential()
-        if features == "clip":
-            self.encoder = CLIPTrunk().to(memory_format=torch.channels_last)
-            archive = torch.jit.load(download(CLIP_URL, sha256=CLIP_SHA256), map_location="cpu")
-            self.encoder.load_state_dict(archive.visual.state_dict(), strict=False)      # it pools, too
+        self.encoder = None
+        self.project = nn.Sequential()
+        if features == "clip":                                 # k-CLIP (MaPeT Sec. 4.2)
+            self.input_size *= 2
+            self.encoder = open_clip(self.input_size)
         elif features not in PATCH_FEATURES:
             self.encoder = from_weights(encoder or ENCODERS.get(features, features), image_size)
         if encoder:
@@ -425,31 +384,27 @@ class KMeansTokenizer(nn.Module):
             images = normalize(images, self.mean, self.std)
         if self.encoder is None:
             return PATCH_FEATURES[self.features](images, self.patch_size)
-        if self.features == "clip":                            # its stride is 32, not 16
-            images = F.interpolate(images, self.input_size, mode="bicubic")
         with torch.autocast("cuda", torch.float16, enabled=images.is_cuda):
             x = self.encoder(images)[:, -self.n_patches:]      # without the class token
         return self.project(x.float())
 
     def forward(self, images):
         x = self.compute_features(images)
-        rows = blocks(x.flatten(0, 1), x.device)
-        tokens = [find_nearest(block, self.weight, self.bias) for block in rows]
+        tokens = [find_nearest(block, self.weight, self.bias) for block in blocks(x.flatten(0, 1), x.device)]
         return torch.cat(tokens).view(x.shape[:2])
 
     def layers(self, images):
         """What a perceptual loss compares: [(b, rows, d)], each row standardized; gradients reach the images.
-
-        Of a ViT, after the blocks 3, 6, 9 and 11 (PeCo); where there is no network, the features.
-        """
-        if not isinstance(self.encoder, ViT):
-            rows = [self.compute_features(images)]
-        else:
-            x, rows = self.encoder.embed(images), []
+        Of a ViT, after the blocks 3, 6, 9 and 11 (PeCo); where there is none, the features."""
+        rows = []
+        if isinstance(self.encoder, ViT):
+            x = self.encoder.embed(images)
             for i, block in enumerate(self.encoder.blocks, 1):
                 x = block(x)
                 if i in (3, 6, 9, 11):
                     rows.append(x)
+        else:
+            rows.append(self.compute_features(images))
         return [F.layer_norm(x.float(), x.shape[-1:]) for x in rows]
 
     def save(self, path):
@@ -460,22 +415,18 @@ class KMeansTokenizer(nn.Module):
         save(state, path)
 
 
-def open_vqkd(state):
-    """The tokenizer of the official weights of BEiT v2's VQ-KD, a ViT-B/16; its codes have unit length."""
-    encoder = {key.replace("encode_task_layer.", "project."): value for key, value in state.items()}
-    codes = F.normalize(state["quantize.embedding.weight"].float())
-    return KMeansTokenizer("vqkd", codes, torch.zeros(len(codes)), 16, 224, *SYMMETRIC, encoder)
-
-
 def load_tokenizer(path):
-    """What `save` wrote, or VQ-KD (a file, or "vqkd": fetched); ValueError, one line, for anything else."""
+    """What `save` wrote, or BEiT v2's VQ-KD (its file, or "vqkd": fetched): a ViT-B/16, codes of unit length.
+    ValueError, one line, for anything else."""
     if path == "vqkd":
         path = download(**PUBLIC[path])
     state = read_checkpoint(path)
     try:
-        if "quantize.embedding.weight" in state.get("model", ()):
-            return open_vqkd(state["model"])
-        return KMeansTokenizer(**state)
+        if "quantize.embedding.weight" not in state.get("model", ()):
+            return KMeansTokenizer(**state)
+        state = {key.replace("encode_task_layer.", "project."): x for key, x in state["model"].items()}
+        codes = F.normalize(state["quantize.embedding.weight"].float())
+        return KMeansTokenizer("vqkd", codes, torch.zeros(len(codes)), 16, 224, *SYMMETRIC, state)
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"{path}: not a tokenizer of kmeans.py fit ({str(error).splitlines()[0]})") from None
 
@@ -484,10 +435,8 @@ def load_tokenizer(path):
 
 def load_batches(ds, indices, batch_size, workers=0, device="cpu", desc=None):
     """(images uint8 (b, 3, S, S) on device, labels (b,), index really read (b,)), in the order of `indices`.
-
-    A neighbor may stand in for a damaged picture. desc: the name of this pass, for a bar.
-    """
-    loader = DataLoader(ds, batch_size, sampler=torch.as_tensor(indices).tolist(), num_workers=workers)
+    A neighbor may stand in for a damaged picture. desc: the name of this pass, for a bar."""
+    loader = DataLoader(ds, batch_size, sampler=list(map(int, indices)), num_workers=workers)
     if desc and is_main_process():
         loader = tqdm(loader, desc, leave=False, disable=None)               # None: not into a file
     for images, labels, wanted, read in loader:
@@ -497,50 +446,48 @@ def load_batches(ds, indices, batch_size, workers=0, device="cpu", desc=None):
 
 def blank_tokenizer(ds, features, patch_size, image_size=None):
     """A tokenizer before its fit: it knows the features of the images of `ds`, but no codes."""
-    known = dict.fromkeys(ENCODERS, IMAGENET) | {"clip": CLIP}
-    mean, std = known.get(features, (ds.mean, ds.std))
-    no_codes = torch.zeros(0, 1), torch.zeros(0)
-    return KMeansTokenizer(features, *no_codes, patch_size, image_size or ds.image_size, mean, std)
+    mean, std = ds.mean, ds.std
+    if features in ENCODERS:
+        mean, std = IMAGENET
+    if features == "clip":
+        mean, std = CLIP
+    none = torch.zeros(0)
+    return KMeansTokenizer(features, none, none, patch_size, image_size or ds.image_size, mean, std)
 
 
-def sample_features(tokenizer, ds, k, seed, workers, device):
-    """What K-means is fitted on, this process's part: features (rows, d), those of an encoder in float16.
+def fit_tokenizer(ds, features, k, patch_size, image_size=None, seed=0, workers=0, device="cpu",
+                  max_iter=None):
+    """K-means on the patches of `ds`: a KMeansTokenizer, equal on every process.
 
-    All patches of 20,000 seeded random images, or of as many as give 512 rows a code; of each image 5 % for
-    clip (MaPeT Sec. 4.2; its code: 1.7 %), and for textures.
-    """
+    On all patches of 20,000 seeded random images, or of as many as give 512 rows a code; for textures, and
+    for clip, on 5 % of each image's (MaPeT Sec. 4.2; its code: 1.7 %). Seeds are random beyond 1000 codes. Up
+    to 100 iterations; for clip the best of 5 times 20 is kept: k-CLIP (its code)."""
+    tokenizer = blank_tokenizer(ds, features, patch_size, image_size).to(device)
     n = keep = tokenizer.n_patches
-    if tokenizer.features == "clip" or ds.name.startswith("textures/"):
+    if features == "clip" or ds.name.startswith("textures/"):
         keep = max(1, round(.05 * n))
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(ds), generator=generator)[:max(20000, 512 * k // keep)]
     places = torch.rand(len(order), n, generator=generator).topk(keep).indices   # of each image
     rank, world = rank_and_world()
-    order, places = order.tensor_split(world)[rank], places.tensor_split(world)[rank]
-    batches = load_batches(ds, order, 64, workers, device, "patches")
+    places = places.tensor_split(world)[rank].split(64)
+    batches = load_batches(ds, order.tensor_split(world)[rank], 64, workers, device, "patches")
     rows = []
-    for (pixels, _, _), kept in zip(batches, places.split(64)):
+    for (pixels, _, _), kept in zip(batches, places):
         x = gather_patches(tokenizer.compute_features(pixels), kept.to(device)).flatten(0, 1)
-        rows.append(x.half() if tokenizer.encoder else x)
-    return torch.cat(rows)
-
-
-def fit_tokenizer(ds, features="pixel", k=64, patch_size=16, image_size=None, seed=0, workers=0, device="cpu",
-                  max_iter=None):
-    """K-means on the patches of `ds`: a KMeansTokenizer, equal on every process; its .kmeans is the KMeans.
-
-    Seeds are random beyond 1000 codes; for clip, too, and of 5 times 20 iterations the best is kept: k-CLIP
-    (MaPeT Sec. 4.2 and its code). Otherwise k-means++ and 100.
-    """
-    tokenizer = blank_tokenizer(ds, features, patch_size, image_size).to(device)
-    rows = sample_features(tokenizer, ds, k, seed, workers, device)
-    kmeans = KMeans(k, max_iter=max_iter or 100, seed=seed)
-    if features == "clip":
-        kmeans.init, kmeans.max_iter, kmeans.restarts = "random", max_iter or 20, 5
-    elif k > 1000:
+        rows.append(x.half() if tokenizer.encoder else x)      # of a network: in float16
+    kmeans = KMeans(k, seed=seed)
+    if k > 1000:
         print0("K-means starts from random patches: k-means++ takes long for so many codes")
         kmeans.init = "random"
-    tokenizer.kmeans = kmeans.fit(rows)
+    if features == "clip":
+        kmeans.max_iter, kmeans.restarts = 20, 5
+    if max_iter:
+        kmeans.max_iter = max_iter
+    rows = torch.cat(rows)                                     # in place of the list: room for one
+    kmeans.fit(rows)
+    print0(f"{kmeans.counts.sum()} patches, {kmeans.n_iter} iterations, sum of squared distances "
+           f"{kmeans.history[0]:.4g} -> {kmeans.inertia:.4g}; {(kmeans.counts > 0).sum()} of {k} codes used")
     tokenizer.weight, tokenizer.bias = linear_layer(kmeans.centroids)
     return tokenizer
 
@@ -550,8 +497,8 @@ def write_npy(path, shape, arrays):
     with write_atomically(path) as temporary, open(temporary, "wb") as file:
         for array in arrays:
             if file.tell() == 0:
-                header = dict(shape=shape, fortran_order=False, descr=array.dtype.str)
-                np.lib.format.write_array_header_1_0(file, header)
+                np.lib.format.write_array_header_1_0(
+                    file, dict(shape=shape, fortran_order=False, descr=array.dtype.str))
             file.write(array.tobytes())
 
 
@@ -570,19 +517,16 @@ def load_tokens(path, images=None, n=None):
 
 def tokenize(tokenizer, ds, path, workers=0, device="cpu"):
     """Tokens of all images in the data set's own order: writes `path`, a memory map (images, n) uint16.
-
-    Each process makes its part, rank 0 writes the file; if it is there already, it is read.
-    """
+    Each process makes its part, rank 0 writes the file; if it is there already, it is read."""
     rank, world = rank_and_world()
     shape = len(ds), tokenizer.n_patches
     if not os.path.exists(path):
-        mine = torch.arange(rank, len(ds), world)
-        batches = load_batches(ds, mine, 64, workers, device, "tokens")
+        batches = load_batches(ds, range(rank, len(ds), world), 64, workers, device, "tokens")
         tokens = torch.zeros(shape, dtype=torch.int32, device=device)
-        tokens[mine] = torch.cat([tokenizer(images).int() for images, _, _ in batches])
+        tokens[rank::world] = torch.cat([tokenizer(images).int() for images, _, _ in batches])
         all_reduce(tokens)                                     # by then all have looked for the file
         if rank == 0:
-            write_npy(path, shape, [tokens.cpu().numpy().astype(np.uint16)])
+            write_npy(path, shape, [tokens.cpu().numpy().astype("uint16")])
         barrier()
     return load_tokens(path, *shape)
 
@@ -594,23 +538,21 @@ def average_patches(images, tokens, p, k):
     images uint8 (b, 3, S, S), their tokens (b, n) int64."""
     patches = patchify(images, p).flatten(0, 1) / 255
     tokens = tokens.flatten()
-    sums = patches.new_zeros(k, patches.shape[1]).index_add_(0, tokens, patches)
+    sums = patches.new_zeros(k, 3 * p * p).index_add_(0, tokens, patches)
     return sums / tokens.bincount(minlength=k)[:, None].clamp(min=1)
 
 
 def draw(tokenizer, ds, out, codes=None):
     """OUT/tokens.png: images, their tokens in a color each, rebuilt of mean patches; OUT/codebook.png: a row
     for each of `codes` (the 16 most used), its mean patch in 200 images and 12 of its patches."""
-    if codes and max(codes) >= tokenizer.vocab_size:
-        raise ValueError(f"--codes {max(codes)}: the last code is {tokenizer.vocab_size - 1}")
     torch.manual_seed(0)
     images, _, _ = next(load_batches(ds, torch.randperm(len(ds))[:200], 200))
     tokens = tokenizer(images)
     side = images.shape[-1] // math.isqrt(tokenizer.n_patches)               # of a patch, in pixels of `ds`
     looks = average_patches(images, tokens, side, tokenizer.vocab_size)
-    colors = torch.rand(tokenizer.vocab_size, 3)
+    colors = torch.rand(tokenizer.vocab_size, 3).repeat(1, side ** 2)
     rows = {"image": images[:6] / 255,
-            "tokens": F.interpolate(unpatchify(colors[tokens[:6]], 1), images.shape[-1]),
+            "tokens": unpatchify(colors[tokens[:6]], side),
             "rebuilt": unpatchify(looks[tokens[:6]], side)}
     draw_rows(rows, f"{out}/tokens.png")
     patches = patchify(images, side) / 255
@@ -669,8 +611,9 @@ def main(argv=None):
         if args.command == "bench":
             return bench(device)
         if args.command == "fit":
-            size, p = (48, 8) if args.data == "textures" else (224, 16)
-            size, p = args.image_size or size, args.patch_size or p
+            textures = args.data == "textures"
+            size = args.image_size or (48 if textures else 224)
+            p = args.patch_size or (8 if textures else 16)
             pixels = 2 * size if args.features == "clip" else size           # CLIP sees twice the pixels
         else:
             tokenizer = load_tokenizer(args.tokenizer)
@@ -683,10 +626,7 @@ def main(argv=None):
             tokenizer = fit_tokenizer(ds, args.features, args.k, p, size, 0, workers, device, args.max_iter)
             if is_main_process():
                 tokenizer.save(f"{args.out}/tokenizer.pt")
-            found = tokenizer.kmeans
-            print0(f"{found.counts.sum()} patches, {found.n_iter} iterations, sum of squared distances "
-                   f"{found.history[0]:.4g} -> {found.inertia:.4g}; {(found.counts > 0).sum()} of {found.k} "
-                   f"codes used; wrote {args.out}/tokenizer.pt")
+            print0(f"wrote {args.out}/tokenizer.pt")
         elif args.command == "show":
             draw(tokenizer, ds, args.out, args.codes)
         elif os.path.exists(path):                             # of which tokenizer?
