@@ -27,7 +27,7 @@ from einops.layers.torch import Rearrange
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from vit import (CLIP, IMAGENET, PATCH_FEATURES, PUBLIC, SYMMETRIC, ViT, download, draw_rows, exit_on_error,
+from vit import (CLIP, IMAGENET, PATCH_FEATURES, PUBLIC, SYMMETRIC, download, draw_rows, exit_on_error,
                  from_weights, gather_patches, normalize, patchify, read_checkpoint, save, unpatchify,
                  write_atomically)
 
@@ -393,20 +393,6 @@ class KMeansTokenizer(nn.Module):
         tokens = [find_nearest(block, self.weight, self.bias) for block in blocks(x.flatten(0, 1), x.device)]
         return torch.cat(tokens).view(x.shape[:2])
 
-    def layers(self, images):
-        """What a perceptual loss compares: [(b, rows, d)], each row standardized; gradients reach the images.
-        Of a ViT, after the blocks 3, 6, 9 and 11 (PeCo); where there is none, the features."""
-        rows = []
-        if isinstance(self.encoder, ViT):
-            x = self.encoder.embed(images)
-            for i, block in enumerate(self.encoder.blocks, 1):
-                x = block(x)
-                if i in (3, 6, 9, 11):
-                    rows.append(x)
-        else:
-            rows.append(self.compute_features(images))
-        return [F.layer_norm(x.float(), x.shape[-1:]) for x in rows]
-
     def save(self, path):
         arguments = "features", "weight", "bias", "patch_size", "image_size", "mean", "std"
         state = {name: getattr(self, name) for name in arguments}
@@ -442,6 +428,12 @@ def load_batches(ds, indices, batch_size, workers=0, device="cpu", desc=None):
     for images, labels, wanted, read in loader:
         ds.note_damaged(wanted, read)
         yield images.to(device), labels, read
+
+
+def sample_images(ds, n, device="cpu"):
+    """n images, evenly spaced, as `load_batches` gives them: for pictures."""
+    spaced = torch.linspace(0, len(ds) - 1, n).long()
+    return next(load_batches(ds, spaced, n, device=device))
 
 
 def blank_tokenizer(ds, features, patch_size, image_size=None):
@@ -545,11 +537,11 @@ def average_patches(images, tokens, p, k):
 def draw(tokenizer, ds, out, codes=None):
     """OUT/tokens.png: images, their tokens in a color each, rebuilt of mean patches; OUT/codebook.png: a row
     for each of `codes` (the 16 most used), its mean patch in 200 images and 12 of its patches."""
-    torch.manual_seed(0)
-    images, _, _ = next(load_batches(ds, torch.randperm(len(ds))[:200], 200))
+    images, _, _ = sample_images(ds, 200)
     tokens = tokenizer(images)
     side = images.shape[-1] // math.isqrt(tokenizer.n_patches)               # of a patch, in pixels of `ds`
     looks = average_patches(images, tokens, side, tokenizer.vocab_size)
+    torch.manual_seed(0)
     colors = torch.rand(tokenizer.vocab_size, 3).repeat(1, side ** 2)
     rows = {"image": images[:6] / 255,
             "tokens": unpatchify(colors[tokens[:6]], side),
@@ -598,7 +590,7 @@ def parse(argv):
     add("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     add("--out", help="folder for what is written (that of --tokenizer)")
     args = parser.parse_args(argv)
-    check_numbers(parser, args, {"codes"})
+    check_numbers(parser, args, ())
     args.out = args.out or os.path.dirname(args.tokenizer) or "."
     return args
 

@@ -388,8 +388,9 @@ class LearnedTokenizer(Objective):
                 target is a teacher's features, not pixels
                     loss = 1 - cosine + ||z - sg C_t||^2
                     C_k <- norm(.99 C_k + .01 norm(sum of its z)) each step
-    perceptual  PeCo (arXiv:2111.12710, Sec. 3.2): and what a frozen network sees in both should be the same;
-                a function of normalized images -> list of (b, rows, d)
+    perceptual  PeCo (arXiv:2111.12710, Sec. 3.2): and what a frozen network sees in both should be the same,
+                f: normalized images -> (b, rows, d), each row standardized
+                    loss = VQ-VAE's + MSE(f(prediction), f(images))       (PeCo: of four of f's layers)
     Ours: a hard code that was not used for `patience` steps takes the z of a patch of one image of the batch,
     in each step until it is used. Where hard codes start: `start_codebook` in train.py.
     """
@@ -473,9 +474,10 @@ class LearnedTokenizer(Objective):
             error = F.mse_loss(prediction, target)
         loss = tie + error
         if self.perceptual:
-            seen, wanted = (self.perceptual(unpatchify(x, self.encoder.patch_size))
-                            for x in (prediction, target))
-            loss += sum(map(F.mse_loss, seen, wanted))
+            features = [self.perceptual(unpatchify(x, self.encoder.patch_size)).float()
+                        for x in (prediction, target)]
+            seen, wanted = (F.layer_norm(x, x.shape[-1:]) for x in features)
+            loss += F.mse_loss(seen, wanted)
         self.sums.index_add_(
             0, tokens.flatten(),
             F.pad(z, (0, 1), value=1.).flatten(0, 1))

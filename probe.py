@@ -31,7 +31,8 @@ import torch.nn.functional as F
 from torchvision.transforms import InterpolationMode, v2
 
 import train
-from kmeans import all_reduce, load_batches, load_tokenizer, print0, rank_and_world, tokenize
+from kmeans import (all_reduce, load_batches, load_tokenizer, print0, rank_and_world, sample_images,
+                    tokenize)
 from vit import (MODELS, draw_rows, drop_rates, exit_on_error, from_weights, normalize, principal_colors,
                  read_checkpoint, unpatchify, unwrap_weights)
 
@@ -493,7 +494,7 @@ def learn(args, network, splits):
 @torch.no_grad()
 def show(args, vit, ds):
     """OUT/show.png: images, and three principal components of their patches' features as colors."""
-    images, _, _ = next(load_batches(ds, torch.linspace(0, len(ds) - 1, 6).long(), 6, 0, args.device))
+    images, _, _ = sample_images(ds, 6, args.device)
     features = vit.eval()(prepare(images, ds))
     colors, = principal_colors(features[:, vit.prefix:])
     patches = colors.repeat(1, 1, vit.patch_size ** 2)

@@ -46,7 +46,7 @@ from torchvision.transforms.functional import pil_to_tensor
 import objectives
 from kmeans import (KMeans, KMeansTokenizer, all_reduce, average_patches, barrier, blank_tokenizer,
                     fit_tokenizer, is_main_process, load_batches, load_tokenizer, load_tokens, print0,
-                    rank_and_world, tokenize, write_npy)
+                    rank_and_world, sample_images, tokenize, write_npy)
 from tcas import describe_codebook
 from vit import (IMAGENET, MODELS, draw_rows, exit_on_error, normalize, read_checkpoint,
                   save, save_figure, write_atomically)
@@ -73,7 +73,7 @@ SETTINGS = {            # MaPeT, ClusterMIM, laptop
     "jitter":           (.4, 0., 0., "color jitter: brightness, contrast, saturation"),
     "epochs":           (300., 200., 6., "passes over the data (laptop: as many images as 6 of textures)"),
     "batch_size":       (2048, 4096, 32, "images a step, over all processes"),
-    "lr":               (1.5e-3, 0., 1.5e-3, "peak learning rate, as used; 0: by the base lr"),
+    "lr":               (1.5e-3, 0., 1.5e-3, "peak learning rate, as used; comes before --base-lr"),
     "base_lr":          (0., 1.5e-4, 0., "the same per 256 images: lr = base lr * batch / 256"),
     "min_lr":           (1e-5, 0., 1e-5, "at the end of the cosine"),
     "warmup_lr":        (1e-6, 0., 1e-6, "at the first step"),
@@ -719,13 +719,13 @@ def open_source(args, ds):
 
 
 def make_targets(args, ds, source, device):
-    """(function of uint8 images and their indices in `ds` or None: what forward is given; size; layers).
+    """(function of uint8 images and their indices in `ds` or None: what forward is given; size; perceptual).
 
     Tokens of center squares are stored once; those of crops (--crop) are made as they come. size: of the
-    codebook, or of the features; layers: of PeCo's frozen network. Tokenizer and teacher stay outside the
+    codebook, or of the features; perceptual: PeCo's frozen network. Tokenizer and teacher stay outside the
     model: no gradient, no weight decay, no room in checkpoints.
     """
-    tokens = make = size = layers = None
+    tokens = make = size = perceptual = None
     needs = name_needs(args)
     if args.tokens:
         tokens, size = source, args.vocab_size or 1 + int(source.max())
@@ -746,8 +746,9 @@ def make_targets(args, ds, source, device):
     elif needs:
         make = source.to(device).compute_features
         size = make(ds[0][0][None].to(device)).shape[-1]
-        if args.objective == "peco":                           # it compares layers, of what it sees and makes
-            make, layers = None, source.layers
+        if args.objective == "peco":                           # it compares images and what it makes of them
+            perceptual = source.encoder.forward if source.encoder else make
+            make = None
     if tokens is not None and is_main_process():
         print(describe_codebook(tokens, ds.labels, size))
 
@@ -756,18 +757,18 @@ def make_targets(args, ds, source, device):
             stored = torch.from_numpy(tokens[read.numpy()].astype(np.int64))
             return stored.to(device, non_blocking=True)
         return make(images) if make else None                  # of these very images: of a crop, its tokens
-    return give, size, layers
+    return give, size, perceptual
 
 
-def build(args, size, layers=None):
-    """The objective around a new ViT, initialized by the seed; size, layers: see `make_targets`."""
+def build(args, size, perceptual=None):
+    """The objective around a new ViT, initialized by the seed; size, perceptual: see `make_targets`."""
     torch.manual_seed(args.seed)
     vit = MODELS[args.model](image_size=args.image_size, patch_size=args.patch_size, drop_path=args.drop_path,
                              layer_scale=args.layer_scale or None, pos=args.pos, init=args.init)
     target = name_needs(args) or args.features                 # of maskfeat, or mae
     vocab_size = args.vocab_size if args.objective in objectives.TOKENIZERS else size
     return objectives.make(args.objective, vit, vocab_size, args.cut, args.mask_ratio, target,
-                           decoder_depth=args.decoder_depth, values=size, perceptual=layers)
+                           decoder_depth=args.decoder_depth, values=size, perceptual=perceptual)
 
 
 @torch.no_grad()
@@ -823,17 +824,13 @@ def save_results(args, model, ds):
         tokenizer.save(f"{args.out}/tokenizer.pt")
 
 
-def draw_results(args, model, ds, held_out, targets, size):
+def draw_results(args, model, ds, held_out, targets, size, device):
     """OUT/predictions.png: held-out (or training) images, what was hidden, what was predicted."""
-    def sample(data, n):
-        some = range(0, len(data), math.ceil(len(data) / n))
-        return next(load_batches(data, some, n, device=model.encoder.pos_embed.device))
-
     looks = None
     if model.needs == "tokens":                                # a code looks like the mean of its patches
-        images, _, read = sample(ds, 256)
+        images, _, read = sample_images(ds, 256, device)
         looks = average_patches(images, targets(images, read), args.patch_size, size)
-    images, _, _ = sample(held_out, 8)
+    images, _, _ = sample_images(held_out, 8, device)
     rows = objectives.picture_predictions(model, images / 255, ds.mean, ds.std, targets(images), looks)
     draw_rows(rows, f"{args.out}/predictions.png")
 
@@ -876,9 +873,9 @@ def run(args):
             start_over(args)
         barrier()
         check_settings(f"{args.out}/settings.json", {**fixed_settings(args), "images": len(ds)})
-        targets, size, layers = make_targets(args, ds, source, device)
+        targets, size, perceptual = make_targets(args, ds, source, device)
         del source                                             # it may have a network, K-means another one
-        model = build(args, size, layers).to(device)
+        model = build(args, size, perceptual).to(device)
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         print0(f"{args.objective}: {args.model}, {millions:.2f}M parameters; cut {model.cut}: "
                f"{model.num_targets} of {model.encoder.n_patches} patches hidden; lr {args.lr:g}; {device}")
@@ -887,7 +884,7 @@ def run(args):
             return
         if is_main_process():
             save_results(args, model, ds)
-            draw_results(args, model, ds, test or ds, targets, size)
+            draw_results(args, model, ds, test or ds, targets, size, device)
         barrier()
         if args.probe:
             print_table(args, model.encoder, step, steps, ds, test, device, started)
@@ -914,11 +911,12 @@ FLAGS = {
         "preset": "laptop: vit_micro, 48 pixels, minutes on two cores, any data (default for textures), "
                   "paper: the recipe of the objective's paper (default for all else)",
         "tokenizer": "tokenizer.pt of kmeans.py fit (default: fitted first, kept in --out)",
-        "tokens": "tokens.npy of kmeans.py tokenize, (images, patches), in the data set's order",
+        "tokens": "tokens.npy of kmeans.py tokenize, (images, patches), in the data set's order; comes "
+                  "before --tokenizer",
         "out": "folder of the run (default: runs/OBJECTIVE-DATA)",
         "device": "cuda, cpu (default: cuda if there is one)"},
     int: {
-        "cut": "cutting point, class token included (MaPeT 50, ViT-B 60 of 197)",
+        "cut": "cutting point, class token included (MaPeT 50, ViT-B 60 of 197); comes before --mask-ratio",
         "steps": "stop after this many optimizer steps of the schedule",
         "micro_batch": "images at once on one process; its share is accumulated (default: up to 256)",
         "seed": "of weights, order of images, augmentation, masks (default 0)",
@@ -958,9 +956,6 @@ def parse(argv):
                         probe=True)
     args = parser.parse_args(argv)
     check_numbers(parser, args, MAY_BE_ZERO)
-    for one, other in ("cut", "mask_ratio"), ("lr", "base_lr"), ("tokens", "tokenizer"):
-        if getattr(args, one) and getattr(args, other):
-            parser.error(f"--{one} and --{other.replace('_', '-')} exclude each other")
     if (args.tokens or args.tokenizer) and name_needs(args) != "tokens":
         parser.error(f"--tokens, --tokenizer: {args.objective} does not predict tokens")
     return args

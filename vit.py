@@ -461,7 +461,7 @@ def exit_on_error(script):
     try:
         yield
     except (ValueError, OSError) as error:
-        line = str(error).strip().split("\n")[-1]                            # a loader's: the last one says it
+        line = str(error).strip().split("\n")[-1]                            # a loader's last line says it
         print(f"{script}: error: {line}", file=sys.stderr, flush=True)
         sys.exit(2)
     finally:
