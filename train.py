@@ -48,8 +48,8 @@ from kmeans import (KMeans, KMeansTokenizer, all_reduce, average_patches, barrie
                     fit_tokenizer, is_main_process, load_batches, load_tokenizer, load_tokens, print0,
                     rank_and_world, sample_images, tokenize, write_npy)
 from tcas import describe_codebook
-from vit import (IMAGENET, MODELS, draw_rows, exit_on_error, normalize, read_checkpoint,
-                  save, save_figure, write_atomically)
+from vit import (IMAGENET, MODELS, draw_rows, exit_on_error, normalize, read_checkpoint, save,
+                 write_atomically)
 
 
 # --- recipes: an explicit flag beats the preset -----------------------------------------------------------
