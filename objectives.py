@@ -57,7 +57,7 @@ def blockwise_mask(b, grid, count, generator=None):
     CAE tries on).
     All images at once: of the 10 tries, made in parallel, each image takes the first that fits.
     """
-    def uniform():
+    def uniform():                                             # a number for each image and try
         return torch.rand(b, 10, 1, generator=generator)
 
     def cover(length):                                         # at a random place: -> (b, 10, grid)
@@ -174,7 +174,10 @@ class Objective(nn.Module):
         return loss, {"accuracy": right.float().mean()}
 
     def initialize(self, *parts):
-        """As the encoder; ours: a small head, so that an untrained network guesses uniformly, loss ln K."""
+        """All parts as the encoder, then the decoder's head anew.
+
+        Ours: a small head, so that an untrained network guesses uniformly, loss ln K.
+        """
         for part in parts:
             part.apply(self.encoder.initialize)
         self.decoder[-1].apply(init_weights)
@@ -230,8 +233,7 @@ class MaskedAutoencoder(Objective):
         pos = gather_patches(self.pos, torch.cat([visible, hidden], 1))
         pos = F.pad(pos, (0, 0, vit.prefix, 0))                # the class token's is 0
         x = self.decoder(torch.cat([latent, masked], 1) + pos)
-        prediction = x[:, -self.num_targets:]
-        return prediction, gather_patches(self.compute_target(images, tokens), hidden)
+        return x[:, -self.num_targets:], gather_patches(self.compute_target(images, tokens), hidden)
 
 
 # --- MIM, BEiT, PIM, MaPeT --------------------------------------------------------------------------------
@@ -277,8 +279,7 @@ class MaPeT(Objective):
         if self.permute:
             rows.append(unseen)                                # queries, which are never looked at
         n_keys = self.mask.shape[1] if self.permute else None
-        x = torch.cat(rows, 1)
-        x = vit.encode(x, self.mask, n_keys, n_out=self.num_targets)
+        x = vit.encode(torch.cat(rows, 1), self.mask, n_keys, n_out=self.num_targets)
         return self.head(x), gather_patches(tokens, hidden)    # Eq. 1, Eq. 2: all ranks i >= c
 
 
@@ -478,7 +479,7 @@ class LearnedTokenizer(Objective):
                         for x in (prediction, target)]
             seen, wanted = (F.layer_norm(x, x.shape[-1:]) for x in features)
             loss += F.mse_loss(seen, wanted)
-        self.sums.index_add_(
+        self.sums.index_add_(                                  # for `before_step`
             0, tokens.flatten(),
             F.pad(z, (0, 1), value=1.).flatten(0, 1))
         self.example = z[0]                                    # all z of one image

@@ -356,10 +356,11 @@ def unwrap_weights(checkpoint, path):
 
     Names are those after the prefix of the first patch embedding: _orig_mod., module., backbone., encoder.
     """
-    state = checkpoint
-    for container in ("model", "state_dict", "teacher"):                     # MAE and DeiT, timm, DINO
-        if isinstance(state, dict) and container in state:
-            state = state[container]
+    state = {"file": checkpoint}                                             # which may be no dict
+    for container in ("file", "model", "state_dict", "teacher"):             # MAE and DeiT, timm, DINO
+        inner = state.get(container)
+        if isinstance(inner, dict):
+            state = inner
     found = [key for key in state if str(key).endswith(PATCHES)]
     if not found:
         raise ValueError(f"{path}: no weights of a ViT in it ({PATCHES} is missing)")
@@ -489,7 +490,7 @@ def save_figure(plt, path):
 
 
 def draw_rows(rows, path):
-    """PNG of rows of images: rows {label: (b, 3, S, S) in 0..1}."""
+    """PNG of rows of images, of any length: rows {label: (b, 3, S, S) in 0..1}, S the same in all."""
     plt = load_matplotlib()
     if not plt:
         return
@@ -497,8 +498,7 @@ def draw_rows(rows, path):
     images = F.pad(images, (1, 1, 1, 1), value=1.).clamp(0, 1).numpy(force=True)  # white lines between them
     plt.figure(figsize=(10, 10))
     plt.imshow(rearrange(images, "row b c y x -> (row y) (b x) c"))
-    centers = images.shape[-1] * (torch.arange(len(rows)) + .5)
-    plt.yticks(centers, list(rows))
+    plt.yticks(images.shape[-1] * (torch.arange(len(rows)) + .5), list(rows))    # at their centers
     plt.xticks([])
     save_figure(plt, path)
 
