@@ -95,7 +95,7 @@ def find_nearest(x, weight, bias):
 def blocks(x, device, metric="euclidean"):
     """Rows x as blocks (m, d) on `device`; x: tensor, array, memory map, or a function that yields chunks."""
     size = 1 << 11 if device.type == "cpu" else 1 << 16        # scores fit a cache; on a GPU: fewer launches
-    for chunk in filter(len, x() if callable(x) else [x]):                   # but empty ones
+    for chunk in filter(len, x() if callable(x) else [x]):               # all but empty ones
         for block in torch.as_tensor(chunk).split(size):
             block = block.to(device)
             yield F.normalize(block.float()) if metric == "cosine" else block

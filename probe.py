@@ -174,7 +174,7 @@ def choose_head(train_x, train_y, test_x, test_y, epochs=30, seed=0):
     """
     n, blocks = train_x.shape[:2]
     order = torch.randperm(n, generator=torch.Generator().manual_seed(train.derive_seed(seed, 1)))
-    held, rest = order.tensor_split([n // 10])
+    held, rest = order.tensor_split([n // 10 or 1])
     choices = list(itertools.product(
         range(1, blocks + 1), POOLINGS, (3e-3, 1e-2, 3e-2, .1), (1e-4, .1)))
     heads = train_heads(choices, train_x, train_y, rest, epochs, seed=seed)
@@ -409,7 +409,7 @@ def training_view(ds, args):
 def fit(model, ds, args):
     """Train by the recipe. A checkpoint in OUT is gone on from, if it is of the same settings."""
     name = f"{args.out}/{args.what}-{args.variant}-{Path(args.data).name}"
-    # Of a small data set all, but a multiple of what any usual number of processes sees at once.
+    # Of a small data set all images, but a multiple of 256, which 2, 4 or 8 processes can share.
     args.batch_size = min(args.batch_size, len(ds) // 256 * 256 or len(ds))
     args.lr = args.lr or args.base_lr * args.batch_size / 256
     # RUN may have another name by now: its weights count.
@@ -627,15 +627,16 @@ def parse(argv):
     add("--fresh", action="store_true", help="start over instead of going on from what is in --out")
     parser.set_defaults(seed=0, protocol="fast", head="mlp", log_every=50, save_every=500)
     args = parser.parse_args(argv)
-    train.check_numbers(parser, args, {"seed", "workers", "epochs"})
+    # Of 0 epochs there is a result only by the head that a file has.
+    train.check_numbers(parser, args, {"seed", "workers", args.what == "finetune" and "epochs"})
     return args
 
 
 def run(args):
     """Measures, prints the result, and appends it to OUT/probe.jsonl."""
-    if len(args.run) > 1:
+    args.run, *more = args.run
+    if more:
         raise ValueError(f"{args.what} takes one RUN")
-    args.run = args.run[0]
     args.device = train.setup(args.device)
     args.compile = args.what == "finetune" and args.device.type == "cuda" and train.has_compiler()
     network = open_network(args)

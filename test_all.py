@@ -3102,8 +3102,8 @@ def test_two_processes_give_the_result_of_one(trained, tmp_path, monkeypatch):
 def test_wrong_input_is_refused_in_one_line(trained, probe_pictures, tmp_path, capsys):
     probe_refuses(capsys, ["knn", tmp_path / "no.pt"], "no.pt", "such file")
     probe_refuses(capsys, ["linear", trained, "--data", f"{probe_pictures}/train/ant"], "--data", "labels")
-    for flag, value in (("--lr", -1), ("--heads", 0), ("--epochs", "nan")):
-        probe_refuses(capsys, ["finetune", trained, flag, value], flag)
+    for flag, value in (("--lr", -1), ("--heads", 0), ("--epochs", 0)):
+        probe_refuses(capsys, ["linear", trained, flag, value], flag)
     probe_refuses(capsys, ["finetune", trained, trained], "takes one RUN")
     torch.save(tiny(width=40, heads=5, image_size=48).state_dict(), tmp_path / "wide.pt")
     probe_refuses(capsys, ["knn", tmp_path / "wide.pt", "--out", tmp_path], "wide.pt", "--heads")
