@@ -190,7 +190,10 @@ def make_decoder(width, depth, heads, values, layer_scale=None, drop_path=0.):
     """Transformer blocks, norm and head: rows (b, m, d) -> (b, m, values)."""
     blocks = [Block(width, heads, 4, layer_scale, rate)
               for rate in drop_rates(drop_path, depth)]
-    return nn.Sequential(*blocks, nn.LayerNorm(width, eps=1e-6), nn.Linear(width, values))
+    return nn.Sequential(
+        *blocks,
+        nn.LayerNorm(width, eps=1e-6),
+        nn.Linear(width, values))
 
 
 # --- MAE, MaskFeat, ClusterMIM ----------------------------------------------------------------------------
@@ -233,7 +236,8 @@ class MaskedAutoencoder(Objective):
         pos = gather_patches(self.pos, torch.cat([visible, hidden], 1))
         pos = F.pad(pos, (0, 0, vit.prefix, 0))                # the class token's is 0
         x = self.decoder(torch.cat([latent, masked], 1) + pos)
-        return x[:, -self.num_targets:], gather_patches(self.compute_target(images, tokens), hidden)
+        target = self.compute_target(images, tokens)
+        return x[:, -self.num_targets:], gather_patches(target, hidden)
 
 
 # --- MIM, BEiT, PIM, MaPeT --------------------------------------------------------------------------------
@@ -623,7 +627,8 @@ def picture_predictions(model, images, mean, std, given=None, looks=None):
     if model.needs == "tokens":
         guess, target = looks[guess.argmax(-1)], looks[target]
     elif model.target in ("hog", "features"):                  # in three colors, each paints all of a patch
-        target, guess = (colors.repeat(1, 1, p * p) for colors in principal_colors(target, guess))
+        target, guess = (colors.repeat(1, 1, p * p)
+                         for colors in principal_colors(target, guess))
     else:                                                      # pixel-norm: all of the same contrast
         guess, target = guess * std + mean, target * std + mean
     _, hidden = model.split(x, order)
