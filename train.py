@@ -34,7 +34,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from filelock import FileLock                                  # torch brings it
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR10, CIFAR100
@@ -449,7 +449,8 @@ def open_textures(split, size=48):
 PICTURES = set(""".jpg .jpeg .jpe .jfif .png .apng .gif .webp .avif .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm
                   .jp2 .j2k .jpx .tga .pcx .ico .icns .dds .sgi .rgb .bw .xbm .xpm .msp .qoi .psd
                   .im""".split())
-Image.MAX_IMAGE_PIXELS = None                                  # large pictures are no attack here
+Image.MAX_IMAGE_PIXELS = None                                  # large pictures are no attack here,
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 30      # nor are their comments
 
 
 def decode_by_pil(data):
@@ -557,8 +558,8 @@ def open_named(name, split, image_size):
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"--data {name}: not in data/ and cannot be fetched ({error})") from None
     load = torch.from_numpy(source.data).permute(0, 3, 1, 2).__getitem__
-    square = center_square(image_size)
-    return Images(f"{name}/{split}", load, source.targets, source.classes, image_size, square)
+    return Images(f"{name}/{split}", load, source.targets, source.classes, image_size,
+                  center_square(image_size))
 
 
 def read_classes(path, found):
@@ -711,8 +712,8 @@ def open_source(args, ds):
     if path:
         tokenizer = load_tokenizer(path)
         if (tokenizer.image_size, tokenizer.patch_size) != (args.image_size, args.patch_size):
-            raise ValueError(f"{path}: it is for images of {tokenizer.image_size} pixels and patches of "
-                             f"{tokenizer.patch_size}, unlike this run")
+            raise ValueError(f"{path}: it is of --image-size {tokenizer.image_size} --patch-size "
+                             f"{tokenizer.patch_size}, unlike this run: take these, or another --out")
         return tokenizer
     if needs:
         return blank_tokenizer(ds, args.features, args.patch_size)
@@ -839,7 +840,7 @@ def print_table(args, vit, step, steps, ds, test, device, started):
     """k-NN and linear probe of the random and of the trained encoder; the summary line of metrics.jsonl."""
     from probe import evaluate
     path = f"{args.out}/metrics.jsonl"
-    if read_metrics(path)[-1].get("summary"):
+    if read_summary(args.out)[0]:
         return print0(f"this run was finished before: its accuracies are in {path}")
     line = dict(summary=True, seconds=round(time.time() - started, 1), objective=args.objective,
                 seed=args.seed, data=args.data, step=step, steps=steps, settings=fixed_settings(args))
@@ -942,8 +943,7 @@ def parse(argv):
                                                  "is not given comes from the preset.")
 
     def add(key, kind, text):
-        flag = f"--{key.replace('_', '-')}"
-        parser.add_argument(flag, type=kind, choices=CHOICES.get(key), help=text)
+        parser.add_argument(f"--{key.replace('_', '-')}", type=kind, choices=CHOICES.get(key), help=text)
 
     for kind, flags in FLAGS.items():
         for key, text in flags.items():
@@ -1006,8 +1006,7 @@ def complete(args, chosen, ds, device):
 
 def default_workers(ds):
     """Loading processes of each process: its share of the cores; none for what is in memory."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, count_cores() // processes) if ds.transform else 0
+    return max(1, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if ds.transform else 0
 
 
 def has_compiler():
