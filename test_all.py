@@ -2262,10 +2262,10 @@ def test_paths_may_change_but_nothing_else_of_a_run_that_began(folder, tmp_path,
     assert before == read_files(out)
     assert len(run(folder, out, "--lr", .005, "--fresh", "--steps", 1)) == 1
     given = "--tokenizer", shutil.copy(out / "tokenizer.pt", moved), "--fresh"
-    refused(folder, tmp_path / "no", capsys, [*given, "--image-size", 16], moved, "24 pixels")
+    refused(folder, tmp_path / "no", capsys, [*given, "--image-size", 16], moved, "--image-size 24")
     assert not read_files(tmp_path / "no", "*.json")
     shutil.copy(moved / "tokenizer.pt", tmp_path / "no")
-    refused(folder, tmp_path / "no", capsys, ["--image-size", 16], "24 pixels")
+    refused(folder, tmp_path / "no", capsys, ["--image-size", 16], "--image-size 24")
     run(folder, out, *given, "--steps", 1)
     assert not (out / "tokenizer.pt").exists()                                # of the old run
 
