@@ -379,14 +379,13 @@ def unwrap_weights(checkpoint, path):
     return state
 
 
-def read_vit(source):
+def read_vit(source, name="the weights"):
     """(state dict of a ViT under timm's names, its name in error messages), without heads and decoders.
 
     source: a public name, a file, a run's folder, or what a file holds. A network that was fine-tuned on the
     mean of its patches (probe.py, MAE, MaPeT) has fc_norm in place of the norm. ValueError for parts that our
     ViT does not have, such as registers: its features would be others.
     """
-    name = "the weights"
     if not isinstance(source, dict):
         name = download(**PUBLIC[source]) if source in PUBLIC else str(source)
         if os.path.isdir(name):
@@ -405,9 +404,9 @@ def read_vit(source):
     return state, name
 
 
-def load_weights(vit, source):
+def load_weights(vit, source, name="the weights"):
     """Load `source`, see `read_vit`, into `vit`, positions resized to its grid; returns it."""
-    state, name = read_vit(source)
+    state, name = read_vit(source, name)
     try:
         state["pos_embed"] = resize_positions(state["pos_embed"], vit.grid, vit.prefix)
         vit.load_state_dict(state)
@@ -430,7 +429,7 @@ def from_weights(source, image_size=None, heads=None):
     mlp_ratio = len(state["blocks.0.mlp.fc1.bias"]) / width
     layer_scale = 1. if "blocks.0.ls1.gamma" in state else None              # its values are in the file
     vit = ViT(image_size or grid * p, p, width, depth, heads, mlp_ratio, layer_scale, cls_token=cls_token)
-    return load_weights(vit, source)
+    return load_weights(vit, state, name)
 
 
 # --- files, errors, pictures ------------------------------------------------------------------------------
