@@ -839,9 +839,8 @@ def draw_results(args, model, ds, held_out, targets, size, device):
 def print_table(args, vit, step, steps, ds, test, device, started):
     """k-NN and linear probe of the random and of the trained encoder; the summary line of metrics.jsonl."""
     from probe import evaluate
-    path = f"{args.out}/metrics.jsonl"
     if read_summary(args.out)[0]:
-        return print0(f"this run was finished before: its accuracies are in {path}")
+        return print0(f"this run was finished before: its accuracies are in {args.out}/metrics.jsonl")
     line = dict(summary=True, seconds=round(time.time() - started, 1), objective=args.objective,
                 seed=args.seed, data=args.data, step=step, steps=steps, settings=fixed_settings(args))
     print0(f"\n{'':<18}{'k-NN':>8}{'linear probe':>15}   top-1 on {test.name}, {len(test)} images")
@@ -850,7 +849,7 @@ def print_table(args, vit, step, steps, ds, test, device, started):
         found = evaluate(network, ds, test, device, args.workers, args.seed)
         line |= {key + suffix: value for key, value in found.items()}
         print0(f"{name:<18}{found['knn']:>8.1%}{found['linear']:>15.1%}")
-    append_metrics(path, **line)
+    append_metrics(f"{args.out}/metrics.jsonl", **line)
 
 
 def run(args):
@@ -964,9 +963,9 @@ def parse(argv):
 def check_numbers(parser, args, may_be_zero):
     """argparse takes any number: refuse, naming the flag, those that mean nothing."""
     for key, value in vars(args).items():
-        most = AT_MOST.get(key, 1 << 62)
-        fits = type(value) not in (int, float) or 0 < value <= most or value == 0 and key in may_be_zero
-        if not fits:
+        if type(value) not in (int, float) or value == 0 and key in may_be_zero:
+            continue
+        if not 0 < value <= AT_MOST.get(key, 1 << 62):
             parser.error(f"--{key.replace('_', '-')} {value} is out of range")
 
 
