@@ -94,7 +94,7 @@ def find_nearest(x, weight, bias):
 
 def blocks(x, device, metric="euclidean"):
     """Rows x as blocks (m, d) on `device`; x: tensor, array, memory map, or a function that yields chunks."""
-    size = 1 << 11 if device.type == "cpu" else 1 << 16        # scores fit a cache; on a GPU: fewer launches
+    size = 1 << 11 if device.type == "cpu" else 1 << 17        # scores fit a cache; on a GPU: fewer launches
     for chunk in filter(len, x() if callable(x) else [x]):               # all but empty ones
         for block in torch.as_tensor(chunk).split(size):
             block = block.to(device)
@@ -123,17 +123,22 @@ def compute_moments(x, device):
 
 def add_up(x, centroids, origin=0.):
     """Sums (k, d) float64 and counts (k,) int64 of the rows nearest to each centroid, over all processes.
-    `embedding_bag` sums order[starts_k] to order[starts_k+1 - 1], the rows of cluster k, in this order: all
-    runs give the same, as they do not where threads add to one place."""
+    `embedding_bag` sums order[starts_i] to order[starts_i+1 - 1], the rows of bag i, in this order: all runs
+    give the same, as they do not where threads add to one place. A thread sums one column of a bag, so where
+    clusters are large, on a GPU, each has several bags, of some 32 rows."""
     weight, bias = linear_layer(centroids, origin)
+    k = len(weight)
     sums = counts = 0
     for block in blocks(x, weight.device):
         labels = find_nearest(block, weight, bias)
-        sizes = labels.bincount(minlength=len(weight))
+        bags = max(1, len(block) // (32 * k))                  # of a cluster
+        bag = labels * bags + torch.arange(len(block), device=labels.device) % bags
+        sizes = bag.bincount(minlength=k * bags)
         starts = sizes.cumsum(0) - sizes
-        order = labels.argsort(stable=True)
-        sums += F.embedding_bag(order, block.float(), starts, mode="sum").double()
-        counts += sizes
+        order = bag.argsort(stable=True)
+        parts = F.embedding_bag(order, block.float(), starts, mode="sum")
+        sums += parts.view(k, bags, -1).sum(1).double()
+        counts += labels.bincount(minlength=k)
     all_reduce(sums, counts)
     return sums, counts
 
@@ -283,15 +288,16 @@ def assign(x, centroids, metric="euclidean"):
 
 if triton:
     @triton.jit
-    def nearest_kernel(x, weight, bias, labels, m, k, d, TILE: tl.constexpr, WIDTH: tl.constexpr):
-        """One program: TILE rows against all codes, TILE at a time; scores stay in registers, in float32.
+    def nearest_kernel(x, weight, bias, labels, m, k, d,
+                       TILE: tl.constexpr, CODES: tl.constexpr, WIDTH: tl.constexpr):
+        """One program: TILE rows against all codes, CODES at a time; scores stay in registers, in float32.
         Beyond the last row and the last code these come again, which changes nothing."""
         row = tl.minimum(tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE), m - 1)
         best = tl.full([TILE], float("-inf"), tl.float32)
         label = tl.zeros([TILE], tl.int32)
-        for first in range(0, k, TILE):
-            code = tl.minimum(first + tl.arange(0, TILE), k - 1)
-            score = tl.zeros([TILE, TILE], tl.float32)
+        for first in range(0, k, CODES):
+            code = tl.minimum(first + tl.arange(0, CODES), k - 1)
+            score = tl.zeros([TILE, CODES], tl.float32)
             for at in range(0, d, WIDTH):
                 column = at + tl.arange(0, WIDTH)
                 x_part = tl.load(x + row[:, None] * d + column, column < d, 0)
@@ -309,8 +315,8 @@ def find_nearest_triton(x, weight, bias):
     m = len(x)
     k, d = weight.shape
     labels = x.new_empty(m, dtype=torch.int64)
-    nearest_kernel[triton.cdiv(m, 128),](x.contiguous().view(m, d), weight, bias, labels, m, k, d,
-                                         TILE=128, WIDTH=32, num_warps=8, num_stages=3)
+    nearest_kernel[triton.cdiv(m, 128),](x.contiguous(), weight, bias, labels, m, k, d,
+                                         TILE=128, CODES=64, WIDTH=32, num_warps=4, num_stages=3)
     return labels
 
 
@@ -430,6 +436,22 @@ def load_batches(ds, indices, batch_size, workers=0, device="cpu", desc=None):
         yield images.to(device), labels, read
 
 
+@torch.no_grad()
+def run_network(network, ds, device, workers):
+    """network(images) of all images (n, ...), of every process a part, on every process."""
+    rank, world = rank_and_world()
+    mine = torch.arange(rank, len(ds), world)
+    batches = load_batches(ds, mine, 64, workers, device, "images")
+    found = None
+    for rows, (images, _, _) in zip(mine.split(64), batches):
+        x = network(images)
+        if found is None:
+            found = x.new_zeros(len(ds), *x.shape[1:])
+        found[rows] = x
+    all_reduce(found)
+    return found
+
+
 def sample_images(ds, n, device="cpu"):
     """n images, evenly spaced, as `load_batches` gives them: for pictures."""
     spaced = torch.linspace(0, len(ds) - 1, n).long()
@@ -509,15 +531,11 @@ def load_tokens(path, images=None, n=None):
 
 def tokenize(tokenizer, ds, path, workers=0, device="cpu"):
     """Tokens of all images in the data set's own order: writes `path`, a memory map (images, n) uint16.
-    Each process makes its part, rank 0 writes the file; if it is there already, it is read."""
-    rank, world = rank_and_world()
+    If the file is there already, it is read."""
     shape = len(ds), tokenizer.n_patches
     if not os.path.exists(path):
-        batches = load_batches(ds, range(rank, len(ds), world), 64, workers, device, "tokens")
-        tokens = torch.zeros(shape, dtype=torch.int32, device=device)
-        tokens[rank::world] = torch.cat([tokenizer(images).int() for images, _, _ in batches])
-        all_reduce(tokens)                                     # by then all have looked for the file
-        if rank == 0:
+        tokens = run_network(tokenizer, ds, device, workers)
+        if is_main_process():                                  # by now all have looked for the file
             write_npy(path, shape, [tokens.cpu().numpy().astype("uint16")])
         barrier()
     return load_tokens(path, *shape)
@@ -534,9 +552,9 @@ def average_patches(images, tokens, p, k):
     return sums / tokens.bincount(minlength=k)[:, None].clamp(min=1)
 
 
-def draw(tokenizer, ds, out, codes=None):
+def draw(tokenizer, ds, out):
     """OUT/tokens.png: images, their tokens in a color each, rebuilt of mean patches; OUT/codebook.png: a row
-    for each of `codes` (the 16 most used), its mean patch in 200 images and 12 of its patches."""
+    for each of the 16 codes most used in 200 images, its mean patch and 12 of its patches."""
     images, _, _ = sample_images(ds, 200)
     tokens = tokenizer(images)
     side = images.shape[-1] // math.isqrt(tokenizer.n_patches)               # of a patch, in pixels of `ds`
@@ -548,9 +566,8 @@ def draw(tokenizer, ds, out, codes=None):
             "rebuilt": unpatchify(looks[tokens[:6]], side)}
     draw_rows(rows, f"{out}/tokens.png")
     patches = patchify(images, side) / 255
-    most = tokens.flatten().bincount().argsort(descending=True)
     rows = {}
-    for code in codes or most[:16]:
+    for code in tokens.flatten().bincount().argsort(descending=True)[:16]:
         row = torch.cat([looks[code, None], patches[tokens == code][:12]])
         rows[f"code {code}"] = unpatchify(row[:, None], side)
     draw_rows(rows, f"{out}/codebook.png")
@@ -586,7 +603,6 @@ def parse(argv):
     add("--patch-size", type=int, help="pixels a side (textures 8, otherwise 16)")
     add("--k", type=int, default=64, help="codebook size (%(default)s)")
     add("--max-iter", type=int, help="passes over the patches (100; clip 20)")
-    add("--codes", type=int, nargs="+", help="codes to show (the 16 most used)")
     add("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     add("--out", help="folder for what is written (that of --tokenizer)")
     args = parser.parse_args(argv)
@@ -620,7 +636,7 @@ def main(argv=None):
                 tokenizer.save(f"{args.out}/tokenizer.pt")
             print0(f"wrote {args.out}/tokenizer.pt")
         elif args.command == "show":
-            draw(tokenizer, ds, args.out, args.codes)
+            draw(tokenizer, ds, args.out)
         elif os.path.exists(path):                             # of which tokenizer?
             raise ValueError(f"{path} is there already: remove it, or choose another --out")
         else:

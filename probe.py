@@ -31,8 +31,7 @@ import torch.nn.functional as F
 from torchvision.transforms import InterpolationMode, v2
 
 import train
-from kmeans import (all_reduce, load_batches, load_tokenizer, print0, rank_and_world, sample_images,
-                    tokenize)
+from kmeans import load_tokenizer, print0, run_network, sample_images, tokenize
 from vit import (MODELS, draw_rows, drop_rates, exit_on_error, from_weights, normalize, principal_colors,
                  read_checkpoint, unpatchify, unwrap_weights)
 
@@ -60,20 +59,13 @@ def prepare(x, ds):
     return normalize(x, ds.mean, ds.std) if x.dtype == torch.uint8 else x
 
 
-@torch.no_grad()
-def run_network(network, ds, device, workers):
-    """network(images) of all images (n, ...), labels (n,), on every process."""
-    rank, world = rank_and_world()
-    mine = torch.arange(rank, len(ds), world)
-    batches = load_batches(ds, mine, 256, workers, device, ds.name)
-    found = None
-    for rows, (images, _, _) in zip(mine.split(256), batches):
+def infer(network, ds, device, workers):
+    """network(normalized images) of all images (n, ...), labels (n,), on every process."""
+    def forward(images):
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            x = network(prepare(images, ds))
-        if found is None:
-            found = x.new_zeros(len(ds), *x.shape[1:])
-        found[rows] = x
-    all_reduce(found)
+            return network(prepare(images, ds))
+
+    found = run_network(forward, ds, device, workers)
     return found, torch.as_tensor(ds.labels, device=device)
 
 
@@ -89,7 +81,7 @@ def extract(vit, splits, device, workers=0, blocks=slice(-1, None)):
         return pool_features(vit, images)[:, blocks].half()
 
     (x, y), (test_x, test_y) = (
-        run_network(encode, ds, device, workers) for ds in splits)
+        infer(encode, ds, device, workers) for ds in splits)
     std, mean = torch.std_mean(x, 0)
     for features in (x, test_x):
         features.sub_(mean).div_(std.clamp(min=1e-4))          # in place: there is no room for two
@@ -485,7 +477,7 @@ def learn(args, network, splits):
         fit(model, ds, args)
     else:
         load_head(model, args.run)
-    logits, labels = run_network(model.eval(), test_ds, args.device, args.workers)
+    logits, labels = infer(model.eval(), test_ds, args.device, args.workers)
     return (logits.argmax(-1) == labels[:, None]).double().mean(0).tolist()
 
 

@@ -891,7 +891,7 @@ def test_the_commands_on_pictures_of_ones_own(tmp_path, capsys):
     kmeans.main(fit)
     assert "6 of 6 codes used" in capsys.readouterr().out
     kmeans.main(["tokenize", *data, *tokenizer])                           # beside the tokenizer
-    kmeans.main(["show", *data, *tokenizer, "--codes", "5", "0"])
+    kmeans.main(["show", *data, *tokenizer])
     assert kmeans.load_tokens(f"{out}/tokens.npy").shape == (12, 196)
     assert sorted(os.listdir(out)) == ["codebook.png", "tokenizer.pt", "tokens.npy", "tokens.png"]
     for words, says in (([*fit, "--k", "9999"], "9999 clusters"),
@@ -3390,7 +3390,7 @@ WRONG = {
     "tcas.closed_form": [("kappa ** 2, ", "kappa, ")],
     "train.schedule": [("derive_seed(seed, epoch)", "seed")],
     "train.load_checkpoint": [('optimizer.load_state_dict(state["optimizer"])', "pass")],
-    "kmeans.add_up": [("counts += sizes", "counts = sizes")], "kmeans.sample_rows": [(" - start]", "]")],
+    "kmeans.add_up": [("counts += labels", "counts = labels")], "kmeans.sample_rows": [(" - start]", "]")],
 }
 
 for name, value in list(globals().items()):                    # pytest -k exercise_03 finds the tests of it
