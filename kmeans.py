@@ -83,7 +83,7 @@ def linear_layer(centroids, origin=0.):
 def find_nearest(x, weight, bias):
     """argmax_k weight_k . x + bias_k -> (m,) int64, of a block x (m, d) of any dtype. On the CPU as a 1x1
     convolution, by oneDNN, which some of AMD's processors do faster than MKL's product."""
-    if triton and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0):        # Ampere
+    if triton and x.is_cuda and torch.cuda.get_device_capability() >= (8, 0):     # Ampere
         return find_nearest_triton(x, weight, bias)
     if x.is_cuda:
         return F.linear(x.float(), weight, bias).argmax(1)
@@ -536,7 +536,7 @@ def tokenize(tokenizer, ds, path, workers=0, device="cpu"):
     if not os.path.exists(path):
         tokens = run_network(tokenizer, ds, device, workers)
         if is_main_process():                                  # by now all have looked for the file
-            write_npy(path, shape, [tokens.cpu().numpy().astype("uint16")])
+            write_npy(path, shape, [tokens.numpy(force=True).astype("uint16")])
         barrier()
     return load_tokens(path, *shape)
 

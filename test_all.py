@@ -861,7 +861,7 @@ def work_together(rank, world, folder):
     if world > 1:
         dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
     x = torch.cat([rows_of(3001, 6), torch.full((1, 6), 1e3)])
-    own = x if world == 1 else x[:1300] if rank == 0 else x[1300:]
+    own = x if world == 1 else x.split([1300, 1702])[rank]
     found = []
     for km in (KMeans(9, restarts=2), KMeans(9, "cosine", "random"), KMeans(3, init=torch.zeros(3, 6))):
         km.fit(own)
@@ -870,6 +870,8 @@ def work_together(rank, world, folder):
     tokens = kmeans.tokenize(tokenizer, Toy(15), f"{folder}/tokens{world}.npy")
     found += [tokenizer.weight, torch.from_numpy(tokens.astype("f4"))]
     torch.save(found, f"{folder}/{world}-{rank}.pt")
+    if world > 1:
+        dist.destroy_process_group()
 
 
 def test_kmeans_of_two_processes_is_that_of_one(tmp_path):
@@ -927,8 +929,8 @@ def test_gpu_kmeans_is_the_cpus():
 
 @on_gpu
 def test_gpu_tokens_are_the_cpus(tmp_path):
-    fitted = kmeans.fit_tokenizer(Toy(40), "pixel", 5, 8, device="cuda")
-    for tokenizer in (fitted, toy_tokenizer(features="hog")):
+    for tokenizer in (kmeans.fit_tokenizer(Toy(40), "pixel", 5, 8, device="cuda"),
+                      toy_tokenizer(features="hog")):
         name = f"{tmp_path}/{tokenizer.features}"
         there = kmeans.tokenize(tokenizer.cuda(), Toy(40), f"{name}-gpu.npy", device="cuda")
         here = kmeans.tokenize(tokenizer.cpu(), Toy(40), f"{name}-cpu.npy")
@@ -2148,7 +2150,7 @@ def test_gpu_compiled_bfloat16_is_float32(name):
 
 @on_gpu
 def test_gpu_run_goes_on_and_is_probed(folder, tmp_path):
-    for flags in (["--steps", 3], ["--probe"]):
+    for flags in (["--steps", 3], ["--probe", "--compile"]):
         lines = run(folder, tmp_path, "--device", "cuda", *flags)
     assert len(lines) == 21                                    # and the summary
     for what in ("knn", "linear", "finetune", "tokens"):

@@ -929,7 +929,7 @@ FLAGS = {
 CHOICES = dict(objective=list(objectives.OBJECTIVES), preset=["laptop", "paper"], model=list(MODELS),
                pos=["learned", "sincos"], init=["timm", "mae"], cosine=["start", "warmup"])
 SWITCHES = {"fresh": "start over: removes what an earlier run left in --out",
-            "compile": "torch.compile (default: on CUDA)",
+            "compile": "torch.compile (default: on CUDA, with --preset paper)",
             "probe": "k-NN and linear probe at the end (default)"}
 MAY_BE_ZERO = set("""seed workers jitter crop cut mask_ratio drop_path layer_scale min_lr warmup_lr
                      warmup_epochs weight_decay beta2 clip_norm""".split())
@@ -988,7 +988,7 @@ def complete(args, chosen, ds, device):
         for key in ("epochs", "warmup_epochs"):
             chosen[key] *= TEXTURES["train"][1] / len(ds)
     chosen["out"] = f"runs/{args.objective}-{os.path.basename(os.path.normpath(args.data))}"
-    chosen["compile"] = device.type == "cuda"
+    chosen["compile"] = device.type == "cuda" and args.preset == "paper"     # a minute at first
     fill_in(args, chosen)
     args.lr = args.lr or args.base_lr * args.batch_size / 256
     if args.compile and not has_compiler():
