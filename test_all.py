@@ -97,6 +97,7 @@ def test_vit_equals_torchvision():
     ours.load_state_dict(state)
     images = torch.randn(2, 3, 48, 48)
     assert_close(ours(images)[:, 0], theirs(images), atol=1e-4, rtol=1e-4)
+    assert {part.eps for part in ours.modules() if hasattr(part, "eps")} == {1e-6}
 
 
 @pytest.mark.parametrize("scale", [None, .1])
@@ -302,7 +303,7 @@ def test_weights_of_every_layout_give_the_same_features(tmp_path):
         "compiled": {"state_dict": prefixed("_orig_mod.module.")},
         "ours": {"model": prefixed("encoder.") | {"regressor.0.q.weight": other}},
         "fine-tuned": tuned,
-        "beit": beit | {"lm_head.weight": other},
+        "beit": beit | {"lm_head.weight": other, "mask_token": other},
         "mapet": split_qkv(flat, bias=False),
     }
     for name, state in layouts.items():
@@ -320,9 +321,10 @@ def test_weights_of_every_layout_give_the_same_features(tmp_path):
 
 
 def test_unknown_number_of_heads_is_asked_for():
-    for width, heads in ((192, 3), (384, 6), (1024, 16), (1280, 16)):
-        state = V.ViT(16, 16, width, 1, heads).state_dict()
-        assert V.from_weights(state).heads == heads
+    sizes = *V.MODELS.values(), functools.partial(V.vit_large, width=1280)
+    for build, heads in zip(sizes, (3, 3, 6, 12, 16, 16)):
+        net = build(image_size=16, patch_size=16, depth=1)
+        assert V.from_weights(net.state_dict()).heads == net.heads == heads
     state = V.ViT(16, 16, 1152, 1, 16).state_dict()
     with pytest.raises(ValueError, match="1152.*--heads"):
         V.from_weights(state)
@@ -720,6 +722,7 @@ def test_clip_runs_from_a_torchscript_archive_without_its_pooling(tmp_path, monk
     tokenizer = kmeans.blank_tokenizer(ds, "clip", 16)
     assert asked["sha256"] in asked["url"]
     assert tokenizer.input_size == 128                                    # twice the pixels
+    assert (tokenizer.mean, tokenizer.std) == V.CLIP
     small = torch.randn(3, 3, 64, 64)
     large = F.interpolate(small, scale_factor=2, mode="bicubic")
     wanted = net.float().trunk(large)
@@ -748,6 +751,7 @@ def test_a_tokenizer_is_a_function_and_a_linear_layer_and_survives_a_round_trip(
     assert os.path.getsize(path) < 30000                                  # the encoder is named, not copied
     again = kmeans.load_tokenizer(path)
     assert torch.equal(tokens, again(images))
+    assert not kmeans.average_patches(images, tokens, 8, 10)[9].any()     # no patch has code 9
     assert again.mean == Toy.mean
 
 
@@ -845,7 +849,7 @@ def test_tokenize_writes_the_tokens_once_and_refuses_those_of_others(tmp_path):
     kmeans.tokenize(tokenizer, ds, path)
     assert not ds.asked
     with pytest.raises(ValueError, match="remove it"):
-        kmeans.tokenize(tokenizer, Toy(11), path)
+        kmeans.tokenize(toy_tokenizer(4), ds, path)
 
 
 def work_together(rank, world, folder):
@@ -1183,23 +1187,24 @@ def test_toy_command_refuses_in_one_line(capsys, flags, what):
 
 @pytest.fixture
 def few(tmp_path, monkeypatch):
-    """200 textures as the data set, and runs that train.py might have left: K = 2, 8 and twice 32."""
+    """200 textures as the data set, runs that train.py might have left: K = 2, 8 and twice the same 32."""
     textures = train.open_dataset("textures", "test")
     ds = torch.utils.data.Subset(textures, range(200))
     ds.labels, ds.classes, ds.note_damaged = textures.labels[:200], range(10), textures.note_damaged
     monkeypatch.setattr(train, "open_dataset", lambda *_, **__: ds)
     monkeypatch.chdir(tmp_path)
-    for i, k in enumerate((2, 8, 32, 32)):
+    for i, k in enumerate((2, 8, 32, 4)):
         folder = tmp_path / f"run{i}"
         folder.mkdir()
         noise = np.random.default_rng(k).integers(k, size=(200, 36))
         tokens = np.where(noise % 2, noise, ds.labels[:, None] % k)
         np.save(folder / "tokens.npy", tokens.astype(np.uint16))
-        settings = dict(tokens=None, tokenizer=None)
+        settings = dict(tokens="run2/tokens.npy" if i == 3 else None, tokenizer=None)
         end = dict(summary=True, linear=.5 + i / 10, objective="mapet", step=9, steps=9, data="textures")
         (folder / "metrics.jsonl").write_text(json.dumps(end | {"settings": settings}) + "\n")
         probe = dict(what="linear", protocol="mae", source="a run", data="textures", linear=.9 - i / 10)
-        (folder / "probe.jsonl").write_text(json.dumps(probe) + "\n")
+        lines = probe, probe | dict(data="others", linear=0)
+        (folder / "probe.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     return tmp_path
 
 
@@ -1489,11 +1494,13 @@ def test_decoders_are_those_of_the_paper():
             assert decoder[-1].weight.shape == (50, width)
             assert len(decoder) == 8 + 2                                  # norm and head
             assert decoder[0].attn.heads == heads
-        cae = objectives.make("cae", V.vit_small(drop_path=.3), 50)
+        cae = objectives.make("cae", V.vit_small(drop_path=.3, layer_scale=.1), 50)
+        assert objectives.make("vq", V.vit_base(), 50).codebook.shape == (50, 256)
     assert cae.decoder[-1].in_features == 384
     assert cae.regressor[0].attn.heads == 6
     for blocks in (cae.regressor, list(cae.decoder)[:4]):
         assert [block.drop_path.p for block in blocks] == approx([0, .1, .2, .3])
+        assert all(hasattr(block.ls1, "gamma") for block in blocks)
 
 
 def literal_cae(model, image, tokens, z):
@@ -1774,13 +1781,12 @@ def test_perfect_predictions_look_like_the_target(name, target, monkeypatch):
 
 def test_masks_are_printed_and_drawn(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    objectives.main(["mapet", "--patches", "6", "--cut", "3"])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split()[0] == "cls"
-    marks = []
-    for line in lines[2:17]:
-        marks.append([mark == "#" for mark in line.split()[1:-1]])
-    assert marks == objectives.two_stream_mask(3, 4).tolist()
+    for name in ("mapet", "pim"):
+        objectives.main([name, "--patches", "6", "--cut", "3"])
+        _, keys, *lines, _ = capsys.readouterr().out.splitlines()
+        assert keys.split()[0] == "cls"
+        marks = [[mark == "#" for mark in line.split()[1:-1]] for line in lines]
+        assert marks == objectives.two_stream_mask(3, 4, name == "mapet").tolist()
     assert (tmp_path / "runs" / "masks" / "mapet.png").exists()
     objectives.main(["cae"])
     assert capsys.readouterr().out.split("marked 1")[1].count("1") == 98
@@ -1992,7 +1998,7 @@ RECIPES = {                                 # a command, and what it stands for
     IMAGENET + "vqkd":
         "--features dino_vitb16 --vocab-size 8192 --decoder-depth 3 --epochs 100 --batch-size 512 --lr 2e-4 "
         "--min-lr 1e-5 --warmup-epochs 10 --beta2 .99 --weight-decay 1e-4 --crop .08 --jitter 0 "
-        "--clip-norm 0",
+        "--clip-norm 0 --layer-scale 0 --drop-path 0 --cosine warmup",
     "--objective mapet":
         "--model vit_micro --image-size 48 --patch-size 8 --vocab-size 64 --out runs/mapet-textures",
     "--data photos/ --preset laptop --lr 3": "--lr 3 --model vit_micro --out runs/mapet-photos",
@@ -2082,8 +2088,10 @@ def test_tokens_are_made_of_the_crop_or_stored_of_the_square(name, crop, folder,
 
 def test_crops_and_jitter_are_a_function_of_seed_epoch_and_image(folder):
     ds = train.open_dataset(folder, "train", 24)
-    transform = train.v2.Compose([train.random_crop(24, .2), train.v2.ColorJitter(.4, .4, .4)])
-    one, same, other = (ds.view(transform, seed=seed) for seed in (3, 3, 4))
+    flags = "--crop .2 --jitter .4 --image-size 24 --seed"
+    one, same, other = (train.training_view(ds, settings(f"{flags} {seed}")) for seed in (3, 3, 4))
+    jitter = one.transform.transforms[1]
+    assert jitter.brightness == jitter.contrast == jitter.saturation == (.6, 1.4)
     image, *rest = one[0, 25]
     torch.manual_seed(99)
     assert torch.equal(image, same[0, 25][0])
@@ -2243,6 +2251,7 @@ def test_paths_may_change_but_nothing_else_of_a_run_that_began(folder, tmp_path,
     assert not read_files(tmp_path / "no", "*.json")
     shutil.copy(moved / "tokenizer.pt", tmp_path / "no")
     refused(folder, tmp_path / "no", capsys, ["--image-size", 16], "--image-size 24")
+    (out / "tokens.npy").write_text("of the old run, too")
     run(folder, out, *given, "--steps", 1)
     assert not (out / "tokenizer.pt").exists()                                # of the old run
 
@@ -2294,7 +2303,8 @@ def test_laptop_squares_are_decoded_once_for_all_runs(folder, tmp_path, capsys, 
     monkeypatch.chdir(tmp_path)
     data = make_folder(tmp_path / "d", 4)
     squares = [train.open_dataset(data, "train", 24)[i][0].numpy() for i in range(8)]
-    run(data, "a", "--steps", 1)
+    for size in (16, 24):
+        run(data, "a", "--fresh", "--image-size", size, "--steps", 1)
     assert any(np.array_equal(np.load(kept), squares) for kept in tmp_path.glob("data/squares/*.npy"))
     for path in Path(data).rglob("*.png"):                     # from now on there is nothing to decode
         time_ns = os.stat(path).st_mtime_ns
@@ -2578,6 +2588,8 @@ FAULTS = {                                  # flags: what the line says
     "--classes missing.txt": "missing.txt",
     "--data textures --classes file.txt": "--classes",
     "--cut 10": "cutting point 10",
+    "--cut 0": "cutting point 0",
+    "--mask-ratio 0": "cutting point 10",
     "--lr nan": "--lr",
     "--beta2 1": "beta",
     "--batch-size 9 --micro-batch 2": "--micro-batch 2",
@@ -2726,6 +2738,7 @@ def test_heads_trained_together_are_each_trained_alone():
 def test_features_are_class_token_and_patch_mean_of_every_block(probe_textures):
     """Standardized by the training images; the last block's after the final norm."""
     vit, features = V.vit_micro(drop_path=.5).train(), []
+    vit.norm.weight.data[0] = 0                                           # one feature is constant
     x, y, test_x, test_y = probe.extract(vit, probe_textures, CPU, 0, slice(None))
     for ds, labels in zip(probe_textures, (y, test_y)):
         assert labels.tolist() == ds.labels.tolist()
@@ -2739,7 +2752,7 @@ def test_features_are_class_token_and_patch_mean_of_every_block(probe_textures):
         features.append(torch.stack(pooled, 1))
     std, mean = torch.std_mean(features[0], 0)
     for found, wanted in zip((x, test_x), features):
-        assert_close(found.float(), (wanted - mean) / std, atol=.02, rtol=0)
+        assert_close(found.float(), (wanted - mean) / (std + 1e-9), atol=.02, rtol=0)
     found = probe.pool_features(vit, images, final_norm=False)
     assert_close(found[:, 3, 0], outputs[-1][:, 0])
     assert probe.pool_features(tiny(cls_token=False), torch.randn(2, 3, 24, 24)).shape == (2, 2, 1, 32)
@@ -2763,7 +2776,8 @@ def test_lars_by_hand():
 
 
 def test_layer_decay_by_hand():
-    model = probe.Classifier(tiny(layer_scale=.1), 4)
+    model = probe.Classifier(tiny(layer_scale=.1), 4, drop_path=.2)
+    assert model.encoder.blocks[1].drop_path.p == approx(.2)
     names = {id(p): name for name, p in model.named_parameters()}
     found = {names[id(p)]: (group["scale"], group["weight_decay"])
              for group in probe.layer_groups(model, .05, .65) for p in group["params"]}
@@ -2841,6 +2855,7 @@ def test_heads_are_float32_under_autocast():
         with torch.autocast("cpu", torch.bfloat16):
             assert model(images).dtype == torch.float32
     assert beit(images).shape == (4, 2, 5)
+    assert_close(mae.eval()(images)[:, 0], mae.heads(vit(images)[:, 0]))   # of the class token
     assert len(beit.state_dict()) == 4                                     # two heads, and no encoder
 
 
@@ -2869,6 +2884,7 @@ def test_recipes_of_the_papers():
 def test_pictures_of_the_papers(probe_pictures):
     """Test pictures are the center 224 of 256, MaPeT's after fine-tuning of 248; trained on: random crops."""
     ds = train.open_dataset(probe_pictures, "test", 56)
+    assert (ds.mean, ds.std) == ((.485, .456, .406), (.229, .224, .225))   # ImageNet's
     args = argparse.Namespace(**probe.RECIPES["mapet"], seed=0, data="pictures")
     for crop, larger in ((.875, 64), (.9, 62)):
         args.test_crop = crop
@@ -2878,6 +2894,8 @@ def test_pictures_of_the_papers(probe_pictures):
         wanted = np.asarray(square, float)[first:first + 56, first:first + 56].transpose(2, 0, 1)
         assert np.abs(probe.test_view(ds, args)[0][0].numpy() - wanted).mean() < 1
     strong = probe.training_view(ds, args)
+    augment, = strong.transform.transforms[3].transforms
+    assert augment.magnitude == 27                             # timm's m9, of 31
     images = torch.stack([strong[epoch, 0][0] for epoch in (0, 0, 1)])
     assert images.shape == (3, 3, 56, 56)
     assert torch.equal(images[0], images[1])
