@@ -491,8 +491,7 @@ def fit_tokenizer(ds, features, k, patch_size, image_size=None, seed=0, workers=
         x = gather_patches(tokenizer.compute_features(pixels), kept.to(device)).flatten(0, 1)
         rows.append(x.half() if tokenizer.encoder else x)      # of a network: in float16
     kmeans = KMeans(k, seed=seed)
-    if k > 1000:
-        print0("K-means starts from random patches: k-means++ takes long for so many codes")
+    if k > 1000:                                               # k-means++ takes long for so many
         kmeans.init = "random"
     if features == "clip":
         kmeans.max_iter, kmeans.restarts = 20, 5
@@ -626,10 +625,12 @@ def main(argv=None):
         else:
             tokenizer = load_tokenizer(args.tokenizer)
             pixels = tokenizer.input_size
+        path = f"{args.out}/tokens.npy"
+        if args.command != "show" and os.path.exists(path):    # of which tokenizer?
+            raise ValueError(f"{path} is there already: remove it, or choose another --out")
         ds = open_dataset(args.data, "train", pixels, args.classes)
         workers = default_workers(ds)
         os.makedirs(args.out, exist_ok=True)
-        path = f"{args.out}/tokens.npy"
         if args.command == "fit":
             tokenizer = fit_tokenizer(ds, args.features, args.k, p, size, 0, workers, device, args.max_iter)
             if is_main_process():
@@ -637,8 +638,6 @@ def main(argv=None):
             print0(f"wrote {args.out}/tokenizer.pt")
         elif args.command == "show":
             draw(tokenizer, ds, args.out)
-        elif os.path.exists(path):                             # of which tokenizer?
-            raise ValueError(f"{path} is there already: remove it, or choose another --out")
         else:
             tokens = tokenize(tokenizer.to(device), ds, path, workers, device)
             print0(f"{path}: tokens {tokens.shape} (images, patches) of {tokenizer.vocab_size}")

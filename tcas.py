@@ -21,7 +21,6 @@ python tcas.py toy --n 12 --ring 1                           a sparse graph, whe
 """
 import argparse
 import os
-import tempfile
 
 import numpy as np
 import torch
@@ -287,8 +286,7 @@ def load_labeled_tokens(path, args):
         device = train.setup()
         tokenizer = kmeans.load_tokenizer(path).to(device)
         ds = train.open_dataset(args.data, "train", tokenizer.input_size, args.classes)
-        with tempfile.TemporaryDirectory() as folder:
-            tokens = np.array(kmeans.tokenize(tokenizer, ds, f"{folder}/tokens.npy", device=device))
+        tokens = kmeans.run_network(tokenizer, ds, device, 0).numpy(force=True).astype("uint16")
     if not ds.classes:
         raise ValueError(f"--data {args.data}: no labels, and TCAS compares classes")
     if args.group:                                  # neighbors, 16 bits each, are one token, numbered anew

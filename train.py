@@ -241,7 +241,7 @@ def train(model, optimizer, ds, args, compute_loss, device, checkpoint, metrics=
                 all_reduce(sums)
                 done, seconds = step - logged, time.time() - since
                 means = dict(zip(logs, (sums / (world * done)).tolist()))
-                means["images_per_second"] = round(done * args.batch_size / seconds, 1)
+                means["images_per_second"] = done * args.batch_size / seconds
                 append_metrics(metrics, step=step, epoch=step / per_epoch, lr=lr, **means)
                 words = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
                 if device.type == "cuda":
@@ -563,11 +563,8 @@ def open_named(name, split, image_size):
 
 
 def read_classes(path, found):
-    """Names of class folders, one a line, or all on one line (solo-learn's ImageNet-100)."""
-    lines = Path(path).read_text("utf-8-sig", "replace").strip().splitlines()
-    names = {line.strip() for line in lines} - {""}
-    if len(lines) == 1:
-        names = set(lines[0].split())
+    """Names of class folders, between white space: one a line, or all on one (solo-learn's ImageNet-100)."""
+    names = set(Path(path).read_text("utf-8-sig", "replace").split())
     unknown = names - set(found)
     if unknown or not names:
         raise ValueError(f"--classes {path}: there is no class folder {min(unknown, default='')!r}")
@@ -711,9 +708,11 @@ def open_source(args, ds):
         path = path or f"{args.out}/tokenizer.pt"
     if path:
         tokenizer = load_tokenizer(path)
-        if (tokenizer.image_size, tokenizer.patch_size) != (args.image_size, args.patch_size):
-            raise ValueError(f"{path}: it is of --image-size {tokenizer.image_size} --patch-size "
-                             f"{tokenizer.patch_size}, unlike this run: take these, or another --out")
+        for key in ("image_size", "patch_size", "vocab_size", "features"):
+            value, wanted = getattr(tokenizer, key), getattr(args, key)
+            if wanted not in (None, value):                    # None: the tokenizer says it
+                raise ValueError(f"{path}: it is of --{key.replace('_', '-')} {value}, this run of {wanted}: "
+                                 "take that, or another --out")
         return tokenizer
     if needs:
         return blank_tokenizer(ds, args.features, args.patch_size)
@@ -841,7 +840,7 @@ def print_table(args, vit, step, steps, ds, test, device, started):
     from probe import evaluate
     if read_summary(args.out)[0]:
         return print0(f"this run was finished before: its accuracies are in {args.out}/metrics.jsonl")
-    line = dict(summary=True, seconds=round(time.time() - started, 1), objective=args.objective,
+    line = dict(summary=True, seconds=time.time() - started, objective=args.objective,
                 seed=args.seed, data=args.data, step=step, steps=steps, settings=fixed_settings(args))
     print0(f"\n{'':<18}{'k-NN':>8}{'linear probe':>15}   top-1 on {test.name}, {len(test)} images")
     random = build(args, 2).encoder.to(device)
@@ -868,11 +867,15 @@ def run(args):
     # No second run in this folder while the first lives; the loaders of one that was killed live on for 5 s.
     lock = FileLock(f"{args.out}/.run-at-work.lock", timeout=8)
     with lock if is_main_process() else contextlib.nullcontext():
+        barrier()                                              # then the folder is ours
         source = open_source(args, ds)
         if args.fresh and is_main_process():
             start_over(args)
         barrier()
-        check_settings(f"{args.out}/settings.json", {**fixed_settings(args), "images": len(ds)})
+        settings = {**fixed_settings(args), "images": len(ds)}
+        if args.tokenizer and not args.tokens:                 # at another path the same, not another
+            settings["codes"] = source.weight.sum().item()
+        check_settings(f"{args.out}/settings.json", settings)
         targets, size, perceptual = make_targets(args, ds, source, device)
         del source                                             # it may have a network, K-means another one
         model = build(args, size, perceptual).to(device)
