@@ -491,7 +491,8 @@ def fit_tokenizer(ds, features, k, patch_size, image_size=None, seed=0, workers=
         x = gather_patches(tokenizer.compute_features(pixels), kept.to(device)).flatten(0, 1)
         rows.append(x.half() if tokenizer.encoder else x)      # of a network: in float16
     kmeans = KMeans(k, seed=seed)
-    if k > 1000:                                               # k-means++ takes long for so many
+    if k > 1000:
+        print0("K-means starts from random patches: k-means++ takes long for so many codes")
         kmeans.init = "random"
     if features == "clip":
         kmeans.max_iter, kmeans.restarts = 20, 5

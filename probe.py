@@ -640,7 +640,7 @@ def run(args):
         by_head = [knn(*extract(network, splits, *where))]
     elif args.variant == "fast":
         features = extract(network, splits, *where, slice(None))
-        by_head = choose_head(*features, round(args.epochs or 30) or 1, args.seed)
+        by_head = choose_head(*features, round(args.epochs or 30), args.seed)
     else:
         by_head = learn(args, network, splits)
     # BEiT prints the best block on the test images; the last block's is the number that nobody chose.

@@ -2260,7 +2260,7 @@ def test_paths_may_change_but_nothing_else_of_a_run_that_began(folder, tmp_path,
     given = "--tokenizer", shutil.copy(out / "tokenizer.pt", moved), "--fresh"
     refused(folder, tmp_path / "no", capsys, [*given, "--image-size", 16], moved, "--image-size 24")
     shutil.copy(moved / "tokenizer.pt", tmp_path / "no")
-    refused(folder, tmp_path / "no", capsys, ["--vocab-size", 5], "--vocab-size 6")
+    refused(folder, tmp_path / "no", capsys, ["--image-size", 16], "--image-size 24")
     (out / "tokens.npy").write_text("of the old run, too")
     run(folder, out, *given, "--steps", 1)
     assert not (out / "tokenizer.pt").exists()                                # of the old run

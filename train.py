@@ -563,8 +563,9 @@ def open_named(name, split, image_size):
 
 
 def read_classes(path, found):
-    """Names of class folders, between white space: one a line, or all on one (solo-learn's ImageNet-100)."""
-    names = set(Path(path).read_text("utf-8-sig", "replace").split())
+    """Names of class folders, one a line, or all on one line (solo-learn's ImageNet-100)."""
+    text = Path(path).read_text("utf-8-sig", "replace").strip()
+    names = {name.strip() for name in text.split("\n" if "\n" in text else None)} - {""}
     unknown = names - set(found)
     if unknown or not names:
         raise ValueError(f"--classes {path}: there is no class folder {min(unknown, default='')!r}")
@@ -708,11 +709,11 @@ def open_source(args, ds):
         path = path or f"{args.out}/tokenizer.pt"
     if path:
         tokenizer = load_tokenizer(path)
-        for key in ("image_size", "patch_size", "vocab_size", "features"):
-            value, wanted = getattr(tokenizer, key), getattr(args, key)
-            if wanted not in (None, value):                    # None: the tokenizer says it
-                raise ValueError(f"{path}: it is of --{key.replace('_', '-')} {value}, this run of {wanted}: "
-                                 "take that, or another --out")
+        if (tokenizer.image_size, tokenizer.patch_size) != (args.image_size, args.patch_size):
+            raise ValueError(f"{path}: it is of --image-size {tokenizer.image_size} --patch-size "
+                             f"{tokenizer.patch_size}, unlike this run: take these, or another --out")
+        if args.tokenizer:                                     # a setting: its path may change, but not these
+            args.codes = tokenizer.weight.sum().item()
         return tokenizer
     if needs:
         return blank_tokenizer(ds, args.features, args.patch_size)
@@ -872,10 +873,7 @@ def run(args):
         if args.fresh and is_main_process():
             start_over(args)
         barrier()
-        settings = {**fixed_settings(args), "images": len(ds)}
-        if args.tokenizer and not args.tokens:                 # at another path the same, not another
-            settings["codes"] = source.weight.sum().item()
-        check_settings(f"{args.out}/settings.json", settings)
+        check_settings(f"{args.out}/settings.json", {**fixed_settings(args), "images": len(ds)})
         targets, size, perceptual = make_targets(args, ds, source, device)
         del source                                             # it may have a network, K-means another one
         model = build(args, size, perceptual).to(device)
