@@ -713,7 +713,7 @@ def open_source(args, ds):
             raise ValueError(f"{path}: it is of --image-size {tokenizer.image_size} --patch-size "
                              f"{tokenizer.patch_size}, unlike this run: take these, or another --out")
         if args.tokenizer:                                     # a setting: its path may change, but not these
-            args.codes = tokenizer.weight.sum().item()
+            args.codes = zlib.crc32(tokenizer.weight.numpy())
         return tokenizer
     if needs:
         return blank_tokenizer(ds, args.features, args.patch_size)
