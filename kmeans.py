@@ -83,9 +83,9 @@ def linear_layer(centroids, origin=0.):
 def find_nearest(x, weight, bias):
     """argmax_k weight_k . x + bias_k -> (m,) int64, of a block x (m, d) of any dtype. On the CPU as a 1x1
     convolution, by oneDNN, which some of AMD's processors do faster than MKL's product."""
-    if triton and x.is_cuda and torch.cuda.get_device_capability() >= (8, 0):     # Ampere
-        return find_nearest_triton(x, weight, bias)
     if x.is_cuda:
+        if triton and torch.cuda.get_device_capability() >= (8, 0):          # Ampere
+            return find_nearest_triton(x, weight, bias)
         return F.linear(x.float(), weight, bias).argmax(1)
     image = x.float()[None, :, None].permute(0, 3, 1, 2)       # (1, d, m, 1): channels last, as the rows lie
     scores = F.conv2d(image, weight[:, :, None, None], bias)   # (1, k, m, 1)
@@ -138,7 +138,7 @@ def add_up(x, centroids, origin=0.):
         order = bag.argsort(stable=True)
         parts = F.embedding_bag(order, block.float(), starts, mode="sum")
         sums += parts.view(k, bags, -1).sum(1).double()
-        counts += labels.bincount(minlength=k)
+        counts += sizes.view(k, bags).sum(1)
     all_reduce(sums, counts)
     return sums, counts
 

@@ -65,8 +65,7 @@ def infer(network, ds, device, workers):
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             return network(prepare(images, ds))
 
-    found = run_network(forward, ds, device, workers)
-    return found, torch.as_tensor(ds.labels, device=device)
+    return run_network(forward, ds, device, workers), torch.as_tensor(ds.labels, device=device)
 
 
 def extract(vit, splits, device, workers=0, blocks=slice(-1, None)):

@@ -3385,7 +3385,7 @@ WRONG = {
     "tcas.closed_form": [("kappa ** 2, ", "kappa, ")],
     "train.schedule": [("derive_seed(seed, epoch)", "seed")],
     "train.load_checkpoint": [('optimizer.load_state_dict(state["optimizer"])', "pass")],
-    "kmeans.add_up": [("counts += labels", "counts = labels")], "kmeans.sample_rows": [(" - start]", "]")],
+    "kmeans.add_up": [("counts += sizes", "counts = sizes")], "kmeans.sample_rows": [(" - start]", "]")],
 }
 
 for name, value in list(globals().items()):                    # pytest -k exercise_03 finds the tests of it
